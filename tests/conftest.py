@@ -1,0 +1,38 @@
+"""Models the tests share: the real default model and the tiny random ones of tests/data/tiny."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minillm.errors import MinillmError
+from minillm.hub import resolve
+
+DATA = Path(__file__).parent / "data"
+TINY = sorted(path.name for path in (DATA / "tiny").iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """The default model's .gguf, fetched if need be. Without a network its tests are skipped, but never in CI."""
+    try:
+        files = resolve(None, progress=False)
+    except MinillmError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    if files.kind != "gguf":
+        pytest.skip("the default model is here as safetensors only: its goldens are those of the .gguf")
+    return files.path
+
+
+@pytest.fixture(params=TINY)
+def tiny_model(request) -> Path:
+    """Each tiny model in turn: a folder with config.json, *.safetensors and golden.npz (ids, logits)."""
+    return DATA / "tiny" / request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, Path]:
+    """All tiny models by name, for a test that wants a certain one."""
+    return {name: DATA / "tiny" / name for name in TINY}
