@@ -35,6 +35,8 @@ WANTED = [
     "generation_config.json",
     "special_tokens_map.json",
     "tokenizer*.json",
+    "tokenizer.model",
+    "added_tokens.json",
     "chat_template*",
     "*.safetensors",
     "*.safetensors.index.json",

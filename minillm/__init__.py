@@ -1,0 +1,8 @@
+"""minillm: Llama and Mistral models without torch, with a key-value cache that is small and gives its memory back."""
+
+from minillm.compress.methods import CacheConfig
+from minillm.errors import MinillmError, UsageError
+from minillm.llm import LLM
+from minillm.sampling import SamplingParams
+
+__all__ = ["LLM", "CacheConfig", "MinillmError", "SamplingParams", "UsageError"]

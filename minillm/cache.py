@@ -1,0 +1,309 @@
+"""Who owns which page of key-value memory, how long each head is, and how many tokens were seen.
+
+A page holds `page_size` entries of one KV head of one layer: K, V, log s, position. Heads keep different numbers of
+entries and nothing is padded to the longest. `seen` (the position of the next token) and `lengths` (entries stored) are
+two numbers, and none is derived from the other. The cache knows nothing of compression methods.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.errors import MinillmError
+from minillm.memory import return_freed_memory
+
+PAGE_SIZE = 32
+SLAB_BYTES = 8 << 20
+
+
+class PagePool:
+    """Slabs of pages, counted references to each page, and exact numbers of bytes.
+
+    A page id is slab index x pages a slab + page within the slab. Pages are handed out lowest id first, so that the
+    pages of a head written at once are consecutive."""
+
+    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES):
+        self.ops, self.head_dim, self.page_size = ops, head_dim, page_size
+        self.page_bytes = ops.page_bytes(page_size, head_dim)
+        self.slab_pages = max(1, slab_bytes // self.page_bytes)
+        self.slabs = []
+        self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
+        self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
+
+    @property
+    def bytes_in_use(self):
+        return int(np.count_nonzero(self.refs)) * self.page_bytes
+
+    @property
+    def bytes_held(self):
+        return len(self.slabs) * self.slab_pages * self.page_bytes
+
+    def alloc(self, n):
+        """n page ids (n,) int32, each with one reference, in ascending order."""
+        free = np.flatnonzero(self.refs == 0)[:n]
+        while len(free) < n:
+            self.slabs.append(self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim))
+            self.refs = np.append(self.refs, np.zeros(self.slab_pages, np.int32))
+            free = np.flatnonzero(self.refs == 0)[:n]
+        self.refs[free] = 1
+        return free.astype(np.int32)
+
+    def share(self, pages):
+        """One more page table holds each of `pages` (all different)."""
+        self.refs[pages] += 1
+
+    def release(self, pages):
+        """One page table fewer holds each of `pages` (all different)."""
+        assert (self.refs[pages] > 0).all()
+        self.refs[pages] -= 1
+
+    def copy_page(self, source, target):
+        (a, i), (b, j) = divmod(int(source), self.slab_pages), divmod(int(target), self.slab_pages)
+        for name in ("k", "v", "log_size", "pos"):
+            getattr(self.slabs[b], name)[j] = getattr(self.slabs[a], name)[i]
+
+    def runs(self, pages):
+        """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""
+        breaks = np.flatnonzero((np.diff(pages) != 1) | (pages[1:] % self.slab_pages == 0)) + 1
+        edges = [0, *breaks.tolist(), len(pages)]
+        for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+            slab, page = divmod(int(pages[lo]), self.slab_pages)
+            yield self.slabs[slab], page, page + hi - lo, lo
+
+    def trim(self):
+        """Move the last pages into holes and give slabs that are empty then, and what else was freed, back to the
+        operating system."""
+        used = np.flatnonzero(self.refs)
+        n_slabs = -(-len(used) // self.slab_pages)
+        if n_slabs < len(self.slabs):
+            self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0))
+            self.refs = self.refs[: n_slabs * self.slab_pages].copy()
+            del self.slabs[n_slabs:]
+        return_freed_memory()
+
+    def _move(self, sources, targets):
+        """Move pages to free ones, and tell every page table."""
+        moved_to = np.arange(len(self.refs), dtype=np.int32)
+        moved_to[sources] = targets
+        for source, target in zip(sources, targets, strict=True):
+            self.copy_page(source, target)
+        self.refs[targets], self.refs[sources] = self.refs[sources], 0
+        for cache in self.caches:
+            held = np.arange(cache.pages.shape[2]) < cache.n_pages()[:, :, None]
+            cache.pages[held] = moved_to[cache.pages[held]]
+
+
+@dataclass
+class Entries:
+    """Entries of one layer, heads one after another: E = lengths.sum() rows."""
+
+    k: np.ndarray  # (E, d) rotated at `pos`
+    v: np.ndarray  # (E, d)
+    log_size: np.ndarray  # (E,) float32; log of the number of tokens an entry stands for
+    pos: np.ndarray  # (E,) int32
+    lengths: np.ndarray  # (H,) entries of each head
+
+
+@dataclass
+class PagedLayer:
+    """What attention sees of one layer of one sequence: a table of pages and a length for each KV head."""
+
+    pool: PagePool
+    pages: np.ndarray  # (H, capacity) int32
+    lengths: np.ndarray  # (H,)
+    seen: int
+
+    def runs(self, head, start=0):
+        """(k, v, log_size, pos) views of the head's entries from `start` on, a stretch of consecutive pages at a
+        time."""
+        size, length, d = self.pool.page_size, int(self.lengths[head]), self.pool.head_dim
+        pages = self.pages[head, start // size : -(-length // size)]
+        base = start // size * size
+        for slab, lo, hi, before in self.pool.runs(pages) if len(pages) else ():
+            offset = base + before * size
+            rows = slice(max(start - offset, 0), min(length - offset, (hi - lo) * size))
+            yield (
+                slab.k[lo:hi].reshape(-1, d)[rows],
+                slab.v[lo:hi].reshape(-1, d)[rows],
+                slab.log_size[lo:hi].reshape(-1)[rows],
+                slab.pos[lo:hi].reshape(-1)[rows],
+            )
+
+    def read(self, head, start=0):
+        """k (m, d), v (m, d), log_size (m,), pos (m,) of the head's entries from `start` on, m = length - start:
+        copies, or a view where the pages lie together."""
+        runs = list(self.runs(head, start))
+        if not runs:
+            empty = np.zeros((0, self.pool.head_dim), np.float32)
+            return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)
+        return runs[0] if len(runs) == 1 else tuple(np.concatenate(parts) for parts in zip(*runs, strict=True))
+
+
+class KVCache:
+    """The stored entries of one sequence."""
+
+    def __init__(self, pool, n_layers, n_kv_heads):
+        self.pool = pool
+        self.pages = np.zeros((n_layers, n_kv_heads, 8), np.int32)  # the first n_pages() of each head are meant
+        self.lengths = np.zeros((n_layers, n_kv_heads), np.int64)  # entries stored
+        self.token_ids = []  # the tokens read
+        self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
+        pool.caches.add(self)
+
+    @property
+    def seen(self):
+        """Tokens read: the position of the next one."""
+        return len(self.token_ids)
+
+    def __del__(self):
+        if hasattr(self, "pages"):
+            self.clear()
+
+    def n_pages(self):
+        """(L, H) pages each head holds."""
+        return -(-self.lengths // self.pool.page_size)
+
+    @property
+    def bytes_in_use(self):
+        """Bytes of the pages this sequence holds (a page shared with a fork counts in both)."""
+        return int(self.n_pages().sum()) * self.pool.page_bytes
+
+    @property
+    def full_bytes(self):
+        """Bytes of the pages that a full cache of the tokens seen would hold."""
+        return self.lengths.size * -(-self.seen // self.pool.page_size) * self.pool.page_bytes
+
+    @property
+    def entries(self):
+        return int(self.lengths.sum())
+
+    @property
+    def kept(self):
+        """Entries stored / entries a full cache would hold."""
+        return self.entries / (self.lengths.size * self.seen) if self.seen else 1.0
+
+    def layer(self, index):
+        return PagedLayer(self.pool, self.pages[index], self.lengths[index], self.seen)
+
+    def write(self, layer, entries, start=None):
+        """Store Entries after the first `start` (H,) entries of each head (default: after all); what followed is
+        given up."""
+        start = self.lengths[layer].copy() if start is None else np.asarray(start, np.int64)
+        for head, first in enumerate(start.tolist()):
+            self._resize(layer, head, first, first + int(entries.lengths[head]))
+        done = 0
+        for head, first in enumerate(start.tolist()):
+            for run in self.layer(layer).runs(head, first):
+                rows = slice(done, done + len(run[0]))
+                for stored, new in zip(run, (entries.k, entries.v, entries.log_size, entries.pos), strict=True):
+                    stored[:] = new[rows]
+                done = rows.stop
+        assert done == len(entries.pos)
+
+    def _resize(self, layer, head, kept, length):
+        """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""
+        size = self.pool.page_size
+        held, needed, whole = -(-int(self.lengths[layer, head]) // size), -(-length // size), kept // size
+        if needed > self.pages.shape[2]:
+            grown = np.zeros((*self.pages.shape[:2], max(needed, 2 * self.pages.shape[2])), np.int32)
+            grown[:, :, : self.pages.shape[2]] = self.pages
+            self.pages = grown
+        table = self.pages[layer, head]
+        # A page that stays and is written must be this sequence's own: a fork may hold it too.
+        if kept % size and self.pool.refs[table[whole]] > 1:
+            own = self.pool.alloc(1)
+            self.pool.copy_page(table[whole], own[0])
+            self.pool.release(table[whole : whole + 1])
+            table[whole] = own[0]
+        first_new = -(-kept // size)
+        self.pool.release(table[first_new:held])
+        table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
+        self.lengths[layer, head] = length
+
+    def append(self, layer, k, v, pos):
+        """n tokens as one entry each in every head: k, v (H, n, d), pos (n,)."""
+        n_heads, n, d = k.shape
+        entries = Entries(
+            k.reshape(-1, d),
+            v.reshape(-1, d),
+            np.zeros(n_heads * n, np.float32),
+            np.tile(np.asarray(pos, np.int32), n_heads),
+            np.full(n_heads, n),
+        )
+        self.write(layer, entries)
+
+    def read(self, layer, start=None):
+        """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""
+        view = self.layer(layer)
+        start = np.zeros_like(view.lengths) if start is None else start
+        heads = [view.read(head, int(first)) for head, first in enumerate(start)]
+        k, v, log_size, pos = (np.concatenate(parts) for parts in zip(*heads, strict=True))
+        return Entries(k, v, log_size, pos, view.lengths - start)
+
+    def advance(self, token_ids, tail=None):
+        """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any
+        Plan now."""
+        self.token_ids.extend(int(token) for token in token_ids)
+        self.tail = self.tail + len(token_ids) if tail is None else tail
+
+    def cut(self, lengths):
+        """Give up what follows the first `lengths` (L, H) entries of each head."""
+        for (layer, head), length in np.ndenumerate(lengths):
+            if length < self.lengths[layer, head]:
+                self._resize(layer, head, length, length)
+
+    def clear(self):
+        """Give every page back to the pool; nothing has been seen."""
+        for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
+            self.pool.release(row[:n])
+        self.lengths[:] = 0
+        self.token_ids, self.tail = [], 0
+
+    def fork(self):
+        """A second sequence with the same past: pages are shared until one of the two writes to them."""
+        other = KVCache(self.pool, *self.lengths.shape)
+        other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
+        other.token_ids, other.tail = list(self.token_ids), self.tail
+        for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
+            self.pool.share(row[:n])
+        return other
+
+    def state(self):
+        """Everything stored, as plain arrays: name -> array."""
+        layers = [self.read(layer) for layer in range(len(self.lengths))]
+        arrays = {name: np.concatenate([getattr(e, name) for e in layers]) for name in ("k", "v", "log_size", "pos")}
+        return arrays | {
+            "lengths": self.lengths.copy(),
+            "token_ids": np.array(self.token_ids, np.int64),
+            "tail": np.array(self.tail),
+        }
+
+    def restore(self, arrays):
+        """Take the arrays of `state` over in place of what is stored. Arrays that do not fit this model or one
+        another raise MinillmError and change nothing."""
+        if not self._fits(arrays):
+            raise MinillmError(
+                "the session file is damaged or does not fit this model: delete it and read the prompt again"
+            )
+        self.clear()
+        lengths = arrays["lengths"]
+        ends = np.cumsum(lengths.sum(axis=1))
+        for layer, end in enumerate(ends):
+            rows = slice(end - lengths[layer].sum(), end)
+            self.write(layer, Entries(*(arrays[name][rows] for name in ("k", "v", "log_size", "pos")), lengths[layer]))
+        self.advance(arrays["token_ids"].tolist(), int(arrays["tail"]))
+
+    def _fits(self, arrays):
+        names = ("k", "v", "log_size", "pos", "lengths", "token_ids", "tail")
+        if any(name not in arrays for name in names):
+            return False
+        lengths, token_ids, tail = arrays["lengths"], arrays["token_ids"], arrays["tail"]
+        if lengths.shape != self.lengths.shape or token_ids.ndim != 1 or tail.ndim or (lengths < 0).any():
+            return False
+        total, d, seen = int(lengths.sum()), self.pool.head_dim, len(token_ids)
+        shapes = {"k": (total, d), "v": (total, d), "log_size": (total,), "pos": (total,)}
+        if any(arrays[name].shape != shape for name, shape in shapes.items()):
+            return False
+        pos = arrays["pos"]
+        return 0 <= tail <= min(lengths.min(), seen) and ((pos >= 0) & (pos < seen)).all()

@@ -1,0 +1,212 @@
+"""LLM: a model and its cache memory, from a name to text."""
+
+import hashlib
+import time
+from dataclasses import asdict
+
+import numpy as np
+
+from minillm import hub, ops
+from minillm.cache import PagePool
+from minillm.compress.compressor import Compressor
+from minillm.compress.methods import CacheConfig
+from minillm.config import read_config
+from minillm.errors import MinillmError, UsageError
+from minillm.gguf_file import read_gguf
+from minillm.memory import available_memory
+from minillm.model import MLP_ROWS, Model
+from minillm.preflight import cache_bytes, require, workspace_bytes
+from minillm.sampling import SamplingParams
+from minillm.session import SESSION_FORMAT, Answer, Session
+from minillm.tokenizer import Tokenizer
+from minillm.weights import load_weights, weight_bytes
+
+DTYPES = ("auto", "float32", "stored")
+
+
+class LLM:
+    """A loaded model. A context manager: its memory goes back on `close`.
+
+    Wherever a prompt goes in, it is text (completed as it stands; special tokens in it are recognised), a list of
+    token ids, or a list of chat messages ({"role", "content"}) for the model's chat template."""
+
+    def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.context, self.dtype, self.stop_ids = context, dtype, stop_ids
+        self.pool = PagePool(model.ops, config.head_dim)
+        self.load_seconds = 0.0
+        self._last = None  # the session that answered last
+        self.set_cache(cache)
+
+    def set_cache(self, cache):
+        """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
+        self.cache_config, tokenizer = cache, self.tokenizer
+        classes = np.zeros(self.config.vocab_size, np.uint8)
+        if tokenizer:
+            known = tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
+            classes[: len(known)] = known[: len(classes)]
+        self.compressor = Compressor(cache, self.model.rope, self.model.ops, classes)
+
+    @classmethod
+    def load(
+        cls,
+        model=None,
+        *,
+        cache=None,
+        context=None,
+        device="auto",
+        dtype="auto",
+        threads=None,
+        chat_template=None,
+        offline=False,
+        progress=False,
+    ):
+        """The model of a folder, a .gguf file or a Hub repository; None: the default model.
+
+        cache: CacheConfig. context: longest sequence in tokens (default: the model's). dtype: how weights are held:
+        "float32" (widened at load), "stored" (as in the file, widened tile by tile on every use: slow, small), "auto"
+        (float32 where it fits). threads: of the linear algebra library. chat_template: a name or a text in place of
+        the model's. progress: bars on a terminal's stderr. Raises MinillmError."""
+        start = time.perf_counter()
+        cache = CacheConfig() if cache is None else cache
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        backend = ops.backend(device)
+        if threads is not None:
+            backend.set_threads(threads)
+        files = hub.resolve(model, offline=offline, progress=progress)
+        # Held here, so that the header of a .gguf is read once for config, tokenizer and weights.
+        gguf = read_gguf(files.path) if files.kind == "gguf" else None
+        config = read_config(files.path, files.name)
+        if context is not None and not 1 <= context <= config.context:
+            raise UsageError(f"context {context} is not in 1..{config.context}, what {files.name} was made for")
+        tokenizer = Tokenizer.from_gguf(gguf.metadata) if gguf else Tokenizer.from_folder(files.path)
+        if chat_template is not None and tokenizer:
+            tokenizer = tokenizer.with_chat_template(chat_template)
+        sizes = {name: weight_bytes(files.path, config, name) for name in DTYPES[1:]}
+        if dtype == "auto":
+            free = available_memory()
+            dtype = "float32" if free is None or sizes["float32"] < 0.9 * free else "stored"
+        promised = {}  # a context that was asked for must fit; the model's own is only a limit
+        if context is not None:
+            cache_size = cache_bytes(config, cache, backend, context)
+            promised = {"cache": cache_size, "workspace": workspace_bytes(config, context)}
+        require(files.name, context or 0, weights=sizes[dtype], **promised)
+        weights = load_weights(files.path, config, dtype=dtype, progress=progress)
+        stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
+        llm = cls(config, Model(config, weights, backend), tokenizer, cache, context or config.context, dtype, stop_ids)
+        llm.load_seconds = time.perf_counter() - start
+        return llm
+
+    def encode(self, prompt, bos=True):
+        """Token ids of a prompt (text, ids or messages)."""
+        if isinstance(prompt, str):
+            return self._needs_tokenizer().encode(prompt, bos=bos)
+        prompt = list(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self._needs_tokenizer().encode(self.tokenizer.render_chat(prompt), bos=bos)
+        bad = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        if bad:
+            raise UsageError(f"token id {bad[0]} is not in 0..{self.config.vocab_size - 1}")
+        return [int(token) for token in prompt]
+
+    def session(self):
+        """A Session: a conversation whose later turns read only their own tokens."""
+        self._last = Session(self)
+        return self._last
+
+    def stream(self, prompt, params=None, progress=None):
+        """Yields the Pieces of the answer to a prompt as they are generated. The cache memory goes back at the end."""
+        session = self.session()
+        try:
+            session.feed(prompt)
+            yield from session.stream(params or SamplingParams(), progress)
+            session.stats = session.summary()
+        finally:
+            session.close()
+
+    def generate(self, prompt, params=None):
+        """The text of the answer to a prompt."""
+        return "".join(piece.text for piece in self.stream(prompt, params))
+
+    def generate_batch(self, prompts, params=None):
+        """The texts of the answers to several prompts, which are decoded together."""
+        params = params or SamplingParams()
+        sessions, answers = [Session(self) for _ in prompts], []
+        try:
+            for session, prompt in zip(sessions, prompts, strict=True):
+                session.feed(prompt)
+                answers.append(Answer(session, params))
+                answers[-1].take(session.read())
+            while active := [answer for answer in answers if answer.stop_reason is None]:
+                logits = self.model.decode(
+                    [answer.token_ids[-1] for answer in active], [answer.session.cache for answer in active]
+                )
+                for answer, row in zip(active, logits, strict=True):
+                    answer.session.unread = []
+                    if self.compressor.due(answer.session.cache):
+                        self.model.recompress(answer.session.cache, self.compressor)
+                    answer.take(row)
+            for answer in answers:
+                answer.rest()
+            return [answer.text for answer in answers]
+        finally:
+            for session in sessions:
+                session.close()
+
+    def logits(self, token_ids):
+        """float32 (n, vocab): the next-token logits after each of the token ids, with the full cache."""
+        session = Session(self)
+        try:
+            ids = self.encode(token_ids)
+            hidden = self.model.extend(ids, session.cache)
+            out = np.empty((len(ids), self.config.vocab_size), np.float32)
+            for lo in range(0, len(ids), MLP_ROWS):
+                out[lo : lo + MLP_ROWS] = self.model.logits(hidden[lo : lo + MLP_ROWS])
+            return out
+        finally:
+            session.close()
+
+    def stats(self):
+        """Counts, seconds and bytes of the last answer (see Session.summary)."""
+        return self._last.stats if self._last else {}
+
+    def identity(self):
+        """What a session file must agree with."""
+        digest = hashlib.sha256(repr(asdict(self.config) | {"name": ""}).encode())
+        for block in self.model.blocks:
+            digest.update(block.attention_norm.tobytes() + block.mlp_norm.tobytes())
+        return {
+            "version": SESSION_FORMAT,
+            "model": f"{self.config.name} {digest.hexdigest()[:12]}",
+            "dtype": "float32",
+            **self.cache_config.as_dict(),
+        }
+
+    def cache_bytes(self, n):
+        """About the bytes of the pages of n tokens, at the budget of this cache."""
+        return cache_bytes(self.config, self.cache_config, self.model.ops, n)
+
+    def check_memory(self, session):
+        """Raise MinillmError if what the session is about to read does not fit into the memory there is."""
+        n = session.seen_soon
+        more = max(0, self.cache_bytes(n) - session.cache.bytes_in_use)
+        require("the prompt", n, cache=more, workspace=workspace_bytes(self.config, len(session.unread)))
+
+    def close(self):
+        """Give the memory of weights and caches back."""
+        for cache in list(self.pool.caches):
+            cache.clear()
+        self.pool.trim()
+        self.model = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _needs_tokenizer(self):
+        if self.tokenizer is None:
+            raise MinillmError(f"{self.config.name} has no tokenizer: add its tokenizer.json, or give token ids")
+        return self.tokenizer

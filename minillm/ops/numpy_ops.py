@@ -1,0 +1,202 @@
+"""The reference backend: the contract of `minillm.ops` in NumPy, float32. What this file computes is right by
+definition."""
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
+
+ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
+LINEAR_BYTES = 4 << 20  # a stored weight is widened in tiles of this many bytes, which stay in the L2/L3 cache
+
+
+def embed(table, ids):
+    """Rows `ids` (n,) of the embedding table, a Weight (vocab, dim) -> (n, dim)."""
+    unique, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
+    if table.kind == "F32":
+        return table.data[unique][inverse]
+    return np.concatenate([table.rows(i, i + 1) for i in unique])[inverse]
+
+
+def linear(x, weight, bias=None):
+    """x (n, in) times the transpose of a Weight (out, in), plus bias (out,) -> (n, out).
+
+    A Weight that is not float32 is widened tile by tile on every call: slow, and no memory beyond the stored words."""
+    if weight.kind == "F32":
+        y = x @ weight.data.T
+    else:
+        n_out, n_in = weight.shape
+        y = np.empty((x.shape[0], n_out), np.float32)
+        step = max(1, LINEAR_BYTES // (4 * n_in))
+        for lo in range(0, n_out, step):
+            hi = min(lo + step, n_out)
+            np.matmul(x, weight.rows(lo, hi).T, out=y[:, lo:hi])
+    if bias is not None:
+        y += bias
+    return y
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, eq. 4). x (n, dim), weight
+    (dim,)."""
+    mean_square = np.einsum("nd,nd->n", x, x) / x.shape[-1]
+    return x * (1.0 / np.sqrt(mean_square + eps)).astype(np.float32)[:, None] * weight
+
+
+def rope(x, cos, sin):
+    """Rotate the halves of the last axis: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin). x (..., d); cos, sin
+    broadcast to (..., d/2). With -sin it is the inverse rotation."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    out = np.empty_like(x)
+    np.multiply(x1, cos, out=out[..., :half])
+    out[..., :half] -= x2 * sin
+    np.multiply(x2, cos, out=out[..., half:])
+    out[..., half:] += x1 * sin
+    return out
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, elementwise; overwrites and returns `gate`."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf for very negative x gives the right limit, -0
+        denominator = np.exp(-gate)
+    denominator += 1.0
+    gate /= denominator
+    gate *= up
+    return gate
+
+
+def _softmax_values(scores, v):
+    """softmax of scores (rows, m) times v (m, d); overwrites `scores`. Normalised after the product: d < m."""
+    scores -= scores.max(axis=1, keepdims=True)
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=1, keepdims=True)
+    out = scores @ v
+    out /= total
+    return out
+
+
+def prefill_attention(q, k, v, past, scale, window=None):
+    """Causal attention of n new tokens over stored entries and over one another.
+
+    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer, whose entries all come before the new tokens. The
+    logit of an entry is q.k * scale + log s (SemantiCache eq. 4). window: a query at position p sees positions > p -
+    window. -> (n, Hq * d). No more than G x ROW_BLOCK x (entries + n) scores exist at a time."""
+    n_heads, n, d = q.shape
+    n_kv_heads = k.shape[0]
+    group = n_heads // n_kv_heads
+    out = np.empty((n, n_heads, d), np.float32)
+    new_pos = np.arange(past.seen, past.seen + n)
+    above_diagonal = np.triu(np.full((min(n, ROW_BLOCK),) * 2, -np.inf, np.float32), 1)
+    for head in range(n_kv_heads):
+        keys, values, pos, stored = k[head], v[head], new_pos, 0
+        if past.lengths[head]:
+            k_past, v_past, log_size, pos_past = past.read(head)
+            keys, values, pos = (
+                np.concatenate([k_past, keys]),
+                np.concatenate([v_past, values]),
+                np.append(pos_past, new_pos),
+            )
+            stored = len(pos_past)
+        query_heads = slice(head * group, (head + 1) * group)
+        for lo in range(0, n, ROW_BLOCK):
+            hi = min(lo + ROW_BLOCK, n)
+            left, right = 0, stored + hi  # the columns that some row of this block can see
+            if window is not None:
+                left = int(np.argmax(pos > new_pos[lo] - window))
+            rows = (q[query_heads, lo:hi] * np.float32(scale)).reshape(-1, d)
+            scores = (rows @ keys[left:right].T).reshape(group, hi - lo, right - left)
+            if left < stored:
+                scores[:, :, : stored - left] += log_size[left:]
+            scores[:, :, max(stored + lo - left, 0) :] += above_diagonal[
+                : hi - lo, max(left - stored - lo, 0) : hi - lo
+            ]
+            if window is not None:
+                np.copyto(scores, -np.inf, where=pos[left:right] <= new_pos[lo:hi, None] - window)
+            mixed = _softmax_values(scores.reshape(-1, right - left), values[left:right])
+            out[lo:hi, query_heads] = mixed.reshape(group, hi - lo, d).transpose(1, 0, 2)
+    return out.reshape(n, n_heads * d)
+
+
+def decode_attention(q, past, scale, window=None):
+    """Attention of one token of each of B sequences over its stored entries (its own entry among them).
+
+    q (B, Hq, d) rotated; past: B PagedLayers of one model layer, heads of any lengths -> (B, Hq * d)."""
+    out = np.empty_like(q)
+    for b, layer in enumerate(past):
+        n_kv_heads = len(layer.lengths)
+        group = q.shape[1] // n_kv_heads
+        for head in range(n_kv_heads):
+            rows = q[b, head * group : (head + 1) * group] * np.float32(scale)
+            runs = list(layer.runs(head))  # views, nothing is copied
+            scores = np.concatenate([rows @ k.T + log_size for k, _, log_size, _ in runs], axis=1)
+            if window is not None:
+                pos = np.concatenate([run[3] for run in runs])
+                scores[:, pos <= layer.seen - window] = -np.inf
+            scores -= scores.max(axis=1, keepdims=True)
+            np.exp(scores, out=scores)
+            total = scores.sum(axis=1, keepdims=True)
+            mixed, lo = 0.0, 0
+            for _, v, _, _ in runs:
+                mixed = mixed + scores[:, lo : lo + len(v)] @ v
+                lo += len(v)
+            out[b, head * group : (head + 1) * group] = mixed / total
+    return out.reshape(q.shape[0], -1)
+
+
+@dataclass
+class Slab:
+    """Memory of n_pages pages, each `page_size` entries of one KV head of one layer. Fields of one kind lie together,
+    so that consecutive pages of a head are one (entries, d) array."""
+
+    k: np.ndarray  # (n_pages, page_size, d) float32
+    v: np.ndarray  # (n_pages, page_size, d) float32
+    log_size: np.ndarray  # (n_pages, page_size) float32
+    pos: np.ndarray  # (n_pages, page_size) int32
+
+
+def page_bytes(page_size, head_dim):
+    """Bytes of one page: K and V in float32, log s in float32, position in int32."""
+    return page_size * (2 * head_dim * 4 + 4 + 4)
+
+
+def new_slab(n_pages, page_size, head_dim):
+    """An anonymous mapping of its own: it goes back to the operating system when the last reference to it goes."""
+    words = np.frombuffer(mmap.mmap(-1, n_pages * page_bytes(page_size, head_dim)), np.float32)
+    n = n_pages * page_size
+    k, v, log_size, pos = np.split(words, np.cumsum([n * head_dim, n * head_dim, n]))
+    return Slab(
+        k.reshape(n_pages, page_size, head_dim),
+        v.reshape(n_pages, page_size, head_dim),
+        log_size.reshape(n_pages, page_size),
+        pos.view(np.int32).reshape(n_pages, page_size),
+    )
+
+
+def merge(rows, dest, weight, n_entries):
+    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest (R,), weight (R,) -> (n_entries, d)
+    float32."""
+    taken = np.flatnonzero(dest >= 0)
+    order = taken[np.argsort(dest[taken], kind="stable")]  # rows, entry by entry
+    count = np.bincount(dest[taken], minlength=n_entries)
+    first = np.cumsum(count) - count
+    largest = np.argsort(
+        -count, kind="stable"
+    )  # entries with many rows first: those with more than r rows are a prefix
+    total = np.zeros((n_entries, rows.shape[1]), np.float32)
+    for r in range(int(count.max(initial=0))):
+        more = largest[: np.searchsorted(-count[largest], -r)]
+        source = order[first[more] + r]
+        total[: len(more)] += rows[source] * weight[source, None]
+    out = np.empty_like(total)
+    out[largest] = total
+    return out
+
+
+def set_threads(n):
+    """Threads of the linear algebra library under NumPy, for the whole process."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(limits=n)

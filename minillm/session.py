@@ -1,0 +1,264 @@
+"""One conversation with a model: what it has read, what it has yet to read, and its compressed cache.
+
+A later turn reads only its own new tokens. A session can be saved to a file and taken up again.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm.cache import KVCache
+from minillm.errors import MinillmError
+from minillm.memory import peak_memory
+from minillm.sampling import Sampler
+from minillm.stream import StreamDecoder
+
+SESSION_FORMAT = 1
+REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token, and the text that became safe to show with it (a character or a stop text may be held
+    back)."""
+
+    token_id: int
+    text: str
+
+
+@dataclass
+class Timings:
+    """Counts and seconds of one answer."""
+
+    prompt_tokens: int = 0  # read for this answer
+    cached_tokens: int = 0  # already in the cache before it
+    generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    kept: float = 1.0  # entries stored / entries of a full cache, at the end of the prompt
+
+
+class Answer:
+    """One answer in the making: draws tokens from logits until a stop id, a stop text or a limit ends it."""
+
+    def __init__(self, session, params):
+        self.params, self.session = params, session
+        self.sampler, self.decoder = Sampler(params), None
+        llm = session.llm
+        if llm.tokenizer:
+            self.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not session.new_turn)
+        elif params.stop:
+            raise MinillmError("stop texts need a tokenizer, and this model folder has none: add its tokenizer.json")
+        self.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
+        self.token_ids, self.text, self.stop_reason = [], "", None  # None, "eos", "stop" or "length"
+
+    def take(self, logits):
+        """logits (vocab,) -> the next Piece, or None where the answer ended before it."""
+        session = self.session
+        token = self.sampler(logits, session.cache.token_ids)
+        if token in self.stop_ids:
+            self.stop_reason = "eos"
+            return None
+        session.unread.append(token)
+        self.token_ids.append(token)
+        text = self.decoder.push(token) if self.decoder else ""
+        self.text += text
+        if self.decoder and self.decoder.stopped:
+            self.stop_reason = "stop"
+        elif len(self.token_ids) == self.params.max_tokens or session.seen_soon >= session.llm.context:
+            self.stop_reason = "length"
+        return Piece(token, text)
+
+    def rest(self):
+        """The text still held back at the end."""
+        text = self.decoder.finish() if self.decoder and self.stop_reason != "stop" else ""
+        self.text += text
+        return text
+
+
+class Session:
+    """A sequence of an LLM. `feed` adds a prompt, `stream` reads it and answers; `ask` is a turn of a chat."""
+
+    def __init__(self, llm):
+        self.llm = llm
+        self.cache = KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads)
+        self.unread = []  # token ids that were fed or generated and not read yet
+        self.messages = []  # the chat so far
+        self.rendered = None  # the chat template's text up to the last answer
+        self.new_turn = False  # whether an answer begins a turn, and does not go on where a text ended
+        self.timings = Timings()
+        self.answer = None  # the last Answer
+
+    @property
+    def seen_soon(self):
+        return self.cache.seen + len(self.unread)
+
+    def feed(self, prompt):
+        """Add a prompt: text (special tokens in it are recognised), token ids, or chat messages (list of dicts)."""
+        self.unread += self.llm.encode(prompt, bos=self.seen_soon == 0)
+        self.new_turn = self.new_turn or bool(prompt) and isinstance(prompt[0], dict)
+
+    def read(self, progress=None):
+        """Read what was fed; -> logits (vocab,) after its last token. progress(layers done, layers)."""
+        llm, cache, ids = self.llm, self.cache, self.unread
+        if not ids:
+            raise MinillmError("the prompt is empty: give some text")
+        if self.seen_soon > llm.context:
+            raise MinillmError(
+                f"the prompt has {self.seen_soon} tokens and the context {llm.context}: shorten it, raise "
+                f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
+            )
+        llm.check_memory(self)
+        past = list(cache.token_ids)
+        try:
+            hidden = llm.model.extend(ids, cache, llm.compressor, progress)
+        except BaseException:
+            self.unread = past + ids  # the cache is empty now: nothing is lost, all of it is read next time
+            raise
+        self.unread = []
+        return llm.model.logits(hidden[-1:])[0]
+
+    def stream(self, params, progress=None):
+        """Read what was fed and answer: yields Pieces; `self.answer` and `self.timings` tell how it went. The state
+        is whole at every yield, so that an answer may be left at any time."""
+        start = time.perf_counter()
+        self.answer = answer = Answer(self, params)
+        self.timings = timings = Timings(prompt_tokens=len(self.unread), cached_tokens=self.cache.seen)
+        logits = self.read(progress)
+        timings.prompt_seconds = time.perf_counter() - start
+        timings.kept = self.cache.kept
+        begin = time.perf_counter()
+        try:
+            while piece := answer.take(logits):
+                timings.generated_tokens += 1
+                timings.generation_seconds = time.perf_counter() - begin
+                timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - start
+                if answer.stop_reason:
+                    yield Piece(piece.token_id, piece.text + answer.rest())
+                    return
+                yield piece
+                logits = self.step()
+            if rest := answer.rest():
+                yield Piece(-1, rest)
+        finally:
+            timings.generation_seconds = time.perf_counter() - begin
+
+    def step(self):
+        """Read the one token generated last; -> logits (vocab,). Compresses closed chunks when enough has come
+        together."""
+        model, compressor = self.llm.model, self.llm.compressor
+        logits = model.decode(self.unread, [self.cache])[0]
+        self.unread = []
+        if compressor.due(self.cache):
+            model.recompress(self.cache, compressor)
+        return logits
+
+    def ask(self, text, params, system=None, progress=None):
+        """A turn of a chat: yields the Pieces of the answer. The first turn may set a system prompt."""
+        if system is not None and not self.messages:
+            self.messages.append({"role": "system", "content": system})
+        self._finish_turn()
+        user = {"role": "user", "content": text}
+        tokenizer = self.llm.tokenizer
+        rendered = tokenizer.render_chat([*self.messages, user])
+        new = rendered
+        if self.rendered is not None:
+            # What follows the last answer: the cache holds that answer as it was generated, not as a template trims it.
+            marked = [*self.messages[:-1], {"role": "assistant", "content": REPLY}, user]
+            head, _, new = tokenizer.render_chat(marked).partition(REPLY)
+            if head != self.rendered:  # the template rewrites earlier turns: read all of it again
+                self.cache.clear()
+                self.unread, self.rendered, new = [], None, rendered
+        before, n_before = self.rendered, self.seen_soon
+        self.feed(new)
+        self.new_turn = True
+        self.messages.append(user)
+        self.rendered = rendered
+        try:
+            yield from self.stream(params, progress)
+        except MinillmError:
+            if not self.answer.token_ids:  # too long, for example: a shorter text may follow in its place
+                self.messages.pop()
+                self.rendered, self.unread = before, self.unread[: n_before - self.cache.seen]
+            raise
+
+    def _finish_turn(self):
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.append({"role": "assistant", "content": self.answer.text if self.answer else ""})
+
+    def summary(self):
+        """Counts, seconds and bytes of the last answer, and the cache as it is now: plain values for people and
+        JSON."""
+        llm, answer, timings = self.llm, self.answer, asdict(self.timings)
+        kept = timings.pop("kept")
+        return {
+            "text": answer.text,
+            "stop_reason": answer.stop_reason,
+            "load_seconds": llm.load_seconds,
+            **timings,
+            "peak_bytes": peak_memory(),
+            "model": llm.config.name,
+            "device": "cpu",
+            "cache": {
+                "method": llm.cache_config.method,
+                "budget": llm.cache_config.as_dict()["budget"],
+                "kept": kept,
+                "entries": self.cache.entries,
+                "bytes": self.cache.bytes_in_use,
+                "full_bytes": self.cache.full_bytes,
+                "tau": llm.cache_config.options.get("tau"),
+            },
+        }
+
+    def close(self):
+        """Give the memory back."""
+        self.cache.clear()
+        self.unread, self.messages, self.rendered = [], [], None
+        self.llm.pool.trim()
+
+    def save(self, path):
+        """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+
+        self._finish_turn()
+        state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
+        metadata = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
+        arrays = {name: np.array(a, order="C") for name, a in self.cache.state().items()}
+        path = Path(path).expanduser()
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(arrays, unfinished, metadata)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            raise MinillmError(f"cannot write {path} ({error}): free some space there or name another file") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def restore(self, path):
+        """Take up a saved session. A file of another model, dtype, method or version raises MinillmError and changes
+        nothing."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+            saved, state = json.loads(metadata["minillm_session"]), json.loads(metadata["state"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise MinillmError(f"{path} is not a minillm session ({error}): delete it or name another file") from None
+        for name, here in self.llm.identity().items():
+            if saved.get(name) != here:
+                raise MinillmError(
+                    f"{path} was saved with {name} {saved.get(name)!r} and this is {here!r}: name another file or "
+                    "delete it"
+                )
+        self.cache.clear()
+        self.cache.restore(arrays)
+        self.unread, self.messages, self.rendered = state["unread"], state["messages"], state["rendered"]
+        self.answer = None

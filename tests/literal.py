@@ -1,0 +1,191 @@
+"""What the cache and its compression are compared with: attention, greedy clustering and SemantiCache in float64, a
+query, a pair or a row at a time, as the papers print them. Nothing here calls the operations under test; pages are
+filled by hand. Symbols as in minillm.ops."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.cache import PagedLayer, PagePool
+from minillm.compress.plan import Layer
+from minillm.ops import numpy_ops
+
+
+def attend(q, entries, scale, query_pos, window=None):
+    """softmax(q.k * scale + log s) v over the entries a query at `query_pos` sees. q (d,); entries: k (m, d), v (m, d),
+    log_size (m,), pos (m,) -> (d,)."""
+    k, v, log_size, pos = (np.asarray(column, np.float64) for column in entries)
+    logits = k @ np.float64(q) * scale + log_size
+    if window is not None:
+        logits[pos <= query_pos - window] = -np.inf
+    p = np.exp(logits - logits.max())
+    return p @ v / p.sum()
+
+
+def prefill(q, k, v, past, seen, scale, window=None, rows=None):
+    """Causal attention of new tokens over stored entries `past` (one tuple as in `attend` a KV head) and themselves, of
+    all new tokens or of `rows` of them. -> (rows, Hq * d)"""
+    n_heads, n, d = q.shape
+    rows = range(n) if rows is None else rows
+    out = np.zeros((len(rows), n_heads, d))
+    for head in range(n_heads):
+        kv_head = head * len(k) // n_heads
+        k_past, v_past, log_size, pos = past[kv_head]
+        for row, i in enumerate(rows):
+            entries = (
+                np.concatenate([k_past, k[kv_head, : i + 1]]),
+                np.concatenate([v_past, v[kv_head, : i + 1]]),
+                np.concatenate([log_size, np.zeros(i + 1)]),
+                np.concatenate([pos, np.arange(seen, seen + i + 1)]),
+            )
+            out[row, head] = attend(q[head, i], entries, scale, seen + i, window)
+    return out.reshape(len(rows), -1)
+
+
+def rotated(x, angle, factor=1.0):
+    """Half-split RoPE as multiplication of complex numbers: x (..., d), angle (..., d/2); float64."""
+    x = np.asarray(x, np.float64)
+    half = x.shape[-1] // 2
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.asarray(angle, np.float64)) * factor
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+@dataclass
+class FakeRope:
+    """Stands in for minillm.rope.Rope: plain frequencies, and a factor on cos and sin as yarn has it."""
+
+    head_dim: int
+    theta: float = 100.0
+    factor: float = 1.0
+
+    def angles(self, pos):
+        """(..., head_dim // 2) float64"""
+        inv_freq = self.theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        return np.asarray(pos, np.float64)[..., None] * inv_freq
+
+    def tables(self, positions, length):
+        angles = self.angles(positions)
+        return np.float32(np.cos(angles) * self.factor), np.float32(np.sin(angles) * self.factor)
+
+    def rotated(self, x, pos):
+        return rotated(x, self.angles(pos), self.factor)
+
+    def undone(self, x, pos):
+        return rotated(x, -self.angles(pos), 1 / self.factor)
+
+
+def random_entries(rng, m, d, seen):
+    """k, v, log_size, pos of m stored entries: sizes 1 to 9, positions below `seen` in no order."""
+    k, v = rng.normal(size=(2, m, d)).astype(np.float32)
+    log_size = np.log(rng.integers(1, 10, m)).astype(np.float32)
+    return k, v, log_size, rng.integers(0, seen, m).astype(np.int32)
+
+
+def paged_layer(heads, seen, *, page_size=4, slab_pages=3, rng=None):
+    """A PagedLayer with these entries (one tuple as in `attend` a head) in pages of small slabs: scattered by `rng`, or
+    in order."""
+    d = heads[0][0].shape[1]
+    pool = PagePool(numpy_ops, d, page_size, slab_pages * numpy_ops.page_bytes(page_size, d))
+    lengths = np.array([len(head[0]) for head in heads])
+    n_pages = -(-lengths // page_size)
+    ids = pool.alloc(2 * int(n_pages.sum()) + 1)
+    if rng is not None:
+        ids = rng.permutation(ids)
+    pages = np.zeros((len(heads), int(n_pages.max(initial=0)) + 2), np.int32)
+    for h, head in enumerate(heads):
+        pages[h, : n_pages[h]], ids = ids[: n_pages[h]], ids[n_pages[h] :]
+        for i in range(lengths[h]):
+            slab, page = divmod(int(pages[h, i // page_size]), slab_pages)
+            for name, column in zip(("k", "v", "log_size", "pos"), head, strict=True):
+                getattr(pool.slabs[slab], name)[page, i % page_size] = column[i]
+    return PagedLayer(pool, pages, lengths, seen)
+
+
+def greedy_seeds(keys, tau):
+    """Algorithm 1 of SemantiCache on one chunk, keys (l, d): the seed of each row, and whether a comparison was too
+    near to tau for float32 to decide (cosine of a zero key: exactly 0)."""
+    keys = [np.float64(key) for key in keys]
+    norms = [float(np.sqrt(key @ key)) for key in keys]
+    seed, near = [None] * len(keys), False
+    for i in range(len(keys)):
+        if seed[i] is not None:
+            continue
+        seed[i] = i
+        for j in range(i + 1, len(keys)):
+            if seed[j] is None:
+                product = norms[i] * norms[j]
+                cosine = float(keys[i] @ keys[j]) / product if product else 0.0
+                near = near or (product > 0 and abs(cosine - tau) < 2e-6)
+                if cosine > tau:
+                    seed[j] = i
+    return seed, near
+
+
+def make_layer(heads, rope, *, n_positions=None):
+    """A Layer of rows given head by head as dicts: k (stored, rotated), v, size, pos, classes, protected."""
+    columns = {name: np.concatenate([head[name] for head in heads]) for name in heads[0]}
+    n_positions = n_positions or int(columns["pos"].max(initial=0)) + 1
+    return Layer(
+        index=0,
+        k=columns["k"].astype(np.float32),
+        v=columns["v"].astype(np.float32),
+        size=columns["size"].astype(np.float32),
+        pos=columns["pos"].astype(np.int32),
+        classes=columns["classes"].astype(np.uint8),
+        protected=columns["protected"].astype(bool),
+        lengths=np.array([len(head["pos"]) for head in heads]),
+        cos=rope.tables(np.arange(n_positions), n_positions)[0],
+        sin=rope.tables(np.arange(n_positions), n_positions)[1],
+        ops=numpy_ops,
+    )
+
+
+def chunks_between_delimiters(head, longest):
+    """Lists of row numbers of one head (a dict as in make_layer): SemantiCache's C1, C2, ... A delimiter or a protected
+    row ends a chunk and belongs to none; a chunk of more than `longest` rows is split."""
+    chunks, chunk = [], []
+    for row in range(len(head["pos"])):
+        if head["protected"][row] or head["classes"][row] > 0:
+            chunks.append(chunk)
+            chunk = []
+        else:
+            chunk.append(row)
+    return [part[lo : lo + longest] for part in [*chunks, chunk] for lo in range(0, len(part), longest)]
+
+
+def semanticache(head, chunks, tau, rope, *, unrotate):
+    """Clusters of one head for one tau: for each entry, in the order of the seeds, the list of its rows."""
+    keys = rope.undone(head["k"], head["pos"]) if unrotate else head["k"]
+    members = {row: [row] for row in range(len(head["pos"]))}
+    for chunk in chunks:
+        seeds, near = greedy_seeds(keys[chunk], tau)
+        assert not near, "take another seed for the random keys: a cosine is too near to tau"
+        for row, seed in zip(chunk, seeds, strict=True):
+            if chunk[seed] != row:
+                members[chunk[seed]].append(row)
+                del members[row]
+    return list(members.values())
+
+
+def check_entries(entries, heads, clusters, rope, *, unrotate, log_size=True):
+    """The Entries are the means of these clusters (lists of rows, a list a head; eqs. 2-4), weighted by the sizes."""
+    assert entries.lengths.tolist() == [len(rows) for rows in clusters]
+    numbered = [(head, rows) for head, of_head in zip(heads, clusters, strict=True) for rows in of_head]
+    assert len(numbered) == len(entries.k) == len(entries.v) == len(entries.log_size) == len(entries.pos)
+    for e, (head, rows) in enumerate(numbered):
+        k, v, pos = head["k"][rows], head["v"][rows], head["pos"][rows]
+        if len(rows) == 1:
+            np.testing.assert_array_equal(entries.k[e], k[0].astype(np.float32))
+            np.testing.assert_array_equal(entries.v[e], v[0].astype(np.float32))
+            assert entries.pos[e] == pos[0]
+            continue
+        size = np.float64(head["size"][rows])
+        share = size / size.sum()
+        assert abs(entries.pos[e] - share @ pos) < 0.501  # a tie may be rounded either way
+        if unrotate:
+            core = rope.rotated(share @ rope.undone(k, pos), entries.pos[e])
+        else:
+            core = share @ np.float64(k)
+        np.testing.assert_allclose(entries.k[e], core, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(entries.v[e], share @ np.float64(v), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(entries.log_size[e], np.log(size.sum()) if log_size else 0.0, atol=1e-6)

@@ -1,0 +1,112 @@
+"""A Llama or Mistral forward pass in NumPy float64, as literal as it gets: what minillm is compared with.
+
+It shares no code with minillm. A model is its config.json as a dict and its weights as a dict of float arrays under
+their Hugging Face names; nothing is cached, batched or fused. n: tokens, m: keys, the rest as in config.json.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
+    """Logits (n, vocab) float64 of the token ids (n,).
+
+    `inv_freq` (head_dim // 2,) and `attention_factor` are what the model's RoPE scaling makes of them; without them the
+    plain theta ** (-2i / head_dim) is used, and a config that wants a scaling is refused.
+    """
+    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    n, n_heads = len(ids), config["num_attention_heads"]
+    n_kv_heads = config.get("num_key_value_heads") or n_heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
+    eps = config["rms_norm_eps"]
+    if inv_freq is None:
+        inv_freq = plain_inv_freq(config, head_dim)
+
+    position = np.arange(n)
+    angle = position[:, None] * np.asarray(inv_freq, np.float64)  # (n, head_dim // 2)
+    cos, sin = np.cos(angle) * attention_factor, np.sin(angle) * attention_factor
+    mask = position[None, :] <= position[:, None]  # (n queries, n keys)
+    if config.get("sliding_window"):
+        mask &= position[None, :] > position[:, None] - config["sliding_window"]
+
+    x = w["model.embed_tokens.weight"][ids]  # (n, dim)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+
+        def linear(name, x, prefix=prefix):
+            return x @ w[f"{prefix}{name}.weight"].T + w.get(f"{prefix}{name}.bias", 0)
+
+        h = rms_norm(x, w[prefix + "input_layernorm.weight"], eps)
+        q = linear("self_attn.q_proj", h).reshape(n, n_heads, head_dim).transpose(1, 0, 2)
+        k = linear("self_attn.k_proj", h).reshape(n, n_kv_heads, head_dim).transpose(1, 0, 2)
+        v = linear("self_attn.v_proj", h).reshape(n, n_kv_heads, head_dim).transpose(1, 0, 2)
+        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
+        x = x + linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
+
+        h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], eps)
+        gate = linear("mlp.gate_proj", h)
+        x = x + linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
+
+    head = w["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
+    return rms_norm(x, w["model.norm.weight"], eps) @ head.T
+
+
+def attention(q, k, v, mask=None, log_size=None):
+    """softmax(q k^T / sqrt(head_dim) + log_size) v, head by head and query by query.
+
+    q (n_heads, n, head_dim); k, v (n_kv_heads, m, head_dim); mask (n, m) bool, True where a query sees a key;
+    log_size (n_kv_heads, m), the log of how many tokens a key stands for. Returns (n_heads, n, head_dim) float64.
+    """
+    n_heads, n, head_dim = q.shape
+    group = n_heads // len(k)
+    out = np.zeros((n_heads, n, v.shape[-1]))
+    for head in range(n_heads):
+        kv_head = head // group
+        for i in range(n):
+            logits = k[kv_head].astype(np.float64) @ q[head, i].astype(np.float64) / np.sqrt(head_dim)  # (m,)
+            if log_size is not None:
+                logits = logits + log_size[kv_head]
+            if mask is not None:
+                logits = np.where(mask[i], logits, -np.inf)
+            p = np.exp(logits - logits.max())
+            out[head, i] = (p / p.sum()) @ v[kv_head].astype(np.float64)
+    return out
+
+
+def rotate(x, cos, sin):
+    """Half-split RoPE of x (heads, n, head_dim): element i is paired with element i + head_dim // 2."""
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rms_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def plain_inv_freq(config, head_dim):
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError("this config scales its RoPE: pass inv_freq")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def read_folder(folder):
+    """config.json as a dict and every tensor of every *.safetensors as float32, by name."""
+    weights = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                weights[name] = floats(data[start + begin : start + end], entry["dtype"]).reshape(entry["shape"])
+    return json.loads((Path(folder) / "config.json").read_text()), weights
+
+
+def floats(data, dtype):
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)

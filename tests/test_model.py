@@ -1,0 +1,80 @@
+"""The forward pass against what transformers computed: tiny random models of every kind, and the default model's greedy
+text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm import LLM, CacheConfig, SamplingParams
+
+
+def load(path, **options):
+    return LLM.load(str(path), cache=CacheConfig("full"), offline=True, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "stored"])
+def test_logits_are_those_of_transformers(tiny_model, dtype):
+    with np.load(tiny_model / "golden.npz") as golden, load(tiny_model, dtype=dtype) as llm:
+        logits = llm.logits(golden["ids"].tolist())
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+
+
+def test_decoding_token_by_token_gives_the_same_logits(tiny_model):
+    """Decode and extend share no attention code: both must give the reference, from every position of the prompt on."""
+    with np.load(tiny_model / "golden.npz") as golden, load(tiny_model) as llm:
+        ids, expected = golden["ids"].tolist(), golden["logits"]
+        if llm.config.rope.kind == "dynamic":  # its frequencies change with the length of the whole sequence
+            ids = ids[: llm.config.rope.original_context]
+            expected = llm.logits(ids)
+        for first in (1, len(ids) // 2):
+            session = llm.session()
+            session.feed(ids[:first])
+            rows = [session.read()]
+            for token in ids[first:]:
+                session.unread = [token]
+                rows.append(session.step())
+            np.testing.assert_allclose(rows, expected[first - 1 :], rtol=0, atol=1e-4)
+
+
+def test_extending_in_parts_gives_the_same_logits(tiny_model):
+    with np.load(tiny_model / "golden.npz") as golden, load(tiny_model) as llm:
+        ids, expected = golden["ids"].tolist(), golden["logits"]
+        if llm.config.rope.kind == "dynamic":
+            ids = ids[: llm.config.rope.original_context]
+            expected = llm.logits(ids)
+        session = llm.session()
+        for lo in range(0, len(ids), 7):
+            session.feed(ids[lo : lo + 7])
+            last = min(lo + 7, len(ids)) - 1
+            np.testing.assert_allclose(session.read(), expected[last], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def default_model(default_model_path):
+    with load(default_model_path) as llm:
+        yield llm
+
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_default.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("golden", GOLDEN["prompts"], ids=lambda golden: golden["name"])
+def test_greedy_text_is_that_of_transformers(default_model, golden):
+    """Prompt ids, logits within 2e-3, and every one of the (up to) 48 greedy tokens. No top two logits on any of these
+    paths are nearer to each other than 4e-3."""
+    llm, greedy = default_model, golden["greedy"]
+    prompt = golden["messages"] or golden["text"]
+    assert llm.encode(prompt) == golden["ids"]
+    session = llm.session()
+    session.feed(prompt)
+    logits = session.read()
+    np.testing.assert_allclose(logits[golden["logits"]["ids"]], golden["logits"]["values"], rtol=0, atol=2e-3)
+    session.close()
+    assert greedy["smallest_margin"] > 4e-3
+    ended = greedy["ids"][-1] == GOLDEN["stop_id"]
+    pieces = list(llm.stream(prompt, SamplingParams(max_tokens=48)))
+    assert [piece.token_id for piece in pieces if piece.token_id >= 0] == greedy["ids"][: len(greedy["ids"]) - ended]
+    assert "".join(piece.text for piece in pieces) == greedy["text"]

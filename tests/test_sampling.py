@@ -1,0 +1,216 @@
+"""Sampling: each parameter against its definition, a token at a time."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minillm.errors import UsageError
+from minillm.sampling import Sampler, SamplingParams
+
+F32 = np.float32
+
+
+def literal(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities of all tokens as a dict: every rule is applied to what the one before left, the most likely first
+    and of equal ones the lower id."""
+    ranked = sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))
+    best = float(logits[ranked[0]])
+    weight = {token: math.exp((float(logits[token]) - best) / temperature) for token in ranked}
+    kept = ranked[:top_k] if top_k else ranked
+    total, reached, nucleus = sum(weight[token] for token in kept), 0.0, []
+    for token in kept:
+        if top_p < 1 and nucleus and reached >= top_p - 1e-12:
+            break
+        nucleus.append(token)
+        reached += weight[token] / total
+    kept = [token for token in nucleus if weight[token] >= min_p * weight[nucleus[0]]]
+    total = sum(weight[token] for token in kept)
+    return {token: weight[token] / total for token in kept}
+
+
+def check(logits, **params):
+    probabilities = Sampler(SamplingParams(**{"temperature": 1.0} | params)).probabilities(logits)
+    expected = np.zeros(len(logits))
+    for token, p in literal(logits, **params).items():
+        expected[token] = p
+    assert probabilities.dtype == np.float64 and abs(probabilities.sum() - 1) < 1e-12
+    np.testing.assert_array_equal(probabilities > 0, expected > 0)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-9, atol=1e-15)
+
+
+LOGITS = np.random.default_rng(0).normal(0, 3, 200).astype(F32)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        *({"temperature": t} for t in (0.05, 0.7, 1.3, 50.0)),
+        *({"top_k": k} for k in (1, 2, 17, 200, 1000)),
+        *({"top_p": p} for p in (1e-6, 0.1, 0.5, 0.95, 0.999999)),
+        *({"min_p": p} for p in (0.01, 0.1, 0.9, 1.0)),
+        {"temperature": 0.6, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 2.0, "top_k": 10, "top_p": 0.7},
+        {"temperature": 1.5, "top_k": 30, "min_p": 0.2},
+        {"temperature": 3.0, "top_p": 0.8, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_probabilities(params):
+    check(LOGITS, **params)
+
+
+def test_top_p_takes_the_fewest_tokens_that_reach_it():
+    logits = np.log(np.array([0.125, 0.5, 0.125, 0.25], F32))
+    for top_p, tokens in (
+        (0.4, [1]),
+        (0.5, [1]),
+        (0.51, [1, 3]),
+        (0.75, [1, 3]),
+        (0.8, [0, 1, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ):
+        p = Sampler(SamplingParams(temperature=1, top_p=top_p)).probabilities(np.float32(logits))
+        assert np.flatnonzero(p).tolist() == tokens
+
+
+def test_top_p_counts_what_top_k_left():
+    """Of 0.5, 0.25 and less the first two are left as 2/3 and 1/3."""
+    logits = np.log(np.array([0.125, 0.5, 0.125, 0.25], F32))
+    p = Sampler(SamplingParams(temperature=1, top_k=2, top_p=0.6)).probabilities(logits)
+    assert np.flatnonzero(p).tolist() == [1]
+
+
+def test_ties_are_cut_by_id():
+    logits = np.zeros(10, F32)
+    for params in ({"top_k": 3}, {"top_p": 0.25}):
+        p = Sampler(SamplingParams(temperature=1, **params)).probabilities(logits)
+        np.testing.assert_allclose(p, [1 / 3] * 3 + [0] * 7)
+    check(logits, min_p=1.0)
+
+
+def test_extreme_logits():
+    check(np.array([3e38, -3e38, 0, 3e38], F32))
+    check(np.array([-np.inf, 1, -np.inf, 2], F32), top_p=0.99)
+    check(np.array([1e4, 1e4 - 1, -1e4], F32), temperature=0.001)
+    check(np.array([5.0], F32), top_k=3, top_p=0.3, min_p=0.4)
+
+
+def test_greedy_is_the_default():
+    sampler = Sampler(SamplingParams())
+    logits = np.array([1, 7, -3, 7], F32)
+    assert [sampler(logits, []) for _ in range(20)] == [1] * 20  # of equal ones the first
+    token = sampler(logits, [])
+    assert type(token) is int
+
+
+def test_a_low_temperature_is_nearly_greedy():
+    sampler = Sampler(SamplingParams(temperature=1e-30, seed=0))
+    assert {sampler(LOGITS, []) for _ in range(20)} == {int(LOGITS.argmax())}
+
+
+def draws(params, n=40, logits=LOGITS):
+    sampler = Sampler(params)
+    return [sampler(logits, []) for _ in range(n)]
+
+
+def test_a_seed_makes_an_answer_repeat():
+    params = SamplingParams(temperature=1.5, seed=7)
+    assert draws(params) == draws(params)
+    assert draws(params) != draws(SamplingParams(temperature=1.5, seed=8))
+    assert draws(SamplingParams(temperature=1.5, seed=0)) == draws(SamplingParams(temperature=1.5, seed=0))
+    assert draws(SamplingParams(temperature=1.5)) != draws(SamplingParams(temperature=1.5))
+    assert len(set(draws(params))) > 5
+
+
+def test_a_sampler_draws_apart_from_the_global_generator():
+    np.random.seed(0)
+    one = draws(SamplingParams(temperature=1.5, seed=3))
+    np.random.seed(1)
+    assert draws(SamplingParams(temperature=1.5, seed=3)) == one
+
+
+def test_tokens_are_drawn_as_often_as_their_probability():
+    logits = np.array([2.0, 1.0, 0.0, -1.0, -9.0], F32)
+    params = SamplingParams(temperature=1.4, top_k=4, seed=1)
+    n = 4000
+    counts = np.bincount(draws(params, n, logits), minlength=5)
+    expected = literal(logits, temperature=1.4, top_k=4)
+    assert counts[4] == 0
+    for token, p in expected.items():
+        assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p))
+
+
+# the penalty on repetition
+
+
+def penalised(logits, recent, penalty):
+    out = [float(x) for x in logits]
+    for token in set(list(recent)[-64:]):
+        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
+    return np.array(out)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.5])
+def test_repeat_penalty(penalty):
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 10, 64, 65, 300):
+        logits, recent = rng.normal(0, 3, 30).astype(F32), rng.integers(0, 30, n).tolist()
+        before = logits.copy()
+        token = Sampler(SamplingParams(repeat_penalty=penalty))(logits, recent)
+        assert token == int(penalised(before, recent, penalty).argmax())
+        np.testing.assert_array_equal(logits, before)  # they are the caller's
+
+
+def test_repeat_penalty_looks_back_on_64_tokens_and_counts_each_once():
+    logits = np.array([3.0, 2.0, -1.0], F32)
+    sampler = Sampler(SamplingParams(repeat_penalty=2.0))
+    assert sampler(logits, [0]) == 1
+    assert sampler(logits, [0] + [2] * 63) == 1
+    assert sampler(logits, [0] + [2] * 64) == 0
+    assert (
+        Sampler(SamplingParams(repeat_penalty=1.4))(logits, [0] * 50) == 0
+    )  # 3 / 1.4 is more than 2; once, not 50 times
+    assert Sampler(SamplingParams(repeat_penalty=3.0))(np.array([-1.0, -2.0], F32), [0, 0, 0]) == 1
+
+
+def test_repeat_penalty_comes_before_temperature():
+    logits = np.array([2.0, 1.0, -1.0], F32)
+    params = SamplingParams(repeat_penalty=4.0, temperature=0.7, seed=0)
+    sampler, n = Sampler(params), 3000
+    counts = np.bincount([sampler(logits, [0, 2]) for _ in range(n)], minlength=3)
+    for token, p in literal(penalised(logits, [0, 2], 4.0), temperature=0.7).items():
+        assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p)) + 1
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("temperature", x) for x in (-0.1, math.nan)),
+        *(("top_k", x) for x in (-1,)),
+        *(("top_p", x) for x in (0, -1, 1.01, math.nan)),
+        *(("min_p", x) for x in (-0.1, 1.1, math.nan)),
+        *(("repeat_penalty", x) for x in (0, -1, math.nan)),
+        *(("max_tokens", x) for x in (0, -5)),
+        ("seed", -1),
+        *(("stop", x) for x in ("", ["a", ""])),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(UsageError, match=f"^{name} must be"):
+        SamplingParams(**{name: value})
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=1.0)
+
+
+def test_stop_may_be_one_text():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams().stop == ()
