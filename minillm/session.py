@@ -6,6 +6,7 @@ A later turn reads only its own new tokens. A session can be saved to a file and
 import json
 import os
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Answer:
     """One answer in the making: draws tokens from logits until a stop id, a stop text or a limit ends it."""
 
     def __init__(self, session, params):
-        self.params, self.session = params, session
+        self.params, self.session = params, weakref.proxy(session)  # no cycle: a session dropped is memory given back
         self.sampler, self.decoder = Sampler(params), None
         llm = session.llm
         if llm.tokenizer:
@@ -258,7 +259,6 @@ class Session:
                     f"{path} was saved with {name} {saved.get(name)!r} and this is {here!r}: name another file or "
                     "delete it"
                 )
-        self.cache.clear()
         self.cache.restore(arrays)
         self.unread, self.messages, self.rendered = state["unread"], state["messages"], state["rendered"]
         self.answer = None

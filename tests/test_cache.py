@@ -410,3 +410,21 @@ def test_a_damaged_state_is_refused(damage):
     with pytest.raises(MinillmError):
         cache.restore(state)
     assert cache.entries == cache.seen == pool.bytes_in_use == 0
+
+
+def test_restore_replaces_what_is_stored_or_leaves_it():
+    state = saved(np.random.default_rng(0)).state()
+    pool, rng = new_pool(), np.random.default_rng(1)
+    cache = KVCache(pool, 2, 2)
+    for index in range(2):
+        cache.write(index, random_entries(rng, [9, 3]))
+    cache.advance([1, 2, 3])
+    before = {name: array.copy() for name, array in cache.state().items()}
+    with pytest.raises(MinillmError):
+        cache.restore(state | {"k": state["k"][:-1]})
+    for name, array in cache.state().items():
+        np.testing.assert_array_equal(array, before[name])
+    cache.restore(state)
+    for name, array in cache.state().items():
+        np.testing.assert_array_equal(array, state[name])
+    check_pages(pool, [cache])

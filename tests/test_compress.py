@@ -395,7 +395,6 @@ def test_random_keeps_any_tokens_and_the_same_every_time():
 
 
 UNLIKE = [
-    ("random", "equal"),
     ("equal", "random"),
     ("equal", "equal", "text", "random"),
     ("random", "zero", "text", "equal"),
@@ -403,7 +402,7 @@ UNLIKE = [
 
 
 @pytest.mark.parametrize("keys", UNLIKE, ids="-".join)
-@pytest.mark.parametrize("budget", [0.1, 0.5, 0.95, 20, 150])
+@pytest.mark.parametrize("budget", [0.1, 0.95, 20, 150])
 def test_a_budget_is_met_exactly_over_layers_that_differ(keys, budget):
     """In a first prompt, in later turns, and where everything is compressed again."""
     sequence = Sequence(CacheConfig("semanticache", budget), n_layers=len(keys), keys=keys)

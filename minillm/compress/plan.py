@@ -23,7 +23,7 @@ class Layer:
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
     classes: np.ndarray  # (R,) uint8 DelimiterClass of each row's token
-    protected: np.ndarray  # (R,) bool: sinks, window, special tokens; they stay as they are
+    protected: np.ndarray  # (R,) bool: sinks and window; they stay as they are
     lengths: np.ndarray  # (H,) rows of each head
     cos: np.ndarray  # (seen, d/2) rotation of every position
     sin: np.ndarray
