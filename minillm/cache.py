@@ -131,9 +131,10 @@ class PagedLayer:
             )
 
     def read(self, head, start=0):
-        """k (m, d), v (m, d), log_size (m,), pos (m,) of the head's entries from `start` on, m = length - start:
-        copies, or a view where the pages lie together."""
-        runs = list(self.runs(head, start))
+        """k (m, d), v (m, d) float32, log_size (m,), pos (m,) of the head's entries from `start` on, m = length -
+        start: copies, or a view where the pages lie together."""
+        rows = self.pool.ops.stored_rows
+        runs = [(rows(k), rows(v), log_size, pos) for k, v, log_size, pos in self.runs(head, start)]
         if not runs:
             empty = np.zeros((0, self.pool.head_dim), np.float32)
             return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)
@@ -196,8 +197,10 @@ class KVCache:
         for head, first in enumerate(start.tolist()):
             for run in self.layer(layer).runs(head, first):
                 rows = slice(done, done + len(run[0]))
-                for stored, new in zip(run, (entries.k, entries.v, entries.log_size, entries.pos), strict=True):
-                    stored[:] = new[rows]
+                k, v, log_size, pos = run
+                self.pool.ops.store_rows(k, entries.k[rows])
+                self.pool.ops.store_rows(v, entries.v[rows])
+                log_size[:], pos[:] = entries.log_size[rows], entries.pos[rows]
                 done = rows.stop
         assert done == len(entries.pos)
 
@@ -232,6 +235,17 @@ class KVCache:
             np.full(n_heads, n),
         )
         self.write(layer, entries)
+
+    def make_room(self):
+        """One more entry in every head; what it is, is not written yet."""
+        size = self.pool.page_size
+        slow = self.lengths % size == 0  # a new page
+        open_pages = np.take_along_axis(self.pages, (self.lengths // size * ~slow)[:, :, None], axis=2)[:, :, 0]
+        slow[~slow] = self.pool.refs[open_pages[~slow]] > 1  # or one that a fork holds too
+        self.lengths[~slow] += 1
+        for layer, head in np.argwhere(slow):
+            length = int(self.lengths[layer, head])
+            self._resize(layer, head, length, length + 1)
 
     def read(self, layer, start=None):
         """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""

@@ -86,7 +86,8 @@ class LLM:
         sizes = {name: weight_bytes(files.path, config, name) for name in DTYPES[1:]}
         if dtype == "auto":
             free = available_memory()
-            dtype = "float32" if free is None or sizes["float32"] < 0.9 * free else "stored"
+            fits = free is None or sizes["float32"] < 0.9 * free
+            dtype = "stored" if backend.READS_STORED or not fits else "float32"
         promised = {}  # a context that was asked for must fit; the model's own is only a limit
         if context is not None:
             cache_size = cache_bytes(config, cache, backend, context)
@@ -179,7 +180,7 @@ class LLM:
         return {
             "version": SESSION_FORMAT,
             "model": f"{self.config.name} {digest.hexdigest()[:12]}",
-            "dtype": "float32",
+            "dtype": self.model.ops.CACHE_DTYPE,
             **self.cache_config.as_dict(),
         }
 

@@ -34,10 +34,13 @@ def peak_memory() -> int:
     """The most this process has had in memory so far, resident pages of mapped files included."""
     if sys.platform == "win32":
         return _windows_process()[1]
+    # Not ru_maxrss on Linux: there a process starts with the peak of the one that started it.
+    if peak := _proc_field("self/status", "VmHWM"):
+        return peak
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 # Linux

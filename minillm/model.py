@@ -58,11 +58,14 @@ class Model:
 
     def __init__(self, config, weights, ops):
         self.config, self.ops, self.rope = config, ops, Rope(config)
+        for name in [name for name, weight in weights.items() if len(weight.shape) > 1]:
+            weights[name] = ops.prepare(weights[name])  # one at a time: the words it was made from are given back
         self.embedding = weights["model.embed_tokens.weight"]
         self.blocks = [Block.of(weights, layer) for layer in range(config.n_layers)]
         self.norm = weights["model.norm.weight"].data
         self.head = self.embedding if config.tied_head else weights["lm_head.weight"]
         self.scale = config.head_dim**-0.5
+        self.runner = ops.runner(self)  # the same steps in fewer calls, or None
 
     def extend(self, token_ids, cache, compressor=None, progress=None):
         """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.
@@ -84,19 +87,25 @@ class Model:
         cos, sin = self.rope.tables(pos, cache.seen + len(pos))
         x = ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
         for index, block in enumerate(self.blocks):
-            q, k, v = self._qkv(block, ops.rms_norm(x, block.attention_norm, eps))
-            q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-            mixed = ops.prefill_attention(q, k, v, cache.layer(index), self.scale, window)
-            del q
+            if self.runner:
+                k, v, mixed = self.runner.attention(index, x, cos, sin, cache.layer(index))
+            else:
+                q, k, v = self._qkv(block, ops.rms_norm(x, block.attention_norm, eps))
+                q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+                mixed = ops.prefill_attention(q, k, v, cache.layer(index), self.scale, window)
+                del q
             if compression:
                 compression.store(index, k, v)
             else:
                 cache.append(index, k, v, pos)
             del k, v
-            x += ops.linear(mixed, block.wo, block.bo)
-            for lo in range(0, len(x), MLP_ROWS):
-                x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
-            self._check_finite(x, index)
+            if self.runner:
+                self._check_finite(self.runner.output(index, x, mixed), index)
+            else:
+                x += ops.linear(mixed, block.wo, block.bo)
+                for lo in range(0, len(x), MLP_ROWS):
+                    x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
+                self._check_finite(np.isfinite(x).all(), index)
             if progress:
                 progress(index + 1, len(self.blocks))
         cache.advance(token_ids, compression.tail if compression else None)
@@ -108,7 +117,7 @@ class Model:
         If anything is raised on the way the caches hold what they held before."""
         before = [cache.lengths.copy() for cache in caches]
         try:
-            logits = self.logits(self._decode(token_ids, caches))
+            logits = self._decode(token_ids, caches)
         except BaseException:
             for cache, lengths in zip(caches, before, strict=True):
                 cache.cut(lengths)
@@ -121,6 +130,12 @@ class Model:
         ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
         tables = [self.rope.tables(np.array([cache.seen]), cache.seen + 1) for cache in caches]
         cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
+        if self.runner:
+            for cache in caches:
+                cache.make_room()
+            logits, bad_layer = self.runner.decode(token_ids, caches, cos, sin)
+            self._check_finite(bad_layer is None, bad_layer)
+            return logits
         x = ops.embed(self.embedding, token_ids)  # (B, dim)
         for index, block in enumerate(self.blocks):
             q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, ops.rms_norm(x, block.attention_norm, eps)))
@@ -130,8 +145,8 @@ class Model:
             mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, window)
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
-            self._check_finite(x, index)
-        return x
+            self._check_finite(np.isfinite(x).all(), index)
+        return self.logits(x)
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
@@ -157,8 +172,8 @@ class Model:
         h = ops.swiglu(ops.linear(h, block.w_gate, block.b_gate), ops.linear(h, block.w_up, block.b_up))
         return ops.linear(h, block.w_down, block.b_down)
 
-    def _check_finite(self, x, layer):
-        if not np.isfinite(x).all():
+    def _check_finite(self, finite, layer):
+        if not finite:
             raise MinillmError(
                 f"NaN or infinity in the output of layer {layer}: the weights of model.layers.{layer} are damaged or "
                 "do not fit this architecture; fetch the model again"

@@ -13,19 +13,44 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     page_bytes(page_size, head_dim)                      bytes of one page
     GreedyClusters(keys, starts, lengths)                greedy seed-based clustering inside segments, for any tau
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
+    store_rows(stored, rows), stored_rows(stored)        K or V of entries into a slab's words, and back to float32
+    prepare(weight)                                      a Weight as this backend reads it best
+    runner(model)                                        whole steps in a few calls; None: model.py's own pages
+    CACHE_DTYPE                                          of K and V in pages, by name
+    READS_STORED                                         whether weights as they are stored are the fast ones
     set_threads(n)                                       threads of the linear algebra
 
 Symbols: n tokens, B sequences, Hq query heads, H KV heads, G = Hq / H query heads a KV head, d head_dim.
 `ops` knows nothing of models and methods. Arrays are float32 unless said.
 """
 
+import functools
+import sys
+
 from minillm.errors import UsageError
 
 
 def backend(device: str):
-    """The module that carries out the contract on `device` ("auto" or "cpu")."""
+    """The module that carries out the contract on `device` ("auto" or "cpu"): compiled kernels where they were built
+    (cpu_lib says which instructions they use), else NumPy."""
     if device in ("auto", "cpu"):
+        from minillm.ops import cpu_lib
+
+        if cpu_lib.choose_path() != "numpy":
+            from minillm.ops import cpu_ops
+
+            return cpu_ops
+        if cpu_lib.library() is None:
+            _say_once(
+                "minillm: the compiled CPU kernels are not there, NumPy is used, which is several times slower: "
+                "install a C compiler (gcc or clang) and then minillm again"
+            )
         from minillm.ops import numpy_ops
 
         return numpy_ops
     raise UsageError(f"device {device!r} is not supported: this version runs on the CPU; use --device cpu")
+
+
+@functools.cache
+def _say_once(notice):
+    print(notice, file=sys.stderr)

@@ -195,6 +195,30 @@ def merge(rows, dest, weight, n_entries):
     return out
 
 
+def store_rows(stored, rows):
+    """Float rows (n, d) into entries' k or v, a view of a slab."""
+    stored[:] = rows
+
+
+def stored_rows(stored):
+    """Entries' k or v, a view of a slab -> float32 (n, d)."""
+    return stored
+
+
+CACHE_DTYPE = "float32"  # of K and V in pages
+READS_STORED = False  # they are widened again in every product
+
+
+def prepare(weight):
+    """The Weight itself."""
+    return weight
+
+
+def runner(model):
+    """None: the forward pass is the one that model.py spells out."""
+    return None
+
+
 def set_threads(n):
     """Threads of the linear algebra library under NumPy, for the whole process."""
     from threadpoolctl import threadpool_limits

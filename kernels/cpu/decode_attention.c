@@ -1,0 +1,205 @@
+/* Attention of one token of each of B sequences over its stored entries: softmax(q.k scale + log s) v, over pages.
+ *
+ * A task is a stretch of pages of one KV head: K and V are read from memory once for all query heads of the group. Long heads are
+ * cut into stretches, so that heads of very different lengths keep all threads busy; each leaves (maximum, sum, weighted values)
+ * and the stretches of a head are put together at the end. Pages hold float32 or bf16; the arithmetic is float32. */
+#include "minillm_cpu.h"
+#include "simd.h"
+
+#include <float.h>
+
+enum { MIN_PAGES = 4, TASKS_A_THREAD = 4, MAX_GROUP = 4 }; /* MAX_GROUP: query heads a pass over a page */
+
+typedef struct {
+    int32_t batch, head, first, end; /* pages first .. end - 1 */
+} Stretch;
+
+typedef struct {
+    const DecodeAttention *a;
+    const Stretch *stretches;
+    float *partial; /* (stretches, G, d + 2): weighted values, maximum, sum */
+} Attention;
+
+INLINE vf load_entry(const int bf16, const void *p, int64_t i)
+{
+    return bf16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+INLINE float load_entry_one(const int bf16, const void *p, int64_t i)
+{
+    return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+INLINE const char *entry_at(const int bf16, const void *p, int64_t entry, int64_t d) { return (const char *)p + entry * d * (bf16 ? 2 : 4); }
+
+/* s (g, n) = q (g, d) . k (n, d) */
+INLINE void dots(const int bf16, const int g, const float *q, const void *k, int64_t n, int64_t d, float *s, int64_t s_stride)
+{
+    for (int64_t e = 0; e < n; e++) {
+        const char *row = entry_at(bf16, k, e, d);
+        vf sums[MAX_GROUP];
+        for (int h = 0; h < g; h++)
+            sums[h] = splat(0);
+        int64_t i = 0;
+        for (; i + VW <= d; i += VW) {
+            vf x = load_entry(bf16, row, i);
+            for (int h = 0; h < g; h++)
+                sums[h] += x * load(q + h * d + i);
+        }
+        for (int h = 0; h < g; h++) {
+            float total = sum(sums[h]);
+            for (int64_t j = i; j < d; j++)
+                total += load_entry_one(bf16, row, j) * q[h * d + j];
+            s[h * s_stride + e] = total;
+        }
+    }
+}
+
+enum { WIDE = 4 }; /* vectors of V held at once: 16 sums for a group of 4 */
+
+/* out (g, d), rows out_stride apart, += p (g, n) v (n, d) */
+INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride, const void *v, int64_t n, int64_t d, float *out, int64_t out_stride)
+{
+    int64_t i = 0;
+    for (; i + WIDE * VW <= d; i += WIDE * VW) {
+        vf sums[MAX_GROUP][WIDE];
+        for (int h = 0; h < g; h++)
+            for (int w = 0; w < WIDE; w++)
+                sums[h][w] = load(out + h * out_stride + i + w * VW);
+        for (int64_t e = 0; e < n; e++) {
+            const char *row = entry_at(bf16, v, e, d);
+            vf x[WIDE];
+            for (int w = 0; w < WIDE; w++)
+                x[w] = load_entry(bf16, row, i + w * VW);
+            for (int h = 0; h < g; h++)
+                for (int w = 0; w < WIDE; w++)
+                    sums[h][w] += splat(p[h * p_stride + e]) * x[w];
+        }
+        for (int h = 0; h < g; h++)
+            for (int w = 0; w < WIDE; w++)
+                store(out + h * out_stride + i + w * VW, sums[h][w]);
+    }
+    for (; i < d; i++)
+        for (int h = 0; h < g; h++)
+            for (int64_t e = 0; e < n; e++)
+                out[h * out_stride + i] += p[h * p_stride + e] * load_entry_one(bf16, entry_at(bf16, v, e, d), i);
+}
+
+/* Heads' weights of n entries from their logits s (g, n): online softmax with the maximum and sum behind each row of `partial`. */
+static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, float *partial, int64_t d)
+{
+    for (int64_t h = 0; h < g; h++) {
+        float *row = s + h * s_stride, *values = partial + h * (d + 2), peak = values[d];
+        for (int64_t e = 0; e < n; e++)
+            peak = row[e] > peak ? row[e] : peak;
+        if (peak > values[d]) {
+            float shrink = expf(values[d] - peak);
+            for (int64_t i = 0; i < d; i++)
+                values[i] *= shrink;
+            values[d] = peak;
+            values[d + 1] *= shrink;
+        }
+        for (int64_t e = n; e < round_up(n, VW); e++)
+            row[e] = -INFINITY;
+        vf total = splat(0);
+        for (int64_t e = 0; e < n; e += VW) {
+            vf p = expv(load(row + e) - splat(peak));
+            store(row + e, p);
+            total += p;
+        }
+        values[d + 1] += sum(total);
+    }
+}
+
+#define FOR_GROUP(call)        \
+    switch (g) {               \
+    case 1: call(1); break;    \
+    case 2: call(2); break;    \
+    case 3: call(3); break;    \
+    default: call(4); break;   \
+    }
+#define DOTS(g) (bf16 ? dots(1, g, q, k, n, d, s, s_stride) : dots(0, g, q, k, n, d, s, s_stride))
+#define WEIGH(g) (bf16 ? weigh(1, g, s, s_stride, v, n, d, partial, d + 2) : weigh(0, g, s, s_stride, v, n, d, partial, d + 2))
+
+static void page_of_heads(int bf16, int64_t g, const float *q, const void *k, const void *v, const float *log_size, const int32_t *pos,
+                          int64_t hidden, int64_t n, int64_t d, float *s, int64_t s_stride, float *partial)
+{
+    FOR_GROUP(DOTS)
+    for (int64_t h = 0; h < g; h++)
+        for (int64_t e = 0; e < n; e++) {
+            float logit = s[h * s_stride + e] + log_size[e];
+            s[h * s_stride + e] = pos[e] <= hidden ? -INFINITY : logit;
+        }
+    weights(s, s_stride, g, n, partial, d);
+    FOR_GROUP(WEIGH)
+}
+
+static void stretch(void *context, int64_t task, int thread)
+{
+    const Attention *c = context;
+    const DecodeAttention *a = c->a;
+    const Stretch *t = &c->stretches[task];
+    const Paged *past = &a->past[t->batch];
+    const int64_t d = a->head_dim, group = a->n_heads / a->n_kv_heads, size = past->page_size, s_stride = round_up(size, VW);
+    const int64_t hidden = a->window ? past->seen - a->window : INT32_MIN - (int64_t)1; /* positions up to it are out of sight */
+    float *q = scratch(thread, 2, sizeof(float) * (size_t)(group * d));
+    float *s = scratch(thread, 3, sizeof(float) * (size_t)(MAX_GROUP * s_stride));
+    float *partial = c->partial + task * group * (d + 2);
+    for (int64_t h = 0; h < group; h++) {
+        for (int64_t i = 0; i < d; i++) {
+            q[h * d + i] = a->q[((int64_t)t->batch * a->n_heads + t->head * group + h) * d + i] * a->scale;
+            partial[h * (d + 2) + i] = 0;
+        }
+        partial[h * (d + 2) + d] = -FLT_MAX;
+        partial[h * (d + 2) + d + 1] = 0;
+    }
+    for (int64_t i = t->first; i < t->end; i++) {
+        int64_t page = past->pages[t->head * past->capacity + i], n = least(size, past->lengths[t->head] - i * size);
+        const Slab *slab = &past->slabs[page / past->slab_pages];
+        int64_t entry = page % past->slab_pages * size;
+        const char *k = entry_at(past->bf16, slab->k, entry, d), *v = entry_at(past->bf16, slab->v, entry, d);
+        for (int64_t h = 0; h < group; h += MAX_GROUP)
+            page_of_heads(past->bf16, least(MAX_GROUP, group - h), q + h * d, k, v, slab->log_size + entry, slab->pos + entry, hidden, n, d, s,
+                          s_stride, partial + h * (d + 2));
+    }
+}
+
+void FN(decode_attention)(const DecodeAttention *a)
+{
+    const int64_t d = a->head_dim, group = a->n_heads / a->n_kv_heads;
+    int64_t all = 0, count = 0;
+    for (int64_t i = 0; i < (int64_t)a->batch * a->n_kv_heads; i++) {
+        const Paged *past = &a->past[i / a->n_kv_heads];
+        all += (past->lengths[i % a->n_kv_heads] + past->page_size - 1) / past->page_size;
+    }
+    const int64_t at_once = most(MIN_PAGES, all / (TASKS_A_THREAD * pool_threads()));
+    const int64_t room = all / at_once + (int64_t)a->batch * a->n_kv_heads;
+    Stretch *stretches = scratch(SHARED, 2, sizeof(Stretch) * (size_t)room);
+    float *partial = scratch(SHARED, 3, sizeof(float) * (size_t)(room * group * (d + 2)));
+    for (int32_t b = 0; b < a->batch; b++)
+        for (int32_t head = 0; head < a->n_kv_heads; head++) {
+            int64_t pages = (a->past[b].lengths[head] + a->past[b].page_size - 1) / a->past[b].page_size;
+            for (int64_t first = 0; first < pages; first += at_once)
+                stretches[count++] = (Stretch){b, head, (int32_t)first, (int32_t)least(first + at_once, pages)};
+        }
+    Attention c = {a, stretches, partial};
+    parallel(count, stretch, &c);
+    memset(a->out, 0, sizeof(float) * (size_t)(a->batch * a->n_heads * d));
+    for (int64_t first = 0, end; first < count; first = end) {
+        for (end = first + 1; end < count && stretches[end].batch == stretches[first].batch && stretches[end].head == stretches[first].head;)
+            end++;
+        for (int64_t h = 0; h < group; h++) {
+            float *out = a->out + ((int64_t)stretches[first].batch * a->n_heads + stretches[first].head * group + h) * d;
+            float peak = -FLT_MAX, total = 0;
+            for (int64_t i = first; i < end; i++)
+                peak = fmaxf(peak, partial[(i * group + h) * (d + 2) + d]);
+            for (int64_t i = first; i < end; i++) {
+                const float *values = partial + (i * group + h) * (d + 2);
+                float share = expf(values[d] - peak);
+                total += share * values[d + 1];
+                for (int64_t j = 0; j < d; j++)
+                    out[j] += share * values[j];
+            }
+            for (int64_t j = 0; j < d; j++)
+                out[j] /= total;
+        }
+    }
+}

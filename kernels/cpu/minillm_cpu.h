@@ -1,0 +1,118 @@
+/* What the files of kernels/cpu share: the structs that Python fills in, the table of one path's kernels, and the thread pool.
+ *
+ * Every file that says FN(...) is compiled once for each path of the processor (portable, avx2, avx512, amx) with
+ * MINILLM_PATH set; the other files once. Matrices are row-major and float32 unless said. */
+#ifndef MINILLM_CPU_H
+#define MINILLM_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FN(name) JOIN(name, MINILLM_PATH)
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1 };
+
+enum { BLOCK = 32, PANEL = 16 }; /* weights that share a scale; rows of a matrix that are computed together */
+
+/* A weight (n_out, n_in). F32, F16, BF16: row-major, as stored. Blocks: the panels of panels.c. data NULL: no such weight. */
+typedef struct {
+    int32_t kind, n_out, n_in, unused;
+    const void *data;
+} Matrix;
+
+/* One of several products of the same x: y (n, n_out), rows y_stride apart, becomes (or, if add, grows by) x W^T + bias. */
+typedef struct {
+    Matrix w;
+    const float *bias; /* (n_out,) or NULL */
+    float *y;
+    int64_t y_stride;
+    int64_t add;
+} Product;
+
+/* The weights of one layer; the fields of minillm.model.Block. */
+typedef struct {
+    const float *attention_norm, *mlp_norm;
+    Matrix wq, wk, wv, wo, w_gate, w_up, w_down;
+    const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down;
+} Block;
+
+typedef struct {
+    int32_t n_layers, n_heads, n_kv_heads, head_dim, dim, ffn_dim, vocab_size, window; /* window 0: none */
+    float eps, scale;
+    const Block *blocks;
+    const float *norm;
+    Matrix embedding, head;
+} Model;
+
+/* Memory of pages: page p of a slab holds entries p * page_size ... of one KV head. k, v: float, or bf16 words. */
+typedef struct {
+    void *k, *v;
+    float *log_size;
+    int32_t *pos;
+} Slab;
+
+/* One layer of one sequence. Page id = slab * slab_pages + page within the slab. Head h holds lengths[h] entries in the pages
+ * pages[h * capacity] ... */
+typedef struct {
+    const Slab *slabs;
+    const int32_t *pages;
+    const int64_t *lengths;
+    int64_t capacity, seen;
+    int32_t slab_pages, page_size, bf16, unused;
+} Paged;
+
+/* n queries, keys and values of one layer over a past: q (Hq, n, d), k and v (H, n, d), out (n, Hq d). */
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    Paged past;
+    int32_t n, n_heads, n_kv_heads, head_dim, window, unused;
+    float scale;
+} PrefillAttention;
+
+typedef struct {
+    const float *q;     /* (B, Hq, d) */
+    float *out;         /* (B, Hq d) */
+    const Paged *past;  /* (B,) */
+    int32_t batch, n_heads, n_kv_heads, head_dim, window, unused;
+    float scale;
+} DecodeAttention;
+
+typedef struct {
+    const char *name;
+    void (*rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
+    void (*rope)(const float *x, const float *cos, const float *sin, float *y, int64_t heads, int64_t n, int64_t head_dim);
+    void (*swiglu)(float *gate, const float *up, int64_t n);
+    void (*linear)(const Product *products, int count, const float *x, int64_t n);
+    void (*rows)(const Matrix *w, const int64_t *ids, int64_t n, float *out);
+    void (*prefill_attention)(const PrefillAttention *a);
+    void (*decode_attention)(const DecodeAttention *a);
+    void (*merge)(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out);
+    void (*unit_rows)(const float *keys, int64_t n, int64_t d, float *unit);
+    void (*cosines)(const float *unit, int64_t d, int64_t row, int64_t lo, int64_t hi, float *out);
+    void (*bf16_from)(const float *x, int64_t n, uint16_t *out);
+    void (*bf16_to)(const uint16_t *x, int64_t n, float *out);
+    double (*stream)(const float *x, int64_t n);
+} Kernels;
+
+extern const Kernels *kernels; /* the chosen path */
+
+/* Runs task(context, i, thread) for i in 0..n_tasks-1 on the pool's threads and returns when all are done. */
+typedef void Task(void *context, int64_t i, int thread);
+void parallel(int64_t n_tasks, Task *task, void *context);
+int pool_threads(void);
+
+/* At least `bytes` of memory, aligned to 64; the same `slot` of the same thread gives the same memory, which only grows. A thread's
+ * own slots are 0..7 (thread as given to a Task); the caller's are SHARED + 0..7. */
+enum { MAX_THREADS = 256, SLOTS = 8, SHARED = MAX_THREADS };
+void *scratch(int thread, int slot, size_t bytes);
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#endif

@@ -1,0 +1,24 @@
+/* The table of one path's kernels. */
+#include "mm.h"
+
+void FN(rms_norm)(const float *, const float *, float, float *, int64_t, int64_t);
+void FN(rope)(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t);
+void FN(swiglu)(float *, const float *, int64_t);
+void FN(linear)(const Product *, int, const float *, int64_t);
+void FN(rows)(const Matrix *, const int64_t *, int64_t, float *);
+void FN(prefill_attention)(const PrefillAttention *);
+void FN(decode_attention)(const DecodeAttention *);
+void FN(merge)(const float *, const int64_t *, const float *, int64_t, int64_t, int64_t, float *);
+void FN(unit_rows)(const float *, int64_t, int64_t, float *);
+void FN(cosines)(const float *, int64_t, int64_t, int64_t, int64_t, float *);
+void FN(bf16_from)(const float *, int64_t, uint16_t *);
+void FN(bf16_to)(const uint16_t *, int64_t, float *);
+double FN(stream)(const float *, int64_t);
+
+#define NAME_(path) #path
+#define NAME(path) NAME_(path)
+
+const Kernels FN(kernels) = {
+    NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(rows), FN(prefill_attention), FN(decode_attention),
+    FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
+};

@@ -1,0 +1,133 @@
+/* The thread pool, and scratch memory that outlives a call.
+ *
+ * A parallel region is one 64-bit word: its number in the upper half, tasks not yet taken in the lower. Whoever lowers the
+ * word by one owns a task, so that a thread which the system has put aside delays nobody but its own task, and a forked
+ * child without the other threads still finishes alone. Waiting threads spin for about 0.1 ms, longer than the serial part of a
+ * layer, and then sleep: a sleeping thread costs 30-60 us to wake, and a decode step has 150 regions. */
+#include "minillm_cpu.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define SPINS 1500
+#if defined(__x86_64__) || defined(__i386__)
+#define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("yield")
+#else
+#define RELAX() ((void)0)
+#endif
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static pthread_t threads[MAX_THREADS];
+static int n_threads = 1;
+
+static _Atomic uint64_t region; /* number << 32 | tasks not taken */
+static _Atomic int64_t done;
+static atomic_int sleepers, stopping;
+static int64_t total;
+static Task *current;
+static void *current_context;
+
+static void *slots[MAX_THREADS + 1][SLOTS];
+static size_t slot_bytes[MAX_THREADS + 1][SLOTS];
+
+static void work(int thread)
+{
+    uint64_t word = atomic_load(&region);
+    while ((uint32_t)word) {
+        if (!atomic_compare_exchange_weak(&region, &word, word - 1))
+            continue;
+        current(current_context, total - (int64_t)(uint32_t)word, thread);
+        atomic_fetch_add(&done, 1);
+        word = atomic_load(&region);
+    }
+}
+
+static void *worker(void *argument)
+{
+    int thread = (int)(intptr_t)argument;
+    while (!atomic_load(&stopping)) {
+        for (int i = 0; i < SPINS && !(uint32_t)atomic_load_explicit(&region, memory_order_relaxed); i++)
+            RELAX();
+        if (!(uint32_t)atomic_load(&region)) {
+            pthread_mutex_lock(&lock);
+            atomic_fetch_add(&sleepers, 1);
+            while (!(uint32_t)atomic_load(&region) && !atomic_load(&stopping))
+                pthread_cond_wait(&wake, &lock);
+            atomic_fetch_sub(&sleepers, 1);
+            pthread_mutex_unlock(&lock);
+        }
+        work(thread);
+    }
+    return NULL;
+}
+
+void parallel(int64_t n_tasks, Task *task, void *context)
+{
+    if (n_threads == 1 || n_tasks <= 1) {
+        for (int64_t i = 0; i < n_tasks; i++)
+            task(context, i, 0);
+        return;
+    }
+    current = task, current_context = context, total = n_tasks;
+    atomic_store(&done, 0);
+    atomic_store(&region, ((atomic_load(&region) >> 32) + 1) << 32 | (uint64_t)n_tasks);
+    if (atomic_load(&sleepers)) {
+        pthread_mutex_lock(&lock);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&lock);
+    }
+    work(0);
+    for (int i = 0; atomic_load(&done) < n_tasks; i++)
+        if (i < SPINS)
+            RELAX();
+        else
+            sched_yield();
+}
+
+int pool_threads(void) { return n_threads; }
+
+/* Stops the threads there are and starts n - 1 new ones. Returns how many threads there are now, the caller's among them. */
+EXPORT int minillm_set_threads(int n)
+{
+    n = (int)most(1, least(n, MAX_THREADS));
+    atomic_store(&stopping, 1);
+    pthread_mutex_lock(&lock);
+    pthread_cond_broadcast(&wake);
+    pthread_mutex_unlock(&lock);
+    for (int i = 1; i < n_threads; i++)
+        pthread_join(threads[i], NULL);
+    atomic_store(&stopping, 0);
+    for (n_threads = 1; n_threads < n; n_threads++)
+        if (pthread_create(&threads[n_threads], NULL, worker, (void *)(intptr_t)n_threads))
+            break;
+    return n_threads;
+}
+
+void *scratch(int thread, int slot, size_t bytes)
+{
+    if (slot_bytes[thread][slot] < bytes) {
+        free(slots[thread][slot]);
+        bytes = (size_t)round_up((int64_t)bytes, 4096);
+        slots[thread][slot] = aligned_alloc(4096, bytes);
+        if (!slots[thread][slot])
+            abort(); /* the system gives address space freely: not reached before the process is killed for memory */
+        slot_bytes[thread][slot] = bytes;
+    }
+    return slots[thread][slot];
+}
+
+/* Gives the scratch memory back. */
+EXPORT void minillm_trim(void)
+{
+    for (int thread = 0; thread <= MAX_THREADS; thread++)
+        for (int slot = 0; slot < SLOTS; slot++) {
+            free(slots[thread][slot]);
+            slots[thread][slot] = NULL;
+            slot_bytes[thread][slot] = 0;
+        }
+}

@@ -1,0 +1,181 @@
+"""The compiled library of kernels/cpu: finding it, choosing the processor's path, and the C structs as ctypes sees
+them.
+
+MINILLM_CPU names a path (portable, avx2, avx512, amx), or numpy for none of them; without it the best one there is is
+taken.
+"""
+
+import ctypes
+import os
+import threading
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+from minillm.errors import UsageError
+
+PATHS = ("amx", "avx512", "avx2", "portable")  # best first
+KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5}
+
+
+class Matrix(Structure):
+    _fields_ = [("kind", c_int32), ("n_out", c_int32), ("n_in", c_int32), ("unused", c_int32), ("data", c_void_p)]
+
+
+class Product(Structure):
+    _fields_ = [("w", Matrix), ("bias", c_void_p), ("y", c_void_p), ("y_stride", c_int64), ("add", c_int64)]
+
+
+class Block(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
+        *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")),
+        *((name, c_void_p) for name in ("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("dim", "ffn_dim", "vocab_size", "window")),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("blocks", POINTER(Block)),
+        ("norm", c_void_p),
+        ("embedding", Matrix),
+        ("head", Matrix),
+    ]
+
+
+class Paged(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("slabs", "pages", "lengths")),
+        *((name, c_int64) for name in ("capacity", "seen")),
+        *((name, c_int32) for name in ("slab_pages", "page_size", "bf16", "unused")),
+    ]
+
+
+_SHAPE = [(name, c_int32) for name in ("n_heads", "n_kv_heads", "head_dim", "window", "unused")]
+
+
+class PrefillAttention(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        ("past", Paged),
+        ("n", c_int32),
+        *_SHAPE,
+        ("scale", c_float),
+    ]
+
+
+class DecodeAttention(Structure):
+    _fields_ = [*((name, c_void_p) for name in ("q", "out", "past")), ("batch", c_int32), *_SHAPE, ("scale", c_float)]
+
+
+class Segments(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("unit", "starts", "lengths", "place", "kept")),
+        ("d", c_int64),
+        ("n_segments", c_int64),
+    ]
+
+
+_P, _N = c_void_p, c_int64
+_SIGNATURES = {  # name -> (result, arguments)
+    "set_threads": (c_int, [c_int]),
+    "trim": (None, []),
+    "has_path": (c_int, [ctypes.c_char_p]),
+    "use_path": (c_int, [ctypes.c_char_p]),
+    "repack": (None, [c_int, c_int, c_int, _P, _P]),
+    "rms_norm": (None, [_P, _P, c_float, _P, _N, _N]),
+    "rope": (None, [_P, _P, _P, _P, _N, _N, _N]),
+    "swiglu": (None, [_P, _P, _N]),
+    "linear": (None, [POINTER(Product), c_int, _P, _N]),
+    "rows": (None, [POINTER(Matrix), _P, _N, _P]),
+    "prefill_attention": (None, [POINTER(PrefillAttention)]),
+    "decode_attention": (None, [POINTER(DecodeAttention)]),
+    "merge": (None, [_P, _P, _P, _N, _N, _N, _P]),
+    "unit_rows": (None, [_P, _N, _N, _P]),
+    "keep_cosines": (None, [POINTER(Segments)]),
+    "clusters": (c_int64, [POINTER(Segments), c_float, _P, _P, _P]),
+    "bf16_from": (None, [_P, _N, _P]),
+    "bf16_to": (None, [_P, _N, _P]),
+    "stream": (c_double, [_P, _N]),
+    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),
+    "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
+    "logits": (None, [POINTER(Model), _P, _N, _P]),
+    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P]),
+}
+
+
+class Library:
+    """The functions of the library as attributes, without their prefix. One call at a time: they share threads and
+    scratch memory, and a call from a second Python thread waits."""
+
+    def __init__(self, file):
+        library, self.lock = ctypes.CDLL(str(file)), threading.Lock()
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"minillm_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, self._alone(function))
+
+    def _alone(self, function):
+        def call(*arguments):
+            with self.lock:
+                return function(*arguments)
+
+        return call
+
+
+_library = None
+
+
+def library():
+    """The Library, or None where it was not built."""
+    global _library
+    if _library is None:
+        files = [f for f in sorted(Path(__file__).parent.glob("_cpu.*")) if f.suffix in (".so", ".dylib")]
+        if files:
+            _library = Library(files[0])
+            _library.set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return _library
+
+
+def available_paths():
+    """Names of the paths this processor and this build can take, best first."""
+    lib = library()
+    return [path for path in PATHS if lib.has_path(path.encode())] if lib else []
+
+
+def choose_path(name=None):
+    """Takes the path `name` (default: MINILLM_CPU, or the best there is) and returns it; "numpy" where the library is
+    not there and nothing was asked for. UsageError if what was asked for cannot be had."""
+    name = name or os.environ.get("MINILLM_CPU") or None
+    if name == "numpy":
+        return name
+    paths = available_paths()
+    if name is None and not paths:
+        return "numpy"
+    if name is not None and name not in paths:
+        there = ", ".join(["numpy", *reversed(paths)])
+        raise UsageError(
+            f"MINILLM_CPU={name} cannot be had on this machine: set it to one of {there}, or leave it unset"
+        )
+    name = name or paths[0]
+    library().use_path(name.encode())
+    return name
+
+
+def pointer(array):
+    """The address of a contiguous array; None (NULL) for None. It does not keep the array: give the array a name until
+    the call has returned."""
+    if array is None:
+        return None
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+def floats(array):
+    """`array` as contiguous float32: itself if it is."""
+    return np.ascontiguousarray(array, np.float32)

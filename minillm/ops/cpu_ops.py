@@ -1,0 +1,244 @@
+"""The contract of `minillm.ops` on kernels/cpu: compiled C, one thread pool, bf16 pages, weights used as they are
+stored.
+
+Results differ from numpy_ops by rounding: weights in blocks meet activations of 16 bits when few rows are computed, and
+on avx512 and amx both operands of large products are bf16. Sums are float32 everywhere.
+"""
+
+import mmap
+from ctypes import addressof, byref
+
+import numpy as np
+
+from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
+from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
+from minillm.ops.numpy_ops import Slab
+
+_lib = cpu_lib.library()
+
+
+class CpuWeight:
+    """A Weight as the kernels read it. kind, shape as in Weight; data: what `matrix` points into."""
+
+    def __init__(self, kind, shape, data):
+        self.kind, self.shape, self.data = kind, shape, data
+        self.matrix = Matrix(KINDS[kind], shape[0], shape[1], 0, pointer(data))
+
+    @property
+    def nbytes(self):
+        return self.data.nbytes
+
+    def rows(self, lo, hi):
+        """(hi - lo, in) float32."""
+        return embed(self, np.arange(lo, hi))
+
+
+def prepare(weight):
+    """The Weight (out, in) as a CpuWeight. Floats stay where they are, in the mapped file; blocks are laid out anew,
+    and the mapped pages they were read from are given back."""
+    if isinstance(weight, CpuWeight):
+        return weight
+    if weight.kind in ("F32", "F16", "BF16"):
+        return CpuWeight(weight.kind, weight.shape, np.ascontiguousarray(weight.data))
+    (n_out, n_in), stored = weight.shape, np.ascontiguousarray(weight.data)
+    panel = -(-n_in // 32 * {"Q8_0": 544, "Q4_0": 288, "Q4_1": 320}[weight.kind] // 64) * 64
+    panels = np.frombuffer(mmap.mmap(-1, -(-n_out // 16) * panel), np.uint8)  # aligned to a page
+    _lib.repack(KINDS[weight.kind], n_out, n_in, pointer(stored), pointer(panels))
+    _release_mapped(weight.data)
+    return CpuWeight(weight.kind, weight.shape, panels)
+
+
+def _release_mapped(data):
+    """If `data` is a view of a mapped file, take its pages out of the process's resident memory."""
+    base = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and not data.flags.writeable and hasattr(base, "madvise"):
+        start = data.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+        aligned = start - start % mmap.PAGESIZE
+        base.madvise(mmap.MADV_DONTNEED, aligned, start + data.nbytes - aligned)
+
+
+def embed(table, ids):
+    """Rows `ids` (n,) of the embedding table, a Weight (vocab, dim) -> (n, dim)."""
+    table, ids = prepare(table), np.ascontiguousarray(ids, np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < table.shape[0]:
+        raise IndexError(f"token ids are not all in 0..{table.shape[0] - 1}")
+    out = np.empty((len(ids), table.shape[1]), np.float32)
+    _lib.rows(byref(table.matrix), pointer(ids), len(ids), pointer(out))
+    return out
+
+
+def linear(x, weight, bias=None):
+    """x (n, in) times the transpose of a Weight (out, in), plus bias (out,) -> (n, out)."""
+    x, weight, bias = floats(x), prepare(weight), None if bias is None else floats(bias)
+    y = np.empty((len(x), weight.shape[0]), np.float32)
+    assert x.shape[1] == weight.shape[1]
+    if y.size:
+        _lib.linear(byref(Product(weight.matrix, pointer(bias), pointer(y), y.shape[1], 0)), 1, pointer(x), len(x))
+    return y
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. x (n, dim), weight (dim,)."""
+    x, weight = floats(x), floats(weight)
+    y = np.empty_like(x)
+    _lib.rms_norm(pointer(x), pointer(weight), eps, pointer(y), *x.shape)
+    return y
+
+
+def rope(x, cos, sin):
+    """Rotate the halves of the last axis: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin). x (..., d); cos, sin
+    broadcast to (..., d/2)."""
+    x = floats(x)
+    n, half = x.shape[-2] if x.ndim > 1 else 1, x.shape[-1] // 2
+    if cos.shape[-2:] != (n, half) or cos.size != n * half:
+        cos, sin = (np.broadcast_to(table, (*x.shape[:-1], half)) for table in (cos, sin))
+        n = x.size // x.shape[-1]
+    cos, sin, y = floats(cos), floats(sin), np.empty_like(x)
+    if x.size:
+        heads = x.size // (n * x.shape[-1])
+        _lib.rope(pointer(x), pointer(cos), pointer(sin), pointer(y), heads, n, x.shape[-1])
+    return y
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, elementwise; overwrites and returns `gate`."""
+    assert gate.dtype == np.float32 and gate.shape == up.shape
+    up = floats(up)
+    _lib.swiglu(pointer(gate), pointer(up), gate.size)
+    return gate
+
+
+def paged(layer, slabs):
+    """The PagedLayer as a C struct; `slabs`: slab_table of its pool, kept alive by the caller."""
+    pages, pool = layer.pages, layer.pool
+    assert pages.dtype == np.int32 and layer.lengths.dtype == np.int64
+    bf16 = bool(pool.slabs) and pool.slabs[0].k.dtype == np.uint16
+    return cpu_lib.Paged(
+        pointer(slabs),
+        pointer(pages),
+        pointer(layer.lengths),
+        pages.shape[-1],
+        layer.seen,
+        pool.slab_pages,
+        pool.page_size,
+        bf16,
+        0,
+    )
+
+
+def slab_table(pool):
+    """(slabs, 4) uint64: addresses of k, v, log_size and pos. Made anew for every call: slabs come and go."""
+    return np.array([[field.ctypes.data for field in vars(slab).values()] for slab in pool.slabs], np.uint64).reshape(
+        -1, 4
+    )
+
+
+def prefill_attention(q, k, v, past, scale, window=None):
+    """Causal attention of n new tokens over stored entries and over one another.
+
+    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer. -> (n, Hq * d). See numpy_ops."""
+    q, k, v, slabs = floats(q), floats(k), floats(v), slab_table(past.pool)
+    n_heads, n, d = q.shape
+    out = np.empty((n, n_heads * d), np.float32)
+    table = paged(past, slabs)
+    pointers = (pointer(a) for a in (q, k, v, out))
+    _lib.prefill_attention(
+        byref(cpu_lib.PrefillAttention(*pointers, table, n, n_heads, len(k), d, window or 0, 0, scale))
+    )
+    return out
+
+
+def decode_attention(q, past, scale, window=None):
+    """Attention of one token of each of B sequences over its stored entries (its own entry among them).
+
+    q (B, Hq, d) rotated; past: B PagedLayers of one model layer and one pool -> (B, Hq * d)."""
+    q, slabs = floats(q), slab_table(past[0].pool)
+    batch, n_heads, d = q.shape
+    out = np.empty((batch, n_heads * d), np.float32)
+    tables = (cpu_lib.Paged * batch)(*(paged(layer, slabs) for layer in past))
+    n_kv_heads = len(past[0].lengths)
+    shape = (batch, n_heads, n_kv_heads, d, window or 0, 0)
+    _lib.decode_attention(byref(cpu_lib.DecodeAttention(pointer(q), pointer(out), addressof(tables), *shape, scale)))
+    return out
+
+
+def page_bytes(page_size, head_dim):
+    """Bytes of one page: K and V in bf16, log s in float32, position in int32."""
+    return page_size * (2 * head_dim * 2 + 4 + 4)
+
+
+def new_slab(n_pages, page_size, head_dim):
+    """A Slab whose k and v are bf16 words: half the bytes that a decode step reads. An anonymous mapping of its own: it
+    goes back to the operating system when the last reference to it goes."""
+    n = n_pages * page_size
+    words = np.frombuffer(mmap.mmap(-1, n_pages * page_bytes(page_size, head_dim)), np.uint16)
+    k, v, log_size, pos = np.split(words, np.cumsum([n * head_dim, n * head_dim, 2 * n]))
+    return Slab(
+        k.reshape(n_pages, page_size, head_dim),
+        v.reshape(n_pages, page_size, head_dim),
+        log_size.view(np.float32).reshape(n_pages, page_size),
+        pos.view(np.int32).reshape(n_pages, page_size),
+    )
+
+
+def store_rows(stored, rows):
+    """Float rows (n, d) into entries' k or v, a view of a slab."""
+    if stored.dtype != np.uint16:
+        stored[:] = rows
+    elif len(rows):
+        rows = floats(rows)
+        _lib.bf16_from(pointer(rows), rows.size, pointer(stored))
+
+
+def stored_rows(stored):
+    """Entries' k or v, a view of a slab -> float32 (n, d); a view if the slab is float32."""
+    if stored.dtype != np.uint16:
+        return stored
+    out = np.empty(stored.shape, np.float32)
+    _lib.bf16_to(pointer(stored), stored.size, pointer(out))
+    return out
+
+
+def merge(rows, dest, weight, n_entries):
+    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest, weight (R,) -> (n_entries, d)
+    float32."""
+    rows, dest, weight = floats(rows), np.ascontiguousarray(dest, np.int64), floats(weight)
+    out = np.empty((n_entries, rows.shape[1]), np.float32)
+    assert len(rows) == len(dest) == len(weight) and dest.max(initial=-1) < n_entries
+    _lib.merge(pointer(rows), pointer(dest), pointer(weight), len(rows), rows.shape[1], n_entries, pointer(out))
+    return out
+
+
+def set_threads(n):
+    """Threads of the pool. The linear algebra library under NumPy, which has little left to do, gets one: two pools
+    whose threads spin side by side cost about a factor of two."""
+    _lib.set_threads(n)
+    numpy_ops.set_threads(1)
+
+
+def bandwidth(n_bytes=256 << 20, repeats=5):
+    """Bytes a second that the pool's threads read from memory: the best of some repeats."""
+    import time
+
+    words = np.ones(n_bytes // 4, np.float32)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _lib.stream(pointer(words), len(words))
+        seconds.append(time.perf_counter() - start)
+    return n_bytes / min(seconds)
+
+
+CACHE_DTYPE = "bfloat16"  # of K and V in pages
+READS_STORED = True
+
+
+def runner(model):
+    """The Runner of a Model whose weights were prepared."""
+    from minillm.ops.cpu_runner import Runner
+
+    return Runner(model)

@@ -1,0 +1,58 @@
+"""Whole steps of the forward pass as one or two calls into C: several hundred small calls a token cost more than the
+arithmetic of a small model. What they compute is minillm.model.Model._decode and ._extend, operation by operation."""
+
+from ctypes import byref
+
+import numpy as np
+
+from minillm.ops import cpu_lib
+from minillm.ops.cpu_lib import floats, pointer
+from minillm.ops.cpu_ops import paged, slab_table
+
+_MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+_VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")
+
+
+class Runner:
+    """The prepared tables of one Model, whose weights are CpuWeights."""
+
+    def __init__(self, model):
+        c, self.lib, self.model = model.config, cpu_lib.library(), model
+        blocks = (cpu_lib.Block * c.n_layers)()
+        for block, table in zip(model.blocks, blocks, strict=True):
+            for name in _MATRICES:
+                setattr(table, name, getattr(block, name).matrix)
+            for name in _VECTORS:
+                setattr(table, name, pointer(getattr(block, name)))
+        self.table = cpu_lib.Model(
+            *(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.dim, c.ffn_dim, c.vocab_size, c.sliding_window or 0),
+            *(c.rms_eps, model.scale, blocks, pointer(model.norm), model.embedding.matrix, model.head.matrix),
+        )
+
+    def attention(self, layer, x, cos, sin, past):
+        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> k, v (H, n, d), k rotated; mixed (n, Hq * d)."""
+        n, c, slabs = len(x), self.model.config, slab_table(past.pool)
+        k, v = (np.empty((c.n_kv_heads, n, c.head_dim), np.float32) for _ in "kv")
+        mixed, cos, sin = np.empty((n, c.n_heads * c.head_dim), np.float32), floats(cos), floats(sin)
+        tables = pointer(cos), pointer(sin), byref(paged(past, slabs))
+        self.lib.layer_attention(
+            byref(self.table), layer, pointer(x), n, *tables, pointer(k), pointer(v), pointer(mixed)
+        )
+        return k, v, mixed
+
+    def output(self, layer, x, mixed):
+        """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
+        return bool(self.lib.layer_output(byref(self.table), layer, pointer(x), len(x), pointer(mixed)))
+
+    def decode(self, token_ids, caches, cos, sin):
+        """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
+        written here. cos, sin (B, 1, d/2). -> logits (B, vocab), and the first layer whose output is not finite, or
+        None."""
+        ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
+        layers = [cache.layer(slice(None)) for cache in caches]
+        tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
+        logits = np.empty((len(caches), self.model.config.vocab_size), np.float32)
+        cos, sin = floats(cos), floats(sin)
+        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, pointer(logits)
+        bad_layer = self.lib.decode(byref(self.table), *arguments)
+        return logits, None if bad_layer < 0 else bad_layer

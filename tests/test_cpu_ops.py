@@ -1,0 +1,335 @@
+"""The compiled kernels, on every path of this machine, against NumPy in float64 and the reference backend.
+
+Tolerances of x W^T are shares of |x| |w|. float32: 1e-6. bf16 operands (many rows on avx512 and amx) err by up to 2^-9
+a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blocks) err by 1 / 65,000 of the largest of
+32: 1e-4."""
+
+import numpy as np
+import pytest
+
+from minillm.cache import KVCache, PagePool
+from minillm.errors import UsageError
+from minillm.ops import cpu_lib, numpy_ops
+from minillm.weights import Weight
+
+PATHS = cpu_lib.available_paths()
+if PATHS:
+    from minillm.ops import cpu_ops
+else:
+    pytest.skip("the CPU kernels were not built: no C compiler", allow_module_level=True)
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+WORDS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    before = cpu_lib.choose_path()
+    yield cpu_lib.choose_path(request.param)
+    cpu_lib.choose_path(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def weight(rng, kind, n_out, n_in, scale=1.0):
+    """A random Weight, its values about `scale` large."""
+    if kind in ("F32", "F16"):
+        data = (normal(rng, n_out, n_in) * np.float32(scale)).astype({"F32": np.float32, "F16": np.float16}[kind])
+    elif kind == "BF16":
+        data = ((normal(rng, n_out, n_in) * np.float32(scale)).view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        shape = (n_out, n_in // 32)
+        quants = rng.integers(0, 256, (*shape, 4 * WORDS[kind]), np.uint8)
+        d = (
+            rng.uniform(0.5, 1.5, (*shape, 1))
+            * scale
+            * rng.choice([-1, 1], (*shape, 1))
+            / (127 if kind == "Q8_0" else 8)
+        )
+        parts = [d.astype(np.float16).view(np.uint8)]
+        if kind == "Q4_1":
+            parts.append((-8 * d + rng.uniform(-0.1, 0.1, d.shape) * scale).astype(np.float16).view(np.uint8))
+        data = np.concatenate([*parts, quants], axis=2).reshape(n_out, -1)
+    return Weight(kind, data, (n_out, n_in))
+
+
+def close(actual, expected, tolerance):
+    """|actual - expected| <= tolerance * the largest |expected|."""
+    assert actual.shape == expected.shape and np.isfinite(actual).all()
+    assert np.abs(actual - expected).max(initial=0) <= tolerance * max(np.abs(expected).max(initial=0), 1e-30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 33, 300])
+def test_linear(path, rng, kind, n):
+    for n_out, n_in in [(1, 32), (37, 96), (64, 160), (130, 576)]:
+        n_in += 7 * (kind not in WORDS)
+        w, x, bias = weight(rng, kind, n_out, n_in, 0.1), normal(rng, n, n_in), normal(rng, n_out)
+        exact = x.astype(np.float64) @ w.rows(0, n_out).astype(np.float64).T
+        share = 4e-3 if n > 4 and path in ("avx512", "amx") else 1e-4 if kind in WORDS else 1e-6
+        norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w.rows(0, n_out), axis=1)
+        allowed = share * norms + 1e-6
+        assert (np.abs(cpu_ops.linear(x, w) - exact) <= allowed).all()
+        assert (np.abs(cpu_ops.linear(x, cpu_ops.prepare(w), bias) - exact - bias) <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_whole_activations_are_exact(path, rng, kind, n):
+    """Activations that are whole numbers up to 127 * 256, one of them that in each block, lose nothing but a last bit
+    where the low half is -128: only float32 sums are left."""
+    w, x = weight(rng, kind, 48, 256), rng.integers(-32512, 32513, (n, 256)).astype(np.float32)
+    x[x % 256 == 128] += 1
+    x[:, ::32] = 32512
+    exact = x.astype(np.float64) @ w.rows(0, 48).astype(np.float64).T
+    close(cpu_ops.linear(x, w), exact, 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_linear_of_huge_tiny_and_zero_rows(path, rng, kind):
+    w, x = weight(rng, kind, 40, 64), normal(rng, 4, 64) * np.float32([[1e20], [1e-20], [0], [1]])
+    exact = x.astype(np.float64) @ w.rows(0, 40).astype(np.float64).T
+    for rows in (slice(0, 4), slice(0, 1), slice(1, 2), slice(2, 3)):
+        for row, expected in zip(cpu_ops.linear(x[rows], w), exact[rows], strict=True):
+            close(row, expected, 2e-2)
+
+
+@pytest.mark.parametrize("n", [1, 100])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_visible(path, rng, n, bad):
+    for kind in KINDS:
+        x = normal(rng, n, 64)
+        x[-1, 5] = bad
+        y = cpu_ops.linear(x, weight(rng, kind, 40, 64))
+        assert not np.isfinite(y[-1]).any() and np.isfinite(y[:-1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed_and_rows_are_the_stored_values(path, rng, kind):
+    w, ids = weight(rng, kind, 50, 96), np.array([0, 49, 7, 7, 16, 15])
+    np.testing.assert_allclose(cpu_ops.embed(w, ids), w.rows(0, 50)[ids], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(cpu_ops.prepare(w).rows(14, 19), w.rows(14, 19), rtol=1e-6, atol=1e-7)
+    with pytest.raises(IndexError):
+        cpu_ops.embed(w, [50])
+
+
+@pytest.mark.parametrize("n, dim", [(1, 1), (3, 17), (5, 576), (70, 1000)])
+def test_rms_norm(path, rng, n, dim):
+    x, w = normal(rng, n, dim) * np.float32(3), normal(rng, dim)
+    x[0] *= 1e-6
+    wide = x.astype(np.float64)
+    exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * w
+    for row, expected in zip(cpu_ops.rms_norm(x, w, 1e-5), exact, strict=True):
+        close(row, expected, 1e-6)
+
+
+@pytest.mark.parametrize("d", [2, 12, 64, 100])
+def test_rope(path, rng, d):
+    for shape, table in [
+        ((3, 7, d), (7, d // 2)),
+        ((2, 3, d), (2, 1, d // 2)),
+        ((9, d), (9, d // 2)),
+        ((0, d), (0, d // 2)),
+    ]:
+        x, cos, sin = normal(rng, *shape), normal(rng, *table), normal(rng, *table)
+        np.testing.assert_allclose(cpu_ops.rope(x, cos, sin), numpy_ops.rope(x, cos, sin), rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu(path, rng):
+    gate, up = normal(rng, 3, 20001) * np.float32(10), normal(rng, 3, 20001)
+    gate[0, :6] = [-1e4, 1e4, 0, -87, 88, -0.0]
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = wide / (1 + np.exp(-wide)) * up
+    assert cpu_ops.swiglu(gate, up) is gate
+    np.testing.assert_allclose(gate, exact, rtol=2e-6, atol=1e-30)
+
+
+def paged(rng, ops, lengths, d, page_size=32, seen=None, merged=True, scale=1.0):
+    """A PagedLayer whose heads hold `lengths` entries on pages that do not lie together, some entries of size > 1."""
+    pool = PagePool(ops, d, page_size, slab_bytes=7 * ops.page_bytes(page_size, d))
+    cache = KVCache(pool, 1, len(lengths))
+    for head, length in enumerate(lengths):
+        cache._resize(0, head, 0, length)
+    pages, used = rng.permutation(len(pool.refs)).astype(np.int32), 0
+    for head, n in enumerate(cache.n_pages()[0]):
+        cache.pages[0, head, :n] = pages[used : used + n]
+        used += n
+    pool.refs[:] = np.isin(np.arange(len(pages)), pages[:used])
+    layer = cache.layer(0)
+    layer.seen = seen if seen is not None else max(lengths, default=0) * 2
+    for head, length in enumerate(lengths):
+        positions = np.sort(rng.choice(layer.seen, length, replace=False)) if length else np.zeros(0, int)
+        done = 0
+        for k, v, log_size, pos in layer.runs(head):
+            for stored in (k, v):
+                values = normal(rng, *stored.shape) * np.float32(scale)
+                stored[:] = values if stored.dtype == np.float32 else values.view(np.uint32) >> 16
+            log_size[:] = np.log(rng.integers(1, 50, len(k))) if merged else 0
+            pos[:] = positions[done : done + len(k)]
+            done += len(k)
+    layer.cache = cache  # keeps the pages
+    return layer
+
+
+def attend(q, k, v, log_size, visible, scale):
+    """One query (d,) in float64."""
+    k, v, logits = k[visible].astype(np.float64), v[visible].astype(np.float64), log_size[visible].astype(np.float64)
+    logits = logits + k @ q.astype(np.float64) * scale
+    p = np.exp(logits - logits.max())
+    return p @ v / p.sum()
+
+
+def entries(layer, head):
+    k, v, log_size, pos = layer.read(head)
+    return cpu_ops.stored_rows(np.ascontiguousarray(k)), cpu_ops.stored_rows(np.ascontiguousarray(v)), log_size, pos
+
+
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "d, group, lengths, page_size",
+    [
+        (64, 3, (1, 700, 33), 32),
+        (12, 1, (5, 1), 1),
+        (128, 4, (40, 2000), 32),
+        (80, 7, (31,), 5),
+        (20, 2, (64, 300), 48),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 50])
+def test_decode_attention(path, rng, ops, d, group, lengths, page_size, window):
+    batch = [paged(rng, ops, lengths, d, page_size), paged(rng, ops, lengths[::-1], d, page_size)]
+    for layer in batch:  # the entry of the token itself
+        for head in range(len(lengths)):
+            list(layer.runs(head))[-1][3][-1] = layer.seen
+    batch[1].pool, batch[1].pages = (
+        batch[0].pool,
+        batch[0].pages,
+    )  # one pool: the second sequence shares pages with the first
+    batch[1].lengths, batch[1].seen = np.maximum(batch[0].lengths // 2, 1), batch[0].seen // 2
+    q = normal(rng, 2, group * len(lengths), d)
+    got = cpu_ops.decode_attention(q, batch, 0.3, window).reshape(q.shape)
+    for b, layer in enumerate(batch):
+        for head in range(q.shape[1]):
+            k, v, log_size, pos = entries(layer, head // group)
+            visible = pos > layer.seen - window if window else slice(None)
+            if np.any(visible) if window else True:
+                close(got[b, head], attend(q[b, head], k, v, log_size, visible, 0.3), 2e-5)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e3, 1e7])
+def test_logits_of_any_size(path, rng, size):
+    layer = paged(rng, numpy_ops, (90, 300), 64, merged=False)
+    q, d = normal(rng, 1, 6, 64) * np.float32(size), 64
+    got = cpu_ops.decode_attention(q, [layer], 0.125).reshape(6, d)
+    new = normal(rng, 6, 3, d) * np.float32(size), normal(rng, 2, 3, d), normal(rng, 2, 3, d)
+    prefill = cpu_ops.prefill_attention(*new, layer, 0.125).reshape(3, 6, d)
+    assert np.isfinite(prefill).all()
+    for head in range(6):
+        k, v, log_size, _ = entries(layer, head // 3)
+        logits = k.astype(np.float64) @ q[0, head] * 0.125
+        if (
+            size < 1 or np.diff(np.sort(logits)[-2:]) > 1e-5 * np.abs(logits).max()
+        ):  # float32 knows which is the largest
+            close(got[head], attend(q[0, head], k, v, log_size, slice(None), 0.125), 1e-3 if size > 1 else 1e-5)
+
+
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "d, group, lengths, n",
+    [(64, 3, (0, 0), 200), (64, 3, (0, 130), 1), (12, 2, (33, 1, 0), 37), (128, 4, (200,), 65), (80, 1, (7, 64), 150)],
+)
+@pytest.mark.parametrize("window", [None, 40])
+def test_prefill_attention(path, rng, ops, d, group, lengths, n, window):
+    layer = paged(rng, ops, lengths, d, seen=300)
+    q, k, v = normal(rng, group * len(lengths), n, d), normal(rng, len(lengths), n, d), normal(rng, len(lengths), n, d)
+    got = cpu_ops.prefill_attention(q, k, v, layer, d**-0.5, window).reshape(n, -1, d)
+    tolerance = 2e-2 if path in ("avx512", "amx") else 1e-5
+    for head in range(len(q)):
+        k_past, v_past, log_size, pos = entries(layer, head // group)
+        keys, values = np.concatenate([k_past, k[head // group]]), np.concatenate([v_past, v[head // group]])
+        log_size = np.append(log_size, np.zeros(n, np.float32))
+        pos = np.append(pos, layer.seen + np.arange(n))
+        for i in range(0, n, 13):
+            visible = np.arange(len(pos)) <= len(k_past) + i
+            if window:
+                visible &= pos > layer.seen + i - window
+            close(got[i, head], attend(q[head, i], keys, values, log_size, visible, d**-0.5), tolerance)
+
+
+@pytest.mark.parametrize("n, d, n_entries", [(0, 8, 0), (1, 64, 1), (5, 7, 3), (3000, 64, 900), (4000, 12, 1)])
+def test_merge(path, rng, n, d, n_entries):
+    rows, dest, w = normal(rng, n, d), rng.integers(-1, n_entries, n) if n else np.zeros(0, int), normal(rng, n)
+    exact = np.zeros((n_entries, d))
+    np.add.at(exact, dest[dest >= 0], (rows.astype(np.float64) * w[:, None])[dest >= 0])
+    np.testing.assert_allclose(cpu_ops.merge(rows, dest, w, n_entries), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tau", [-1.1, 0.3, 0.6, 0.9, 1.0])
+def test_greedy_clusters(path, rng, tau):
+    lengths = np.array([1, 3, 70, 0, 600, 31, 2])
+    starts = np.cumsum(lengths) - lengths + np.arange(len(lengths))  # a row of no segment between two of them
+    rows = int((starts + lengths).max()) + 1
+    keys = normal(rng, rows, 16) + 2 * normal(rng, 16)
+    keys[5] = 0
+    clusters = cpu_ops.GreedyClusters(keys, starts, lengths)
+    seed, similarity = clusters.assign(tau)
+    unit = keys.astype(np.float64) / np.maximum(np.linalg.norm(keys.astype(np.float64), axis=1, keepdims=True), 1e-300)
+    expected = np.arange(rows)
+    for start, length in zip(starts, lengths, strict=True):  # algorithm 1, literally
+        free = list(range(start, start + length))
+        while free:
+            first, *rest = free
+            cosines = unit[rest] @ unit[first]
+            assert (np.abs(cosines - tau) > 1e-6).all() or tau == 1.0
+            expected[[r for r, c in zip(rest, cosines, strict=True) if c > tau]] = first
+            free = [r for r, c in zip(rest, cosines, strict=True) if not c > tau]
+    if tau < 1.0:  # a cosine of 1 may round to either side of 1
+        np.testing.assert_array_equal(seed, expected)
+        assert clusters.count(tau) == sum(
+            (expected == np.arange(rows))[a : a + n].sum() for a, n in zip(starts, lengths, strict=True)
+        )
+    alone = seed == np.arange(rows)
+    assert (similarity[alone] == 1).all()
+    np.testing.assert_allclose(similarity[~alone], (unit * unit[seed]).sum(1)[~alone], atol=1e-5)
+
+
+def test_bf16_pages_round_to_nearest_even(path):
+    """1 + 2^-8 lies between two bf16 numbers, as does 1 + 3 * 2^-8; ties go to the even one."""
+    slab = cpu_ops.new_slab(2, 4, 2)
+    rows = np.float32([[1 + 2**-8, 1 + 3 * 2**-8], [-1 - 2**-8, 1 + 2**-8 + 2**-20], [np.inf, -0.0]])
+    stored = slab.k[1, :3]
+    cpu_ops.store_rows(stored, rows)
+    expected = np.float32([[1, 1 + 2**-6], [-1, 1 + 2**-7], [np.inf, -0.0]])
+    np.testing.assert_array_equal(cpu_ops.stored_rows(stored), expected)
+    assert sum(field.nbytes for field in vars(slab).values()) == 2 * cpu_ops.page_bytes(4, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same(rng, threads):
+    w, x = weight(rng, "Q4_1", 200, 64), normal(rng, 40, 64)
+    layer, q = paged(rng, cpu_ops, (500, 20), 64), normal(rng, 1, 4, 64)
+    expected = cpu_ops.linear(x, w), cpu_ops.decode_attention(q, [layer], 0.1)
+    before = cpu_lib.library().set_threads(threads)
+    try:
+        for _ in range(50):
+            np.testing.assert_array_equal(cpu_ops.linear(x, w), expected[0])
+            np.testing.assert_allclose(cpu_ops.decode_attention(q, [layer], 0.1), expected[1], rtol=1e-5, atol=1e-6)
+    finally:
+        cpu_lib.library().set_threads(2)
+    assert before == threads
+
+
+def test_a_path_that_cannot_be_had_is_refused(monkeypatch):
+    monkeypatch.setenv("MINILLM_CPU", "sse9")
+    with pytest.raises(UsageError, match="MINILLM_CPU=sse9 .* portable"):
+        cpu_lib.choose_path()
+    monkeypatch.setenv("MINILLM_CPU", "numpy")
+    assert cpu_lib.choose_path() == "numpy"
