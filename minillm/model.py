@@ -67,6 +67,12 @@ class Model:
         self.scale = config.head_dim**-0.5
         self.runner = ops.runner(self)  # the same steps in fewer calls, or None
 
+    @property
+    def nbytes(self):
+        """Bytes of the weights that every token reads."""
+        matrices = (w for block in self.blocks for w in vars(block).values() if w is not None)
+        return sum(w.nbytes for w in matrices) + self.norm.nbytes + self.head.nbytes
+
     def extend(self, token_ids, cache, compressor=None, progress=None):
         """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.
 

@@ -1,5 +1,8 @@
 """Prompt and generation speed at several context lengths, with the full cache and with a compressed one.
 
+With the compiled kernels, the floor of a generated token stands beside it: the time to read the weights and the cache
+once at the bandwidth that the same threads reach.
+
 python tools/speed.py TEXT_FILE --tokens 512 2048 7000 --kv-budget full 0.2
 """
 
@@ -24,7 +27,9 @@ def main():
     ids = llm.encode(args.text.read_text(encoding="utf-8"))
     if len(ids) < max(args.tokens):
         parser.error(f"{args.text} has {len(ids)} tokens: give a longer text, or smaller --tokens")
-    print("| prompt | budget | prompt tok/s | generated tok/s | cache MiB | kept |\n|---|---|---|---|---|---|")
+    ops, weight_bytes = llm.model.ops, llm.model.nbytes
+    columns = ("prompt", "budget", "prompt tok/s", "generated tok/s", "ms", "floor ms", "cache MiB", "kept")
+    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for n in args.tokens:
         for budget in args.kv_budget:
             llm.set_cache(CacheConfig("full") if budget == "full" else CacheConfig(budget=float(budget)))
@@ -38,10 +43,11 @@ def main():
                 start = time.perf_counter()
                 logits = session.step()
                 seconds.append(time.perf_counter() - start)
-            mib, kept = session.cache.bytes_in_use / 2**20, session.cache.kept
-            print(
-                f"| {n} | {budget} | {n / prompt_seconds:.0f} | {1 / np.median(seconds):.1f} | {mib:.1f} | {kept:.3f} |"
-            )
+            cache, token = session.cache, np.median(seconds)
+            floor = (weight_bytes + cache.bytes_in_use) / ops.bandwidth() if hasattr(ops, "bandwidth") else None
+            cells = (n, budget, f"{n / prompt_seconds:.0f}", f"{1 / token:.1f}", f"{1000 * token:.1f}")
+            cells += (f"{1000 * floor:.1f}" if floor else "-", f"{cache.bytes_in_use / 2**20:.1f}", f"{cache.kept:.3f}")
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
             session.close()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_lib import floats, pointer
-from minillm.ops.cpu_ops import paged, slab_table
+from minillm.ops.cpu_pages import paged, slab_table
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")
