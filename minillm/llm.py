@@ -122,7 +122,6 @@ class LLM:
         try:
             session.feed(prompt)
             yield from session.stream(params or SamplingParams(), progress)
-            session.stats = session.summary()
         finally:
             session.close()
 

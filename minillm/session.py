@@ -94,6 +94,7 @@ class Session:
         self.new_turn = False  # whether an answer begins a turn, and does not go on where a text ended
         self.timings = Timings()
         self.answer = None  # the last Answer
+        self.stats = {}  # summary of the last answer
 
     @property
     def seen_soon(self):
@@ -148,6 +149,7 @@ class Session:
                 yield Piece(-1, rest)
         finally:
             timings.generation_seconds = time.perf_counter() - begin
+            self.stats = self.summary()
 
     def step(self):
         """Read the one token generated last; -> logits (vocab,). Compresses closed chunks when enough has come
