@@ -1,9 +1,9 @@
 """SemantiCache (arXiv 2603.14303): chunks between delimiters, greedy clusters of similar keys inside them, one core a
 cluster.
 
-The paper fixes tau; a budget is reached here by a search over tau in each layer. Where the delimiters and one core a
-chunk already cost more than the budget, the chunks are coarsened step by step (`coarsenings`) until it can be met.
-"""
+The paper fixes tau; a budget is reached here by one ladder of settings for all layers of a pass (`ladder`): tau
+falls, and where the delimiters and one core a chunk already cost more than the budget, the chunks are coarsened step
+by step."""
 
 from dataclasses import dataclass
 
