@@ -297,9 +297,7 @@ class KVCache:
         """Take the arrays of `state` over in place of what is stored. Arrays that do not fit this model or one
         another raise MinillmError and change nothing."""
         if not self._fits(arrays):
-            raise MinillmError(
-                "the session file is damaged or does not fit this model: delete it and read the prompt again"
-            )
+            raise MinillmError("its entries do not fit one another or this model")
         self.clear()
         lengths = arrays["lengths"]
         ends = np.cumsum(lengths.sum(axis=1))
@@ -312,6 +310,8 @@ class KVCache:
         names = ("k", "v", "log_size", "pos", "lengths", "token_ids", "tail")
         if any(name not in arrays for name in names):
             return False
+        if any(arrays[name].dtype.kind != ("f" if name in ("k", "v", "log_size") else "i") for name in names):
+            return False
         lengths, token_ids, tail = arrays["lengths"], arrays["token_ids"], arrays["tail"]
         if lengths.shape != self.lengths.shape or token_ids.ndim != 1 or tail.ndim or (lengths < 0).any():
             return False
@@ -319,5 +319,7 @@ class KVCache:
         shapes = {"k": (total, d), "v": (total, d), "log_size": (total,), "pos": (total,)}
         if any(arrays[name].shape != shape for name, shape in shapes.items()):
             return False
+        if not all(np.isfinite(arrays[name]).all() for name in ("k", "v", "log_size")):
+            return False
         pos = arrays["pos"]
-        return 0 <= tail <= min(lengths.min(), seen) and ((pos >= 0) & (pos < seen)).all()
+        return 0 <= tail <= min(lengths.min(), seen) and ((pos >= 0) & (pos < seen)).all() and (token_ids >= 0).all()

@@ -68,7 +68,9 @@ class Chat:
         if line == "/reset":
             session.close()
             self.session = self.llm.session()
-            terminal.say("the conversation is forgotten")
+            saved = self.args.prompt_cache
+            saved = f"; {saved} holds it still, until a new one is saved" if saved and saved.exists() else ""
+            terminal.say(f"the conversation is forgotten{saved}")
         elif line == "/stats":
             if session.answer:
                 terminal.timings(session.summary())

@@ -1,6 +1,8 @@
 """LLM: a model and its cache memory, from a name to text."""
 
 import hashlib
+import operator
+import reprlib
 import time
 from dataclasses import asdict
 
@@ -17,7 +19,7 @@ from minillm.memory import available_memory
 from minillm.model import MLP_ROWS, Model
 from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
-from minillm.session import SESSION_FORMAT, Answer, Session
+from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
 from minillm.tokenizer import Tokenizer
 from minillm.weights import load_weights, weight_bytes
 
@@ -100,16 +102,22 @@ class LLM:
         return llm
 
     def encode(self, prompt, bos=True):
-        """Token ids of a prompt (text, ids or messages)."""
+        """Token ids of a prompt (text, ids or messages). UsageError for what is none of these."""
         if isinstance(prompt, str):
             return self._needs_tokenizer().encode(prompt, bos=bos)
-        prompt = list(prompt)
-        if prompt and isinstance(prompt[0], dict):
+        if is_chat(prompt):
             return self._needs_tokenizer().encode(self.tokenizer.render_chat(prompt), bos=bos)
-        bad = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UsageError(
+                f"{reprlib.repr(prompt)} is no prompt: give a text, a list of token ids (whole numbers), or a list of "
+                'chat messages ({"role": ..., "content": ...})'
+            ) from None
+        bad = [token for token in ids if not 0 <= token < self.config.vocab_size]
         if bad:
             raise UsageError(f"token id {bad[0]} is not in 0..{self.config.vocab_size - 1}")
-        return [int(token) for token in prompt]
+        return ids
 
     def session(self):
         """A Session: a conversation whose later turns read only their own tokens."""
@@ -130,23 +138,20 @@ class LLM:
         return "".join(piece.text for piece in self.stream(prompt, params))
 
     def generate_batch(self, prompts, params=None):
-        """The texts of the answers to several prompts, which are decoded together."""
-        params = params or SamplingParams()
+        """The texts of the answers to a list of prompts, which are decoded together. `stats` knows nothing of them."""
+        if isinstance(prompts, str):
+            raise UsageError(f"generate_batch takes a list of prompts and got one text: write [{prompts!r}]")
+        params, self._last = params or SamplingParams(), None
         sessions, answers = [Session(self) for _ in prompts], []
         try:
             for session, prompt in zip(sessions, prompts, strict=True):
                 session.feed(prompt)
+            for session in sessions:
                 answers.append(Answer(session, params))
                 answers[-1].take(session.read())
             while active := [answer for answer in answers if answer.stop_reason is None]:
-                logits = self.model.decode(
-                    [answer.token_ids[-1] for answer in active], [answer.session.cache for answer in active]
-                )
-                for answer, row in zip(active, logits, strict=True):
-                    answer.session.unread = []
-                    if self.compressor.due(answer.session.cache):
-                        self.model.recompress(answer.session.cache, self.compressor)
-                    answer.take(row)
+                for answer, logits in zip(active, step([answer.session for answer in active]), strict=True):
+                    answer.take(logits)
             for answer in answers:
                 answer.rest()
             return [answer.text for answer in answers]
@@ -158,7 +163,10 @@ class LLM:
         """float32 (n, vocab): the next-token logits after each of the token ids, with the full cache."""
         session = Session(self)
         try:
-            ids = self.encode(token_ids)
+            session.feed(token_ids)
+            ids = session.unread
+            full = cache_bytes(self.config, CacheConfig("full"), self.model.ops, len(ids))
+            session.check_room(result=full + 4 * len(ids) * self.config.vocab_size)
             hidden = self.model.extend(ids, session.cache)
             out = np.empty((len(ids), self.config.vocab_size), np.float32)
             for lo in range(0, len(ids), MLP_ROWS):
@@ -179,7 +187,7 @@ class LLM:
         return {
             "version": SESSION_FORMAT,
             "model": f"{self.config.name} {digest.hexdigest()[:12]}",
-            "dtype": self.model.ops.CACHE_DTYPE,
+            "cache dtype": self.model.ops.CACHE_DTYPE,
             **self.cache_config.as_dict(),
         }
 
@@ -187,18 +195,12 @@ class LLM:
         """About the bytes of the pages of n tokens, at the budget of this cache."""
         return cache_bytes(self.config, self.cache_config, self.model.ops, n)
 
-    def check_memory(self, session):
-        """Raise MinillmError if what the session is about to read does not fit into the memory there is."""
-        n = session.seen_soon
-        more = max(0, self.cache_bytes(n) - session.cache.bytes_in_use)
-        require("the prompt", n, cache=more, workspace=workspace_bytes(self.config, len(session.unread)))
-
     def close(self):
         """Give the memory of weights and caches back."""
         for cache in list(self.pool.caches):
             cache.clear()
         self.pool.trim()
-        self.model = None
+        self.model = _Closed()
 
     def __enter__(self):
         return self
@@ -210,3 +212,10 @@ class LLM:
         if self.tokenizer is None:
             raise MinillmError(f"{self.config.name} has no tokenizer: add its tokenizer.json, or give token ids")
         return self.tokenizer
+
+
+class _Closed:
+    """Stands where the model of a closed LLM was."""
+
+    def __getattr__(self, name):
+        raise MinillmError("this LLM is closed and its memory given back: load it again")

@@ -15,6 +15,7 @@ import numpy as np
 from minillm.cache import KVCache
 from minillm.errors import MinillmError
 from minillm.memory import peak_memory
+from minillm.preflight import require, workspace_bytes
 from minillm.sampling import Sampler
 from minillm.stream import StreamDecoder
 
@@ -82,6 +83,23 @@ class Answer:
         return text
 
 
+def is_chat(prompt):
+    """Whether a prompt is chat messages: a list of dicts."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
+
+
+def step(sessions):
+    """Read the one token that each of B sessions of one LLM generated last; -> logits (B, vocab). Closed chunks are
+    compressed where enough has come together."""
+    llm = sessions[0].llm
+    logits = llm.model.decode([session.unread[0] for session in sessions], [session.cache for session in sessions])
+    for session in sessions:
+        session.unread = []
+        if llm.compressor.due(session.cache):
+            llm.model.recompress(session.cache, llm.compressor)
+    return logits
+
+
 class Session:
     """A sequence of an LLM. `feed` adds a prompt, `stream` reads it and answers; `ask` is a turn of a chat."""
 
@@ -103,19 +121,12 @@ class Session:
     def feed(self, prompt):
         """Add a prompt: text (special tokens in it are recognised), token ids, or chat messages (list of dicts)."""
         self.unread += self.llm.encode(prompt, bos=self.seen_soon == 0)
-        self.new_turn = self.new_turn or bool(prompt) and isinstance(prompt[0], dict)
+        self.new_turn = self.new_turn or is_chat(prompt)
 
     def read(self, progress=None):
         """Read what was fed; -> logits (vocab,) after its last token. progress(layers done, layers)."""
         llm, cache, ids = self.llm, self.cache, self.unread
-        if not ids:
-            raise MinillmError("the prompt is empty: give some text")
-        if self.seen_soon > llm.context:
-            raise MinillmError(
-                f"the prompt has {self.seen_soon} tokens and the context {llm.context}: shorten it, raise "
-                f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
-            )
-        llm.check_memory(self)
+        self.check_room()
         past = list(cache.token_ids)
         try:
             hidden = llm.model.extend(ids, cache, llm.compressor, progress)
@@ -124,6 +135,20 @@ class Session:
             raise
         self.unread = []
         return llm.model.logits(hidden[-1:])[0]
+
+    def check_room(self, result=0):
+        """Raise MinillmError if what was fed is nothing, or does not fit into the context or, with `result` more bytes,
+        into the memory there is."""
+        llm, n = self.llm, self.seen_soon
+        if not self.unread:
+            raise MinillmError("the prompt is empty: give some text")
+        if n > llm.context:
+            raise MinillmError(
+                f"the prompt has {n} tokens and the context {llm.context}: shorten it, raise "
+                f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
+            )
+        more = max(0, llm.cache_bytes(n) - self.cache.bytes_in_use)
+        require("the prompt", n, cache=more, workspace=workspace_bytes(llm.config, len(self.unread)) + result)
 
     def stream(self, params, progress=None):
         """Read what was fed and answer: yields Pieces; `self.answer` and `self.timings` tell how it went. The state
@@ -152,14 +177,8 @@ class Session:
             self.stats = self.summary()
 
     def step(self):
-        """Read the one token generated last; -> logits (vocab,). Compresses closed chunks when enough has come
-        together."""
-        model, compressor = self.llm.model, self.llm.compressor
-        logits = model.decode(self.unread, [self.cache])[0]
-        self.unread = []
-        if compressor.due(self.cache):
-            model.recompress(self.cache, compressor)
-        return logits
+        """Read the one token generated last; -> logits (vocab,)."""
+        return step([self])[0]
 
     def ask(self, text, params, system=None, progress=None):
         """A turn of a chat: yields the Pieces of the answer. The first turn may set a system prompt."""
@@ -253,6 +272,8 @@ class Session:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
             saved, state = json.loads(metadata["minillm_session"]), json.loads(metadata["state"])
+            if not isinstance(saved, dict):
+                raise ValueError("it does not say what model it is of")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise MinillmError(f"{path} is not a minillm session ({error}): delete it or name another file") from None
         for name, here in self.llm.identity().items():
@@ -261,6 +282,21 @@ class Session:
                     f"{path} was saved with {name} {saved.get(name)!r} and this is {here!r}: name another file or "
                     "delete it"
                 )
-        self.cache.restore(arrays)
-        self.unread, self.messages, self.rendered = state["unread"], state["messages"], state["rendered"]
-        self.answer = None
+        try:
+            unread, messages, rendered = self._checked(state)
+            self.llm.encode(arrays["token_ids"].tolist())
+            self.cache.restore(arrays)
+        except (KeyError, TypeError, ValueError, MinillmError) as error:
+            raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
+        self.unread, self.messages, self.rendered, self.answer = unread, messages, rendered, None
+
+    def _checked(self, state):
+        """(unread, messages, rendered) of the state that `save` wrote, or KeyError, TypeError, ValueError,
+        UsageError."""
+        unread, messages, rendered = state["unread"], state["messages"], state["rendered"]
+        if not isinstance(unread, list) or not isinstance(messages, list) or not isinstance(rendered, str | None):
+            raise TypeError("its state is none")
+        for message in messages:
+            if set(message) != {"role", "content"} or not all(isinstance(text, str) for text in message.values()):
+                raise ValueError("a message of it is none")
+        return self.llm.encode(unread), messages, rendered

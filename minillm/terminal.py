@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 
+from minillm.compress.plan import SHORT
 from minillm.memory import resident_memory
 from minillm.weights import tensor_shapes
 
@@ -130,8 +131,7 @@ class Terminal:
     def timings(self, summary):
         """The block at the end, from Session.summary."""
         s, cache = summary, summary["cache"]
-        asked = f"tau {cache['tau']}" if cache["tau"] is not None else _asked(cache["budget"])
-        kept = f"kept {cache['kept']:.3f} of the prompt ({asked})" if cache["method"] != "full" else "everything kept"
+        kept = _kept(cache, s["prompt_tokens"] + s["cached_tokens"])
         self.say(
             f"\nprompt      {_rate(s['prompt_tokens'], s['prompt_seconds'])} (cached {s['cached_tokens']})\n"
             f"generated   {_rate(s['generated_tokens'], s['generation_seconds'])}\n"
@@ -143,6 +143,14 @@ class Terminal:
 
 def _asked(budget):
     return f"asked {budget}" if isinstance(budget, float) else f"asked {budget} entries a head"
+
+
+def _kept(cache, n_tokens):
+    if cache["method"] == "full":
+        return "everything kept"
+    asked = f"tau {cache['tau']}" if cache["tau"] is not None else _asked(cache["budget"])
+    short = f"; up to {SHORT} tokens are left whole" if n_tokens <= SHORT else ""
+    return f"kept {cache['kept']:.3f} of the prompt ({asked}{short})"
 
 
 def _rate(tokens, seconds):

@@ -53,12 +53,18 @@ class Tokenizer:
         return Tokenizer(dataclasses.replace(self.vocabulary, chat_template=find_template(name_or_text)))
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Token ids. With `bos`, a model that uses BOS gets exactly one: none is added to text that begins with it."""
+        """Token ids. bos: the text begins a sequence, and a model that uses BOS gets exactly one (none is added to text
+        that begins with it); without, it goes on where another text ended, and the space that SentencePiece puts before
+        a text is left out."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise MinillmError(f"the text is not valid Unicode at character {error.start}: save it as UTF-8") from error
         ids = self._library.encode(text, add_special_tokens=False).ids
+        if not bos and self.strips_space:
+            before = self._library.encode("\n", add_special_tokens=False).ids  # the space, and something to come after
+            after = self._library.encode("\n" + text, add_special_tokens=False).ids
+            ids = after[len(before) :] if after[: len(before)] == before else ids
         if bos and self.adds_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids

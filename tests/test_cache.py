@@ -398,6 +398,11 @@ DAMAGE = {
     "a negative tail": replaced("tail", lambda t: np.array(-1)),
     "a position that was never read": replaced("pos", lambda p: np.where(p == p.max(), 40, p)),
     "token ids as a table": replaced("token_ids", lambda t: t[:, None]),
+    "a negative token id": replaced("token_ids", lambda t: -1 - t),
+    "token ids that are no whole numbers": replaced("token_ids", lambda t: t + 0.5),
+    "keys that are not finite": replaced("k", lambda k: np.where(k == k.max(), np.nan, k)),
+    "sizes that are not finite": replaced("log_size", lambda s: s + np.inf),
+    "keys as whole numbers": replaced("k", lambda k: k.astype(np.int32)),
 }
 
 

@@ -110,6 +110,17 @@ def test_tau_below_and_above_every_cosine():
     np.testing.assert_array_equal(clusters.assign(1.01)[0], np.arange(100))
 
 
+@pytest.mark.parametrize("d", [3, 8, 48, 64, 100, 128])
+def test_equal_keys_are_not_more_alike_than_one(d):
+    """Rounded, the cosine of a key with itself is now and then 1.0000001: tau = 1 must leave it alone all the same."""
+    keys = np.repeat(np.random.default_rng(d).normal(size=(500, d)).astype(F32), 2, axis=0)
+    for length in (2, 100):
+        starts = np.arange(0, len(keys), length)
+        clusters = numpy_ops.GreedyClusters(keys, starts, np.full(len(starts), length))
+        assert clusters.count(1.0) == len(keys)
+        assert clusters.count(0.99999) == len(keys) // 2
+
+
 @pytest.mark.parametrize("similarities", [4 << 20, 5000, 1])
 def test_clusters_of_long_segments(similarities, monkeypatch):
     """One word of bits and several, with similarities kept and computed again a few rows at a time."""

@@ -272,6 +272,13 @@ def test_merge(path, rng, n, d, n_entries):
     np.testing.assert_allclose(cpu_ops.merge(rows, dest, w, n_entries), exact, rtol=1e-5, atol=1e-4)
 
 
+def test_equal_keys_are_not_more_alike_than_one(path, rng):
+    keys = np.repeat(rng.normal(size=(500, 64)).astype(np.float32), 2, axis=0)
+    for length in (2, 1000):  # cosines that are kept, and that are not
+        starts = np.arange(0, len(keys), length)
+        assert cpu_ops.GreedyClusters(keys, starts, np.full(len(starts), length)).count(1.0) == len(keys)
+
+
 @pytest.mark.parametrize("tau", [-1.1, 0.3, 0.6, 0.9, 1.0])
 def test_greedy_clusters(path, rng, tau):
     lengths = np.array([1, 3, 70, 0, 600, 31, 2])

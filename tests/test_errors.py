@@ -222,7 +222,7 @@ def change_identity(path, **change):
     "change, flags, words",
     [
         ({"version": 0}, [], "version 0 and this is 1"),
-        ({"dtype": "float16"}, [], "dtype 'float16' and this is 'float32'"),
+        ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
         ({}, ["--kv-method", "streaming"], "method 'semanticache' and this is 'streaming'"),
         ({}, ["--kv-budget", "0.2"], "budget 0.5 and this is 0.2"),
         ({}, ["--kv-set", "rope=cached"], "rope 'unrotated' and this is 'cached'"),
@@ -251,6 +251,48 @@ def test_session_that_is_none(tiny, saved, fails, capfd):
         saved.write_bytes(content)
         assert "is not a minillm session" in fails(tiny, "x", "--prompt-cache", saved)
         assert saved.read_bytes() == content
+
+
+DAMAGED_STATES = {
+    "no list of what is unread": {"messages": [], "rendered": None},
+    "a token of no vocabulary": {"unread": [999999], "messages": [], "rendered": None},
+    "a token that is a word": {"unread": ["x"], "messages": [], "rendered": None},
+    "messages that are a number": {"unread": [], "messages": 5, "rendered": None},
+    "a message without words": {"unread": [], "messages": [{"role": "user"}], "rendered": ""},
+    "a text that is a number": {"unread": [], "messages": [], "rendered": 7},
+    "a list": [],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_STATES)
+def test_session_file_with_a_damaged_state_changes_nothing(damage, tiny, saved):
+    from safetensors import safe_open
+
+    with safe_open(saved, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(saved), saved, metadata | {"state": json.dumps(DAMAGED_STATES[damage])})
+    with LLM.load(tiny) as llm:
+        session = llm.session()
+        session.feed("abc")
+        session.read()
+        session.feed("d")
+        before = session.cache.lengths.copy()
+        with pytest.raises(MinillmError, match="is damaged .*: delete it and read the prompt again"):
+            session.restore(saved)
+        assert (session.cache.seen, len(session.unread), session.messages) == (3, 1, [])
+        assert (session.cache.lengths == before).all()
+
+
+def test_session_file_with_tokens_of_another_vocabulary(tiny, saved):
+    from safetensors import safe_open
+
+    with safe_open(saved, framework="numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(saved)
+    arrays["token_ids"] += 10_000
+    save_file(arrays, saved, metadata)
+    with LLM.load(tiny) as llm, pytest.raises(MinillmError, match="is damaged .token id 1"):
+        llm.session().restore(saved)
 
 
 def test_session_that_is_refused_changes_nothing(tiny, saved):

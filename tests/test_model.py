@@ -1,9 +1,7 @@
 """The forward pass against what transformers computed: tiny random models of every kind, and the default model's greedy
 text."""
 
-import json
-from pathlib import Path
-
+import goldens
 import numpy as np
 import pytest
 
@@ -24,32 +22,17 @@ def test_logits_are_those_of_transformers(tiny_model, dtype):
 
 def test_decoding_token_by_token_gives_the_same_logits(tiny_model):
     """Decode and extend share no attention code: both must give the reference, from every position of the prompt on."""
-    with np.load(tiny_model / "golden.npz") as golden, load(tiny_model) as llm:
-        ids, expected = golden["ids"].tolist(), golden["logits"]
-        if llm.config.rope.kind == "dynamic":  # its frequencies change with the length of the whole sequence
-            ids = ids[: llm.config.rope.original_context]
-            expected = llm.logits(ids)
+    with load(tiny_model) as llm:
+        ids, expected = goldens.tiny_golden(llm, tiny_model)
         for first in (1, len(ids) // 2):
-            session = llm.session()
-            session.feed(ids[:first])
-            rows = [session.read()]
-            for token in ids[first:]:
-                session.unread = [token]
-                rows.append(session.step())
-            np.testing.assert_allclose(rows, expected[first - 1 :], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(goldens.decoded(llm, ids, first), expected[first - 1 :], rtol=0, atol=1e-4)
 
 
 def test_extending_in_parts_gives_the_same_logits(tiny_model):
-    with np.load(tiny_model / "golden.npz") as golden, load(tiny_model) as llm:
-        ids, expected = golden["ids"].tolist(), golden["logits"]
-        if llm.config.rope.kind == "dynamic":
-            ids = ids[: llm.config.rope.original_context]
-            expected = llm.logits(ids)
-        session = llm.session()
-        for lo in range(0, len(ids), 7):
-            session.feed(ids[lo : lo + 7])
-            last = min(lo + 7, len(ids)) - 1
-            np.testing.assert_allclose(session.read(), expected[last], rtol=0, atol=1e-4)
+    with load(tiny_model) as llm:
+        ids, expected = goldens.tiny_golden(llm, tiny_model)
+        logits, places = goldens.extended(llm, ids, 7)
+        np.testing.assert_allclose(logits, expected[places], rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +41,7 @@ def default_model(default_model_path):
         yield llm
 
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_default.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("golden", GOLDEN["prompts"], ids=lambda golden: golden["name"])
+@pytest.mark.parametrize("golden", goldens.DEFAULT["prompts"], ids=lambda golden: golden["name"])
 def test_greedy_text_is_that_of_transformers(default_model, golden):
     """Prompt ids, logits within 2e-3, and every one of the (up to) 48 greedy tokens. No top two logits on any of these
     paths are nearer to each other than 4e-3."""
@@ -74,7 +54,7 @@ def test_greedy_text_is_that_of_transformers(default_model, golden):
     np.testing.assert_allclose(logits[golden["logits"]["ids"]], golden["logits"]["values"], rtol=0, atol=2e-3)
     session.close()
     assert greedy["smallest_margin"] > 4e-3
-    ended = greedy["ids"][-1] == GOLDEN["stop_id"]
+    ended = greedy["ids"][-1] == goldens.DEFAULT["stop_id"]
     pieces = list(llm.stream(prompt, SamplingParams(max_tokens=48)))
     assert [piece.token_id for piece in pieces if piece.token_id >= 0] == greedy["ids"][: len(greedy["ids"]) - ended]
     assert "".join(piece.text for piece in pieces) == greedy["text"]

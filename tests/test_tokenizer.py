@@ -107,11 +107,18 @@ def test_sentencepiece_folder_and_gguf_are_the_sentencepiece_package(sentencepie
     gguf = Tokenizer.from_gguf(sentencepiece_metadata())
     for text, ids, decoded in SENTENCEPIECE:
         for tokenizer in (sentencepiece_tokenizer, gguf):
-            assert tokenizer.encode(text, bos=False) == ids
             assert tokenizer.encode(text) == [1, *ids]
             assert tokenizer.decode(ids) == decoded
             assert tokenizer.decode([1, *ids, 2]) == decoded
     assert gguf.bos_id == 1 and gguf.stop_ids == {2} == sentencepiece_tokenizer.stop_ids
+
+
+def test_sentencepiece_text_that_goes_on_gets_no_space(sentencepiece_tokenizer):
+    for tokenizer in (sentencepiece_tokenizer, Tokenizer.from_gguf(sentencepiece_metadata())):
+        for text, ids, _ in SENTENCEPIECE:
+            spelled = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, bos=False))).decode()
+            assert " " + spelled == b"".join(map(tokenizer.token_bytes, ids)).decode() or not text
+        assert tokenizer.encode("", bos=False) == []
 
 
 def test_scores_alone_decide_the_merges():
@@ -147,10 +154,10 @@ def test_scores_alone_decide_the_merges():
 
 def test_space_prefix_comes_after_every_special_token_or_as_the_file_says():
     pieces = sentencepiece_metadata()["tokenizer.ggml.tokens"]
-    always = Tokenizer.from_gguf(sentencepiece_metadata()).encode("[INST]a[/INST] a", bos=False)
-    never = Tokenizer.from_gguf(sentencepiece_metadata(add_space_prefix=False)).encode("[INST]a[/INST] a", bos=False)
+    always = Tokenizer.from_gguf(sentencepiece_metadata()).encode("[INST]a[/INST] a")[1:]
+    never = Tokenizer.from_gguf(sentencepiece_metadata(add_space_prefix=False)).encode("[INST]a[/INST] a")[1:]
     # SentencePiece itself has no prefix after a user-defined piece; llama.cpp and transformers do.
-    tool = Tokenizer.from_gguf(sentencepiece_metadata()).encode("a<tool>a", bos=False)
+    tool = Tokenizer.from_gguf(sentencepiece_metadata()).encode("a<tool>a")[1:]
     assert [pieces[i] for i in tool] == ["\u2581a", "<tool>", "\u2581a"]
     assert [pieces[i] for i in always] == ["[INST]", "\u2581a", "[/INST]", "\u2581", "\u2581a"]
     assert [pieces[i] for i in never] == ["[INST]", "a", "[/INST]", "\u2581a"]
@@ -183,7 +190,7 @@ def test_merges_of_the_file_replace_scores_that_say_nothing():
         Tokenizer.from_gguf(metadata | {"tokenizer.ggml.scores": flat})
     merges = ["\u2581 t", "\u2581t h", "\u2581th e"]
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.scores": flat, "tokenizer.ggml.merges": merges})
-    assert tokenizer.encode("the", bos=False) == [metadata["tokenizer.ggml.tokens"].index("\u2581the")]
+    assert tokenizer.encode("the") == [1, metadata["tokenizer.ggml.tokens"].index("\u2581the")]
 
 
 # BOS

@@ -56,7 +56,7 @@ MODELS = {
     "rope-dynamic": (
         40,
         1,
-        LLAMA | WIDE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+        LLAMA | WIDE | {"rope_scaling": {"type": "dynamic", "factor": 2.5}, "max_position_embeddings": 16},
     ),
     "rope-llama3": (
         40,

@@ -24,9 +24,9 @@ void FN(unit_rows)(const float *keys, int64_t n, int64_t d, float *unit)
     }
 }
 
-/* out (hi - lo,) = unit[row] . unit[lo .. hi - 1] */
+/* out (hi - lo,) = unit[row] . unit[lo .. hi - 1], at most 1: the sum of rounded products may be more */
 void FN(cosines)(const float *unit, int64_t d, int64_t row, int64_t lo, int64_t hi, float *out)
 {
     for (int64_t r = lo; r < hi; r++)
-        out[r - lo] = dot(unit + row * d, unit + r * d, d);
+        out[r - lo] = fminf(dot(unit + row * d, unit + r * d, d), 1);
 }

@@ -82,9 +82,7 @@ def cores(layer, ledger, *, tau, rope, chunking, log_size):
     RoPE undone and the core is rotated to the mean position of its tokens; "cached": as they are stored."""
     keys = layer.k_unrotated if rope == "unrotated" else layer.k
     chunks = parse_chunking(chunking)
-    if ledger is None and tau >= 1:  # no cosine is greater than 1, though the rounded one of equal keys may be
-        seed = np.arange(len(keys))
-    elif ledger is None:
+    if ledger is None:
         clusters, rows = _clusters(layer, keys, chunks)
         seed, _ = _seeds(len(keys), rows, clusters, tau)
     else:

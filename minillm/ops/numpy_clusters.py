@@ -13,7 +13,8 @@ class GreedyClusters:
 
     keys (R, d); starts, lengths (M,): segment m is rows starts[m] : starts[m] + lengths[m], and clusters stay inside
     it. Scanning a segment, a row without a cluster becomes a seed and absorbs every later free row whose cosine
-    similarity with the seed is greater (strictly) than tau. A key of norm zero is similar to nothing (cosine 0)."""
+    similarity with the seed is greater (strictly) than tau; no cosine is greater than 1, rounded or not. A key of norm
+    zero is similar to nothing (cosine 0)."""
 
     def __init__(self, keys, starts, lengths):
         norms = np.sqrt(np.einsum("rd,rd->r", keys, keys))[:, None]
@@ -35,7 +36,7 @@ class GreedyClusters:
         """(m, which, width) cosines of the rows `which` of each segment with all its rows; -inf where there is no
         row."""
         unit = self.unit[rows]
-        cosines = unit[:, which] @ unit.transpose(0, 2, 1)
+        cosines = np.minimum(unit[:, which] @ unit.transpose(0, 2, 1), 1)  # rounded, it may be more
         cosines[np.broadcast_to(~real[:, None, :], cosines.shape)] = -np.inf
         return cosines
 

@@ -1,0 +1,72 @@
+"""The Python API: what it says to odd prompts, to use after close, and of the last answer."""
+
+import numpy as np
+import pytest
+import tiny_chat
+
+from minillm import LLM, MinillmError, SamplingParams
+from minillm.errors import UsageError
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_chat.make(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, [1.5], [1, "a"], ["a", "b"], [{"role": "user"}, 3], {"role": "user"}, [[1]]]
+)
+def test_prompt_that_is_none(prompt, tiny):
+    with LLM.load(tiny) as llm:
+        for call in (llm.generate, llm.logits, lambda p: llm.generate_batch([p]), llm.session().feed):
+            with pytest.raises(UsageError, match="is no prompt: give a text, a list of token ids"):
+                call(prompt)
+        assert llm.pool.bytes_in_use == 0
+
+
+def test_batch_of_one_text_that_is_no_list(tiny):
+    with LLM.load(tiny) as llm, pytest.raises(UsageError, match="list of prompts"):
+        llm.generate_batch("Hi")
+
+
+def test_token_ids_may_be_an_array(tiny):
+    with LLM.load(tiny) as llm:
+        ids = np.array([3, 4, 5])
+        np.testing.assert_array_equal(llm.logits(ids), llm.logits([3, 4, 5]))
+        assert llm.generate(ids, SamplingParams(3)) == llm.generate([3, 4, 5], SamplingParams(3))
+
+
+def test_logits_of_nothing_of_too_much_and_without_memory(tiny, monkeypatch):
+    with LLM.load(tiny, context=64) as llm:
+        with pytest.raises(MinillmError, match="the prompt is empty"):
+            llm.logits([])
+        with pytest.raises(MinillmError, match="65 tokens and the context 64"):
+            llm.logits([1] * 65)
+        monkeypatch.setattr("minillm.preflight.available_memory", lambda: 64 * 258 * 4)
+        with pytest.raises(MinillmError, match="cache .* at 64 tokens, workspace"):
+            llm.logits([1] * 64)
+
+
+def test_use_after_close(tiny):
+    llm = LLM.load(tiny)
+    session = llm.session()
+    llm.close()
+    for call in (lambda: llm.generate("x"), lambda: llm.logits([1]), lambda: list(session.ask("x", SamplingParams()))):
+        with pytest.raises(MinillmError, match="is closed"):
+            call()
+
+
+def test_stats_of_a_turn_of_an_answer_left_early_and_of_a_batch(tiny):
+    with LLM.load(tiny) as llm:
+        assert llm.stats() == {}
+        session = llm.session()
+        for _ in range(2):
+            text = "".join(piece.text for piece in session.ask("abc", SamplingParams(5)))
+            stats = llm.stats()
+            assert (stats["text"], stats["generated_tokens"]) == (text, 5)
+        assert stats["cached_tokens"] > 0
+        for _ in zip(range(2), llm.stream("abc", SamplingParams(9, ignore_eos=True)), strict=False):
+            pass
+        assert llm.stats()["generated_tokens"] in (2, 3) and llm.stats()["stop_reason"] is None
+        llm.generate_batch(["abc"], SamplingParams(2))
+        assert llm.stats() == {}
