@@ -90,6 +90,7 @@ EXPORT void minillm_linear(const Product *products, int count, const float *x, i
 EXPORT void minillm_rows(const Matrix *w, const int64_t *ids, int64_t n, float *out) { kernels->rows(w, ids, n, out); }
 EXPORT void minillm_prefill_attention(const PrefillAttention *a) { kernels->prefill_attention(a); }
 EXPORT void minillm_decode_attention(const DecodeAttention *a) { kernels->decode_attention(a); }
+EXPORT void minillm_scores(const Scores *a) { kernels->scores(a); }
 EXPORT void minillm_merge(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out)
 {
     kernels->merge(rows, dest, weight, n, d, n_entries, out);

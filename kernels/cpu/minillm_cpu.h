@@ -82,6 +82,20 @@ typedef struct {
     float scale;
 } DecodeAttention;
 
+/* Attention scores of the R rows of a layer, KV heads one after another. A query sees rows at positions up to its own (and, with
+ * a window, after its own minus the window); only rows at least min_distance positions before it get a score of it. */
+enum Reduce { REDUCE_NONE, REDUCE_SUM, REDUCE_MAX };
+typedef struct {
+    const float *q, *keys, *log_size; /* (Hq, n, d), (R, d), (R,) */
+    const int64_t *lengths;           /* (H,) rows of each KV head */
+    const int32_t *pos, *q_pos;       /* (R,), (n,) */
+    const float *lse;                 /* (Hq, n) natural log of each query's sum of exponentials; NULL: found here */
+    float *out;                       /* (G, R); with REDUCE_NONE (G, n, R), zeros */
+    int64_t n, n_rows;
+    int32_t n_heads, n_kv_heads, head_dim, window, min_distance, reduce;
+    float scale;
+} Scores;
+
 typedef struct {
     const char *name;
     void (*rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
@@ -91,6 +105,7 @@ typedef struct {
     void (*rows)(const Matrix *w, const int64_t *ids, int64_t n, float *out);
     void (*prefill_attention)(const PrefillAttention *a);
     void (*decode_attention)(const DecodeAttention *a);
+    void (*scores)(const Scores *a);
     void (*merge)(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out);
     void (*unit_rows)(const float *keys, int64_t n, int64_t d, float *unit);
     void (*cosines)(const float *unit, int64_t d, int64_t row, int64_t lo, int64_t hi, float *out);

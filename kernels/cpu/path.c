@@ -8,6 +8,7 @@ void FN(linear)(const Product *, int, const float *, int64_t);
 void FN(rows)(const Matrix *, const int64_t *, int64_t, float *);
 void FN(prefill_attention)(const PrefillAttention *);
 void FN(decode_attention)(const DecodeAttention *);
+void FN(scores)(const Scores *);
 void FN(merge)(const float *, const int64_t *, const float *, int64_t, int64_t, int64_t, float *);
 void FN(unit_rows)(const float *, int64_t, int64_t, float *);
 void FN(cosines)(const float *, int64_t, int64_t, int64_t, int64_t, float *);
@@ -20,5 +21,5 @@ double FN(stream)(const float *, int64_t);
 
 const Kernels FN(kernels) = {
     NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(rows), FN(prefill_attention), FN(decode_attention),
-    FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
+    FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
 };

@@ -9,6 +9,10 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     swiglu(gate, up)                                     silu(gate) * up
     prefill_attention(q, k, v, past, scale, window)      new tokens over stored entries and themselves
     decode_attention(q, past, scale, window)             one token of each sequence over its stored entries
+    window_scores(q, keys, lengths, log_size, pos, q_pos, scale, window)
+                                                         attention probabilities of a few queries over rows
+    column_scores(... as above, reduce, min_distance, lse)
+                                                         their sum or maximum over many queries, for each row
     new_slab(n_pages, page_size, head_dim)               memory for pages
     page_bytes(page_size, head_dim)                      bytes of one page
     GreedyClusters(keys, starts, lengths)                greedy seed-based clustering inside segments, for any tau

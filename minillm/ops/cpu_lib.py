@@ -73,6 +73,15 @@ class DecodeAttention(Structure):
     _fields_ = [*((name, c_void_p) for name in ("q", "out", "past")), ("batch", c_int32), *_SHAPE, ("scale", c_float)]
 
 
+class Scores(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "keys", "log_size", "lengths", "pos", "q_pos", "lse", "out")),
+        *((name, c_int64) for name in ("n", "n_rows")),
+        *((name, c_int32) for name in ("n_heads", "n_kv_heads", "head_dim", "window", "min_distance", "reduce")),
+        ("scale", c_float),
+    ]
+
+
 class Segments(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("unit", "starts", "lengths", "place", "kept")),
@@ -95,6 +104,7 @@ _SIGNATURES = {  # name -> (result, arguments)
     "rows": (None, [POINTER(Matrix), _P, _N, _P]),
     "prefill_attention": (None, [POINTER(PrefillAttention)]),
     "decode_attention": (None, [POINTER(DecodeAttention)]),
+    "scores": (None, [POINTER(Scores)]),
     "merge": (None, [_P, _P, _P, _N, _N, _N, _P]),
     "unit_rows": (None, [_P, _N, _N, _P]),
     "keep_cosines": (None, [POINTER(Segments)]),

@@ -142,6 +142,37 @@ def decode_attention(q, past, scale, window=None):
     return out
 
 
+def window_scores(q, keys, lengths, log_size, pos, q_pos, scale, window=None):
+    """Attention probabilities of a few queries over the rows of a layer. q (Hq, w, d) -> (G, w, R). See numpy_ops."""
+    shape = (len(q) // len(lengths), q.shape[1], len(keys))
+    out = np.zeros(shape, np.float32)
+    return _scores(out, 0, q, keys, lengths, log_size, pos, q_pos, scale, window, 0, None)
+
+
+def column_scores(
+    q, keys, lengths, log_size, pos, q_pos, scale, window=None, *, reduce="sum", min_distance=0, lse=None
+):
+    """The sum or the largest of what many queries give to each row. q (Hq, n, d) -> (G, R). See numpy_ops."""
+    out = np.empty((len(q) // len(lengths), len(keys)), np.float32)
+    number = {"sum": 1, "max": 2}[reduce]
+    return _scores(out, number, q, keys, lengths, log_size, pos, q_pos, scale, window, min_distance, lse)
+
+
+def _scores(out, reduce, q, keys, lengths, log_size, pos, q_pos, scale, window, min_distance, lse):
+    n_heads, n, d = q.shape
+    n_rows, n_kv_heads = len(keys), len(lengths)
+    lengths = np.ascontiguousarray(lengths, np.int64)
+    pos, q_pos = np.ascontiguousarray(pos, np.int32), np.ascontiguousarray(q_pos, np.int32)
+    q, keys, log_size = floats(q), floats(keys), floats(log_size)
+    lse = None if lse is None else floats(lse)
+    assert lengths.sum() == n_rows == len(pos) == len(log_size) and n == len(q_pos) and min_distance >= 0
+    assert keys.shape[1] == d and (lse is None or lse.shape == (n_heads, n))
+    pointers = (pointer(a) for a in (q, keys, log_size, lengths, pos, q_pos, lse, out))
+    shape = (n, n_rows, n_heads, n_kv_heads, d)
+    _lib.scores(byref(cpu_lib.Scores(*pointers, *shape, window or 0, min_distance, reduce, scale)))
+    return out
+
+
 def merge(rows, dest, weight, n_entries):
     """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest, weight (R,) -> (n_entries, d)
     float32."""

@@ -146,6 +146,73 @@ def decode_attention(q, past, scale, window=None):
     return out.reshape(q.shape[0], -1)
 
 
+def window_scores(q, keys, lengths, log_size, pos, q_pos, scale, window=None):
+    """Attention probabilities of a few queries over the rows of a layer.
+
+    q (Hq, w, d) rotated, q_pos (w,) their positions; keys (R, d) rotated, log_size (R,) log s, pos (R,): rows of the H
+    KV heads one after another, lengths (H,) of them each. A query sees the rows of its KV head at positions up to its
+    own, with `window` only those at positions > its own - window; its logits are q.k * scale + log s, and the softmax
+    is over all it sees. -> (G, w, R): [g, i, r] is what query i of the g-th query head of row r's KV head gives to r,
+    0 where it does not see r."""
+    group = len(q) // len(lengths)
+    out = np.zeros((group, q.shape[1], len(keys)), np.float32)
+    for head, rows in _heads(lengths):
+        logits = q[head * group : (head + 1) * group] @ keys[rows].T * np.float32(scale) + log_size[rows]
+        logits[:, ~_visible(pos[rows], q_pos, window)] = -np.inf
+        out[:, :, rows] = _softmax(logits)
+    return out
+
+
+def column_scores(
+    q, keys, lengths, log_size, pos, q_pos, scale, window=None, *, reduce="sum", min_distance=0, lse=None
+):
+    """What many queries give to each row: the sum or the largest of their attention probabilities.
+
+    Arguments as in window_scores; q (Hq, n, d). reduce: "sum" (H2O) or "max" (KVzip, KVCompose). Only queries at least
+    min_distance positions after a row count for it; rows nearer than that, and rows that a caller appends to each head
+    and then slices off, are in the normaliser all the same. lse (Hq, n): the natural log of each query's sum of
+    exponentials (-inf for none), where it is known already. -> (G, R), 0 for a row that no query counts for. The
+    probabilities of ROW_BLOCK queries exist at a time."""
+    assert reduce in ("sum", "max")
+    group = len(q) // len(lengths)
+    out = np.zeros((group, len(keys)), np.float32)
+    for head, rows in _heads(lengths):
+        for lo in range(0, q.shape[1], ROW_BLOCK):
+            block = (slice(head * group, (head + 1) * group), slice(lo, lo + ROW_BLOCK))
+            logits = q[block] @ keys[rows].T * np.float32(scale) + log_size[rows]
+            logits[:, ~_visible(pos[rows], q_pos[block[1]], window)] = -np.inf
+            p = _softmax(logits, None if lse is None else lse[block])
+            p[:, pos[rows] > q_pos[block[1], None] - min_distance] = 0
+            if reduce == "sum":
+                out[:, rows] += p.sum(axis=1)
+            else:
+                np.maximum(out[:, rows], p.max(axis=1), out=out[:, rows])
+    return out
+
+
+def _heads(lengths):
+    """(head, slice of its rows) of each KV head that has any."""
+    ends = np.cumsum(lengths)
+    return [(head, slice(end - n, end)) for head, (n, end) in enumerate(zip(lengths, ends, strict=True)) if n]
+
+
+def _visible(pos, q_pos, window):
+    """(queries, rows) bool: which rows each query sees."""
+    visible = pos <= q_pos[:, None]
+    return visible if window is None else visible & (pos > q_pos[:, None] - window)
+
+
+def _softmax(logits, lse=None):
+    """exp(logits) over the sum of their last axis, whose log is lse (...,) if it is known; 0 where all are -inf.
+    Overwrites `logits`."""
+    top = logits.max(axis=-1, keepdims=True) if lse is None else lse[..., None]
+    logits -= np.maximum(top, np.finfo(np.float32).min)
+    p = np.exp(logits, out=logits)
+    if lse is None:
+        p /= np.maximum(p.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    return p
+
+
 @dataclass
 class Slab:
     """Memory of n_pages pages, each `page_size` entries of one KV head of one layer. Fields of one kind lie together,
