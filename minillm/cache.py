@@ -150,6 +150,9 @@ class KVCache:
         self.lengths = np.zeros((n_layers, n_kv_heads), np.int64)  # entries stored
         self.token_ids = []  # the tokens read
         self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
+        self.queries = None  # [(L, Hq, d)] of the tokens generated since the last compression, if the next asks
+        self.scores = None  # [(E,)] of each layer: what the last compression's entries scored, if the next asks
+        self.tau = None  # the threshold that the last compression came to, where it had one
         pool.caches.add(self)
 
     @property
@@ -273,12 +276,15 @@ class KVCache:
             self.pool.release(row[:n])
         self.lengths[:] = 0
         self.token_ids, self.tail = [], 0
+        self.queries = self.scores = self.tau = None
 
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
         other = KVCache(self.pool, *self.lengths.shape)
         other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
+        other.queries = None if self.queries is None else list(self.queries)
+        other.scores, other.tau = self.scores, self.tau
         for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.share(row[:n])
         return other

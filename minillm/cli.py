@@ -7,7 +7,8 @@ from pathlib import Path
 
 from minillm import ops
 from minillm.chat_template import ChatTemplate, find_template
-from minillm.compress.methods import METHODS, CacheConfig
+from minillm.compress.config import TABLES, CacheConfig
+from minillm.compress.methods import METHODS
 from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
@@ -188,18 +189,23 @@ def _params(args):
 
 
 def _cache(args):
-    options = {}
-    method = METHODS.get(args.kv_method)
+    texts = {}
     for text in args.kv_set:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--kv-set {text}: write OPTION=VALUE; --kv-method list shows the options of each method")
-        if name in options:
+        if name in texts:
             raise UsageError(f"--kv-set {name} is given twice: leave one out")
-        if method and name not in method.options:
-            valid = ", ".join(method.options) or "none"
-            raise UsageError(f"--kv-set {text}: cache method {args.kv_method!r} has these options: {valid}")
-        options[name] = _option(method.options[name], value) if method else value
+        texts[name] = value
+    chosen = {name: value for name, value in texts.items() if name in TABLES}
+    options = dict(chosen)
+    if args.kv_method in METHODS and all(name in TABLES[part] for part, name in chosen.items()):
+        table = CacheConfig.option_table(args.kv_method, **chosen)
+        for name in texts.keys() - chosen.keys():
+            if name not in table:
+                valid = ", ".join([*table, *TABLES]) if args.kv_method != "full" else "none"
+                raise UsageError(f"--kv-set {name}: cache method {args.kv_method!r} has these options: {valid}")
+            options[name] = _option(table[name], texts[name])
     if args.tau is not None:
         if "tau" in options:
             raise UsageError("--tau and --kv-set tau= are the same: leave one out")

@@ -11,7 +11,7 @@ import numpy as np
 from minillm import hub, ops
 from minillm.cache import PagePool
 from minillm.compress.compressor import Compressor
-from minillm.compress.methods import CacheConfig
+from minillm.compress.config import CacheConfig
 from minillm.config import read_config
 from minillm.errors import MinillmError, UsageError
 from minillm.gguf_file import read_gguf
@@ -47,7 +47,8 @@ class LLM:
         if tokenizer:
             known = tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
-        self.compressor = Compressor(cache, self.model.rope, self.model.ops, classes)
+        model, config = self.model, self.config
+        self.compressor = Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
 
     @classmethod
     def load(

@@ -3,10 +3,12 @@
 `extend` reads many new tokens of one sequence (a prompt, or a later turn over a compressed cache); `decode` reads one
 token of each of several sequences. Both leave the new entries in the cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minillm.cache import KVCache
+from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.rope import Rope
 
@@ -79,43 +81,70 @@ class Model:
         Only one layer's keys and values exist in full: each layer's are compressed and stored in pages before the
         next begins. progress(layers done, layers) is called after every layer. If anything is raised on the way the
         cache is cleared."""
-        try:
-            hidden = self._extend(token_ids, cache, compressor, progress)
-        except BaseException:
-            cache.clear()
-            raise
-        return hidden
+        return self.extend_each(token_ids, [cache], [compressor], progress)
 
-    def _extend(self, token_ids, cache, compressor, progress):
-        ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
-        compression = compressor.begin(cache, token_ids) if compressor else None
-        pos = np.arange(cache.seen, cache.seen + len(token_ids))
-        cos, sin = self.rope.tables(pos, cache.seen + len(pos))
-        x = ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
+    def extend_each(self, token_ids, caches, compressors, progress=None):
+        """`extend` of several caches that hold the same (nothing, where there are several) by the same tokens, each
+        stored as its own compressor has it (None: whole): one reading for all."""
+        if len(caches) > 1 and any(cache.seen for cache in caches):
+            raise ValueError("caches that are extended together must be empty: what they attend to must be the same")
+        try:
+            return self._extend(token_ids, caches, compressors, progress)
+        except BaseException:
+            for cache in caches:
+                cache.clear()
+            raise
+
+    def _extend(self, token_ids, caches, compressors, progress):
+        first, compressions = caches[0], []
+        for cache, compressor in zip(caches, compressors, strict=True):
+            compressions.append(compressor.begin(cache, token_ids) if compressor else None)
+        reads = {compression.reads for compression in compressions if compression}
+        pos = np.arange(first.seen, first.seen + len(token_ids))
+        cos, sin = self.rope.tables(pos, first.seen + len(pos))
+        x = self.ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
+        again = Rereading(self, token_ids, first) if "again" in reads else None
         for index, block in enumerate(self.blocks):
-            if self.runner:
-                k, v, mixed = self.runner.attention(index, x, cos, sin, cache.layer(index))
-            else:
-                q, k, v = self._qkv(block, ops.rms_norm(x, block.attention_norm, eps))
-                q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-                mixed = ops.prefill_attention(q, k, v, cache.layer(index), self.scale, window)
-                del q
-            if compression:
-                compression.store(index, k, v)
-            else:
-                cache.append(index, k, v, pos)
-            del k, v
-            if self.runner:
-                self._check_finite(self.runner.output(index, x, mixed), index)
-            else:
-                x += ops.linear(mixed, block.wo, block.bo)
-                for lo in range(0, len(x), MLP_ROWS):
-                    x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
-                self._check_finite(np.isfinite(x).all(), index)
+            q, k, v, mixed = self._attention(index, x, cos, sin, first.layer(index), "new" in reads)
+            queries = {"new": [Queries(q, pos)], None: [], "again": []}
+            if again:
+                queries["again"] = again.layer(index, k, v, pos)
+            for cache, compression in zip(caches, compressions, strict=True):
+                if compression:
+                    compression.store(index, k, v, queries[compression.reads], block.wo)
+                else:
+                    cache.append(index, k, v, pos)
+            del q, k, v, queries
+            self._check_finite(self._output(index, x, mixed), index)
             if progress:
                 progress(index + 1, len(self.blocks))
-        cache.advance(token_ids, compression.tail if compression else None)
+        for cache, compression in zip(caches, compressions, strict=True):
+            if compression:
+                compression.finish()
+            else:
+                cache.advance(token_ids)
         return x
+
+    def _attention(self, index, x, cos, sin, past, wants_q):
+        """The first half of a layer: x (n, dim) -> q (Hq, n, d), or None if it is not wanted; k, v (H, n, d); q and k
+        rotated; mixed (n, Hq * d), the attention's output."""
+        if self.runner:
+            return self.runner.attention(index, x, cos, sin, past, wants_q)
+        ops, block, config = self.ops, self.blocks[index], self.config
+        q, k, v = self._qkv(block, ops.rms_norm(x, block.attention_norm, config.rms_eps))
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        mixed = ops.prefill_attention(q, k, v, past, self.scale, config.sliding_window)
+        return q if wants_q else None, k, v, mixed
+
+    def _output(self, index, x, mixed):
+        """The second half: x += W_O mixed, x += mlp(norm(x)). -> whether x is finite."""
+        if self.runner:
+            return self.runner.output(index, x, mixed)
+        block = self.blocks[index]
+        x += self.ops.linear(mixed, block.wo, block.bo)
+        for lo in range(0, len(x), MLP_ROWS):
+            x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
+        return np.isfinite(x).all()
 
     def decode(self, token_ids, caches):
         """Read one token of each of B sequences: token_ids (B,), B caches of one pool. -> logits (B, vocab).
@@ -123,48 +152,52 @@ class Model:
         If anything is raised on the way the caches hold what they held before."""
         before = [cache.lengths.copy() for cache in caches]
         try:
-            logits = self._decode(token_ids, caches)
+            logits, queries = self._decode(token_ids, caches)
         except BaseException:
             for cache, lengths in zip(caches, before, strict=True):
                 cache.cut(lengths)
             raise
-        for token, cache in zip(token_ids, caches, strict=True):
+        for b, (token, cache) in enumerate(zip(token_ids, caches, strict=True)):
             cache.advance([token])
+            if cache.queries is not None:
+                cache.queries.append(np.stack([q[b] for q in queries]))
         return logits
 
     def _decode(self, token_ids, caches):
+        """-> logits (B, vocab), and of every layer the rotated queries (B, Hq, d)."""
         ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
         tables = [self.rope.tables(np.array([cache.seen]), cache.seen + 1) for cache in caches]
         cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
         if self.runner:
             for cache in caches:
                 cache.make_room()
-            logits, bad_layer = self.runner.decode(token_ids, caches, cos, sin)
+            logits, bad_layer, queries = self.runner.decode(token_ids, caches, cos, sin)
             self._check_finite(bad_layer is None, bad_layer)
-            return logits
-        x = ops.embed(self.embedding, token_ids)  # (B, dim)
+            return logits, queries
+        x, queries = ops.embed(self.embedding, token_ids), []  # (B, dim)
         for index, block in enumerate(self.blocks):
             q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, ops.rms_norm(x, block.attention_norm, eps)))
             q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)  # (B, heads, d)
+            queries.append(q)
             for b, cache in enumerate(caches):
                 cache.append(index, k[b][:, None], v[b][:, None], [cache.seen])
             mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, window)
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
             self._check_finite(np.isfinite(x).all(), index)
-        return self.logits(x)
+        return self.logits(x), queries
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
         return self.ops.linear(self.ops.rms_norm(hidden, self.norm, self.config.rms_eps), self.head)
 
     def recompress(self, cache, compressor):
-        """Compress the closed chunks of what was generated since the last time."""
-        compression = compressor.begin(cache, [], closed_only=True)
+        """Compress what was generated since the last time."""
+        compression = compressor.begin(cache, [], generated=True)
         if compression:
-            for index in range(len(self.blocks)):
-                compression.store(index)
-            cache.advance([], compression.tail)
+            for index, block in enumerate(self.blocks):
+                compression.store(index, wo=block.wo)
+            compression.finish()
 
     def _qkv(self, block, x):
         """x (n, dim) -> q (Hq, n, d), k and v (H, n, d), not yet rotated."""
@@ -184,3 +217,35 @@ class Model:
                 f"NaN or infinity in the output of layer {layer}: the weights of model.layers.{layer} are damaged or "
                 "do not fit this architecture; fetch the model again"
             )
+
+
+class Rereading:
+    """A second reading of the new tokens, carried through the layers beside the first: in blocks, each of which sees
+    the text and itself. What it attends to says what the text needs (KVzip, KVCompose).
+
+    Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
+
+    BLOCK = 2048  # tokens
+
+    def __init__(self, model, token_ids, cache):
+        self.model, self.cache, n = model, cache, len(token_ids)
+        self.seen = cache.seen + n
+        self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
+        self.blocks = [slice(lo, min(lo + self.BLOCK, n)) for lo in range(0, n, self.BLOCK)]
+        self.x = model.ops.embed(model.embedding, token_ids)
+
+    def layer(self, index, k, v, pos):
+        """Read on through layer `index`, whose new keys and values are k, v (H, n, d). -> a list of Queries."""
+        model, text, queries = self.model, self.text, []
+        text.cut(np.zeros_like(text.lengths))
+        if self.cache.seen:
+            text.write(0, self.cache.read(index))
+        text.append(0, k, v, pos)
+        past = replace(text.layer(0), seen=self.seen)
+        for rows in self.blocks:
+            x, pos = self.x[rows], self.seen + np.arange(rows.stop - rows.start)
+            tables = model.rope.tables(pos, self.seen + len(pos))
+            q, keys, _, mixed = model._attention(index, x, *tables, past, True)
+            model._output(index, x, mixed)
+            queries.append(Queries(q, pos, keys))
+        return queries

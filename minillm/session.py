@@ -233,7 +233,7 @@ class Session:
                 "entries": self.cache.entries,
                 "bytes": self.cache.bytes_in_use,
                 "full_bytes": self.cache.full_bytes,
-                "tau": llm.cache_config.options.get("tau"),
+                "tau": llm.cache_config.options.get("tau") if self.cache.tau is None else self.cache.tau,
             },
         }
 

@@ -148,9 +148,10 @@ def _asked(budget):
 def _kept(cache, n_tokens):
     if cache["method"] == "full":
         return "everything kept"
-    asked = f"tau {cache['tau']}" if cache["tau"] is not None else _asked(cache["budget"])
+    asked = [] if cache["budget"] is None else [_asked(cache["budget"])]
+    asked += [] if cache["tau"] is None else [f"tau {cache['tau']:.2f}"]
     short = f"; up to {SHORT} tokens are left whole" if n_tokens <= SHORT else ""
-    return f"kept {cache['kept']:.3f} of the prompt ({asked}{short})"
+    return f"kept {cache['kept']:.3f} of the prompt ({', '.join(asked)}{short})"
 
 
 def _rate(tokens, seconds):

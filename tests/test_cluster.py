@@ -4,13 +4,23 @@ import numpy as np
 import pytest
 from literal import FakeRope, check_entries, chunks_between_delimiters, greedy_seeds, make_layer, semanticache
 
-from minillm.compress import cluster
-from minillm.compress.methods import CacheConfig
-from minillm.compress.plan import Ledger
+from minillm.compress import cluster, merge
+from minillm.compress.config import CacheConfig
 from minillm.ops import numpy_clusters, numpy_ops
 
 F32 = np.float32
 SENTENCE, CLAUSE, BLANK, SPECIAL = 1, 2, 3, 4
+
+
+def plan_at(layer, tau, rope="unrotated", chunking="delimiter", log_size=True):
+    """The Plan at any tau."""
+    layer.memo.clear()
+    into = cluster.seeds(layer, None, None, tau, rope, chunking)
+    return merge.cores(layer, None, into, rope, log_size)
+
+
+def entries_of(layer, **options):
+    return CacheConfig("semanticache", **options).plan(layer, None, None)[0].apply(layer)
 
 
 # greedy seed-based clustering
@@ -169,7 +179,7 @@ def test_cores_are_the_means_of_clusters_between_delimiters(rope_option, factor,
     heads = [random_head(rng, 120, rope), random_head(rng, 70, rope, delimiters=0), random_head(rng, 3, rope)]
     heads[1]["protected"][[20, 41, 42]] = True  # a protected row ends a chunk wherever it is
     layer = make_layer(heads, rope)
-    entries = CacheConfig("semanticache", tau=tau, rope=rope_option).plan(layer, None).apply(layer)
+    entries = entries_of(layer, tau=tau, rope=rope_option)
     clusters = [
         semanticache(head, chunks_between_delimiters(head, cluster.MAX_CHUNK), tau, rope, unrotate=unrotate)
         for head in heads
@@ -189,7 +199,7 @@ def test_chunks_of_a_fixed_width(chunking):
     rope = FakeRope(8)
     heads = [random_head(rng, 100, rope, delimiters=0.3), random_head(rng, 41, rope, delimiters=0.3)]
     layer = make_layer(heads, rope)
-    entries = CacheConfig("semanticache", tau=0.7, chunking=chunking).plan(layer, None).apply(layer)
+    entries = entries_of(layer, tau=0.7, chunking=chunking)
     width = 10**9 if chunking == "none" else int(chunking[6:])
     clusters = []
     for head in heads:
@@ -206,7 +216,7 @@ def test_a_long_chunk_is_split():
     rope, longest = FakeRope(4), cluster.MAX_CHUNK
     head = random_head(rng, 2 * longest + 50, rope, delimiters=0, sinks=0, window=0, merged=0)
     layer = make_layer([head], rope)
-    entries = cluster.cores(layer, None, tau=-1.1, rope="unrotated", chunking="delimiter", log_size=True).apply(layer)
+    entries = plan_at(layer, -1.1, "unrotated").apply(layer)
     np.testing.assert_allclose(np.exp(entries.log_size), [longest, longest, 50], rtol=1e-6)
 
 
@@ -218,7 +228,7 @@ def test_tau_below_every_cosine_gives_one_core_a_chunk():
         head["k"][20:40] = 0  # of no direction: similar to nothing above a cosine of 0
     layer = make_layer(heads, rope)
     for rope_option in ("unrotated", "cached"):
-        plan = cluster.cores(layer, None, tau=-1.001, rope=rope_option, chunking="delimiter", log_size=True)
+        plan = plan_at(layer, -1.001, rope_option)
         for h, head in enumerate(heads):
             chunks = [chunk for chunk in chunks_between_delimiters(head, cluster.MAX_CHUNK) if chunk]
             outside = np.count_nonzero(head["protected"] | (head["classes"] > 0))
@@ -232,7 +242,7 @@ def test_tau_above_every_cosine_changes_nothing(rope_option):
     heads = [random_head(rng, 90, rope), random_head(rng, 33, rope)]
     heads[0]["k"][10:30] = heads[0]["k"][10]  # equal as they are stored
     layer = make_layer(heads, rope)
-    entries = cluster.cores(layer, None, tau=1.001, rope=rope_option, chunking="delimiter", log_size=True).apply(layer)
+    entries = plan_at(layer, 1.001, rope_option).apply(layer)
     for name in ("k", "v", "pos"):
         np.testing.assert_array_equal(getattr(entries, name), getattr(layer, name))
     np.testing.assert_allclose(np.exp(entries.log_size), layer.size, rtol=1e-6)
@@ -244,7 +254,7 @@ def test_tau_one_of_the_configuration_changes_nothing():
     rope = FakeRope(16)
     heads = [random_head(rng, 200, rope, merged=0)]
     layer = make_layer(heads, rope)
-    entries = CacheConfig("semanticache", tau=1).plan(layer, None).apply(layer)
+    entries = entries_of(layer, tau=1)
     np.testing.assert_array_equal(entries.k, layer.k)
 
 
@@ -253,7 +263,7 @@ def test_without_log_size_a_core_counts_once():
     rope = FakeRope(8)
     head = random_head(rng, 80, rope, merged=0)
     layer = make_layer([head], rope)
-    entries = CacheConfig("semanticache", tau=0.6, log_size=False).plan(layer, None).apply(layer)
+    entries = entries_of(layer, tau=0.6, log_size=False)
     clusters = semanticache(head, chunks_between_delimiters(head, cluster.MAX_CHUNK), 0.6, rope, unrotate=True)
     check_entries(entries, [head], [clusters], rope, unrotate=True, log_size=False)
     assert len(entries.pos) < 70 and not entries.log_size.any()
@@ -263,7 +273,7 @@ def test_without_log_size_a_core_counts_once():
 
 
 def budget_plan(layer, target, **options):
-    return CacheConfig("semanticache", 0.5, **options).plan(layer, Ledger(target, [10**9]))
+    return CacheConfig("semanticache", 0.5, **options).plan(layer, None, target)[0]
 
 
 def rows_at(entries, h, positions):

@@ -8,8 +8,9 @@ from literal import FakeRope, attend, check_entries, chunks_between_delimiters, 
 from minillm.cache import KVCache, PagePool
 from minillm.compress.cluster import MAX_CHUNK
 from minillm.compress.compressor import Compressor
-from minillm.compress.methods import METHODS, CacheConfig, methods_table
-from minillm.compress.plan import SHORT, Budget, Plan
+from minillm.compress.config import CacheConfig
+from minillm.compress.methods import METHODS, methods_table
+from minillm.compress.plan import SHORT, Budget, Plan, Queries
 from minillm.errors import UsageError
 from minillm.ops import numpy_ops
 
@@ -39,6 +40,12 @@ class Sequence:
         self.ids = []
         self.k = np.zeros((n_layers, n_heads, 0, d), F32)  # of every token there was, rotated
         self.v = np.zeros((n_layers, n_heads, 0, d), F32)
+        self.asks = np.random.default_rng(seed + 1)
+
+    def _queries(self, n):
+        """Random ones, two query heads a KV head: (L, Hq, n, d)."""
+        n_layers, n_heads, _, d = self.k.shape
+        return self.asks.normal(size=(n_layers, 2 * n_heads, n, d)).astype(F32)
 
     def _new(self, n):
         shape = (*self.k.shape[:2], n, self.k.shape[3])
@@ -58,13 +65,14 @@ class Sequence:
     def read(self, n):
         cache = self.cache
         k, v, pos, ids = self._new(n)
-        compression = self.compressor.begin(cache, ids)
+        compression, q = self.compressor.begin(cache, ids), self._queries(n)
         for layer in range(len(k)):
             if compression:
-                compression.store(layer, k[layer], v[layer])
+                again = k[layer] if compression.reads == "again" else None
+                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos, again)])
             else:
                 cache.append(layer, k[layer], v[layer], pos)
-        cache.advance(ids, compression.tail if compression else None)
+        compression.finish() if compression else cache.advance(ids)
         return self
 
     def generate(self, n):
@@ -75,13 +83,15 @@ class Sequence:
             for layer in range(len(k)):
                 cache.append(layer, k[layer, :, i : i + 1], v[layer, :, i : i + 1], pos[i : i + 1])
             cache.advance(ids[i : i + 1])
+            if cache.queries is not None:
+                cache.queries.append(self._queries(1)[:, :, 0])
             compression = None
             if self.compressor.due(cache):
-                compression = self.compressor.begin(cache, [], closed_only=True)
+                compression = self.compressor.begin(cache, [], generated=True)
                 if compression:
                     for layer in range(len(k)):
                         compression.store(layer)
-                    cache.advance([], compression.tail)
+                    compression.finish()
             yield compression is not None
 
     def check_kept(self, share):
@@ -202,7 +212,7 @@ def test_merging_equal_tokens_changes_nothing_if_they_are_counted(log_size):
     copies = rng.integers(0, 12, 90)
     layer.k, layer.v = layer.k[copies], layer.v[copies]
     config = CacheConfig("semanticache", tau=0.9999, rope="cached", log_size=log_size)
-    entries = config.plan(layer, None).apply(layer)
+    entries = config.plan(layer, None, None)[0].apply(layer)
     assert len(entries.pos) == len(set(copies))
     worst = 0.0
     for _ in range(20):
@@ -494,7 +504,7 @@ def test_what_a_method_is_shown_of_a_second_turn():
     sequence = Sequence(config, n_heads=3).read(200)
     stored = [sequence.cache.read(layer) for layer in range(2)]
     shown, plan = [], config.plan
-    config.plan = lambda layer, ledger: shown.append(layer) or plan(layer, ledger)
+    config.plan = lambda layer, *rest: shown.append(layer) or plan(layer, *rest)
     sequence.read(100)
     assert [layer.index for layer in shown] == [0, 1]
     cores_at_delimiters = 0
@@ -553,7 +563,7 @@ def test_seen_goes_on_after_compression():
         (("semanticash",), {}, "'semanticash'.*semanticache"),
         ((None,), {}, "None.*semanticache"),
         (("semanticache",), {"taau": 0.5}, "'taau'.*tau"),
-        (("streaming",), {"tau": 0.5}, "'tau'.*none"),
+        (("streaming",), {"tau": 0.5}, "'tau'.*: score, allocate, merge"),
         (("full",), {"rope": "cached"}, "'rope'"),
         (("semanticache", 0.5), {"tau": 0.7}, "budget.*tau"),
         (("semanticache", "full"), {"tau": 0.7}, "budget.*tau"),
@@ -566,7 +576,7 @@ def test_seen_goes_on_after_compression():
         *((("semanticache",), {"delimiters": x}, "^delimiters: ") for x in ("", 5)),
         (("semanticache",), {"log_size": "no"}, "^log_size: "),
         *((("streaming",), {"window": x}, "^window: ") for x in (-1, 2.5, "32", True, float("inf"))),
-        *((("streaming",), {"sinks": x}, "^sinks: ") for x in (-1, None)),
+        *((("streaming",), {"sinks": x}, "^sinks: ") for x in (-1, 0.5)),
         *((("streaming",), {"recompress": x}, "^recompress: ") for x in (-1, 0.5)),
     ],
     ids=str,
@@ -605,4 +615,4 @@ def test_the_table_names_every_method_option_and_paper():
     for name, method in METHODS.items():
         line = next(line for line in table.splitlines() if line.startswith(name + " "))
         assert method.summary in line and method.paper in line
-        assert all(f"    {option} = " in table for option in method.options)
+        assert all(f"    {option} = " in table for option in CacheConfig(name).options if option != "delimiters")

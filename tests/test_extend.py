@@ -10,7 +10,7 @@ from oracle import rms_norm
 
 from minillm.cache import KVCache, PagePool
 from minillm.compress.compressor import Compressor
-from minillm.compress.methods import CacheConfig
+from minillm.compress.config import CacheConfig
 from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import MinillmError
 from minillm.model import Model

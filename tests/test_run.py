@@ -356,7 +356,7 @@ def test_tau_decides_what_is_kept(minillm, tmp_path):
         status, out, err = minillm("-f", document, "--json", "-n", 1, "--tau", tau)
         cache = json.loads(out)["cache"]
         kept.append(cache["kept"])
-        assert (cache["tau"], cache["budget"]) == (tau, None) and f"(tau {tau})" in err
+        assert (cache["tau"], cache["budget"]) == (tau, None) and f"(tau {tau:.2f})" in err
     assert 0 < kept[0] < kept[1] < 1
 
 

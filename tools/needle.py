@@ -40,18 +40,9 @@ def sample(llm, sentences, seed, n_tokens, n_keys):
     return llm.encode(text), llm.encode(" " + values[wanted] + ".", bos=False)
 
 
-def score(llm, full, first, answer):
-    """-> (accuracy, NLL in nats a token, kept share) of the answer after the prompt of `full`, a cache with every
-    entry of it, when that is compressed; first (vocab,): the logits after the prompt, which no compression has
-    touched yet."""
-    ids, n_heads = full.token_ids, llm.config.n_kv_heads
-    cache = KVCache(llm.pool, llm.config.n_layers, n_heads)
-    compression = llm.compressor.begin(cache, ids)
-    for layer in range(llm.config.n_layers):
-        entries = full.read(layer)
-        k, v = (x.reshape(n_heads, len(ids), -1) for x in (entries.k, entries.v))
-        compression.store(layer, k, v) if compression else cache.append(layer, k, v, np.arange(len(ids)))
-    cache.advance(ids, compression.tail if compression else None)
+def score(llm, cache, first, answer):
+    """-> (accuracy, NLL in nats a token, kept share) of the answer after the prompt that `cache` holds, compressed;
+    first (vocab,): the logits after the prompt, which no compression has touched yet."""
     kept = cache.kept
     hidden = llm.model.extend(answer[:-1], cache)
     cache.clear()
@@ -83,12 +74,14 @@ def main():
         rows = [[] for _ in configurations]
         for seed in tqdm(range(args.n), f"{n_keys} keys", disable=None):
             prompt, answer = sample(llm, sentences, seed, args.tokens, n_keys)
-            full = KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads)
-            first = llm.model.logits(llm.model.extend(prompt, full)[-1:])
-            for row, (options, budget) in zip(rows, configurations, strict=True):
+            caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in configurations]
+            compressors = []
+            for options, budget in configurations:
                 llm.set_cache(configuration(args.kv_method, budget, options))
-                row.append(score(llm, full, first, answer))
-            full.clear()
+                compressors.append(llm.compressor)
+            first = llm.model.logits(llm.model.extend_each(prompt, caches, compressors)[-1:])
+            for row, cache in zip(rows, caches, strict=True):
+                row.append(score(llm, cache, first, answer))
         for row, (options, budget) in zip(rows, configurations, strict=True):
             accuracy, nll, kept = np.mean(row, axis=0)
             method = "full" if budget == "full" else args.kv_method

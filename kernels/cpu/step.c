@@ -45,15 +45,17 @@ static void split_head(void *context, int64_t i, int thread)
         memcpy(c->heads + (i * c->n + row) * c->head_dim, c->y + (row * c->n_heads + i) * c->head_dim, sizeof(float) * (size_t)c->head_dim);
 }
 
-/* The first half of a layer: x (n, dim) -> k, v (H, n, d), k rotated, and mixed (n, Hq d), the attention's output before W_O.
- * cos, sin (n, d / 2). */
+/* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, k, v (H, n, d), q and k rotated, and mixed
+ * (n, Hq d), the attention's output before W_O. cos, sin (n, d / 2). */
 EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
-                                    float *k, float *v, float *mixed)
+                                    float *q, float *k, float *v, float *mixed)
 {
     const Block *block = &m->blocks[layer];
     const int64_t d = m->head_dim, q_dim = m->n_heads * d, kv_dim = m->n_kv_heads * d;
     float *h = scratch(SHARED, 5, sizeof(float) * (size_t)(n * (m->dim + q_dim + 2 * kv_dim)));
-    float *qkv = h + n * m->dim, *q = scratch(SHARED, 6, sizeof(float) * (size_t)(n * q_dim));
+    float *qkv = h + n * m->dim;
+    if (!q)
+        q = scratch(SHARED, 6, sizeof(float) * (size_t)(n * q_dim));
     kernels->rms_norm(x, block->attention_norm, m->eps, h, n, m->dim);
     const Product products[3] = {
         {block->wq, block->bq, qkv, q_dim, 0},
@@ -110,9 +112,10 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
 }
 
 /* One token of each of B sequences: ids (B,), cos and sin (B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
- * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. Returns the first layer
- * whose output is not finite, or -1. */
-EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits)
+ * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
+ * (L, B, Hq, d) that gets the rotated queries. Returns the first layer whose output is not finite, or -1. */
+EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
+                          float *queries)
 {
     const int64_t d = m->head_dim, q_dim = m->n_heads * d, kv_dim = m->n_kv_heads * d;
     float *x = scratch(SHARED, 6, sizeof(float) * (size_t)(batch * (2 * m->dim + 2 * q_dim + 2 * kv_dim)) + sizeof(Paged) * (size_t)batch + 64);
@@ -137,6 +140,8 @@ EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, con
                 append(&past[b], head, d, key, v + b * kv_dim + head * d);
             }
         }
+        if (queries)
+            memcpy(queries + layer * batch * q_dim, q, sizeof(float) * (size_t)(batch * q_dim));
         const DecodeAttention a = {q, mixed, past, (int32_t)batch, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
         kernels->decode_attention(&a);
         const Product product = {block->wo, block->bo, x, m->dim, 1};

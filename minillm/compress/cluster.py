@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.compress.plan import Plan
+from minillm.compress.options import Option, number, one_of, text
 
 MAX_CHUNK = 256  # a chunk without a delimiter is split at this many rows
 TAUS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # the paper's range is [0.5, 0.9]
@@ -75,24 +75,61 @@ def ladder(chunking, n_rows):
     yield Chunking((), chunking.width, joined), -1.1
 
 
-def cores(layer, ledger, *, tau, rope, chunking, log_size):
-    """The Plan that replaces each cluster by the mean of its keys and of its values, of size = tokens in it (eqs. 2-4).
+def seeds(layer, scores, target, tau, rope, chunking):
+    """The clusters of each chunk, as `into`: with `target`, those of the finest rung of the ladder that makes no more
+    entries, and of their members as many set free, the least like their seeds first, as there is room for; without,
+    those at tau."""
+    n = len(layer.pos)
+    if target is None:
+        clusters, rows = _clusters(layer, rope, parse_chunking(chunking))
+        layer.memo = {"tau": tau}
+        return _seeds(n, rows, clusters, tau)[0]
+    for chunks, tau in ladder(parse_chunking(chunking), n):
+        count = _count(layer, rope, chunks, tau)
+        if count <= target:
+            break
+    clusters, rows = _clusters(layer, rope, chunks)
+    layer.memo = {"tau": tau}  # the clusters are not needed any more
+    into, similarity = _seeds(n, rows, clusters, tau)
+    members = np.flatnonzero(into != np.arange(n))
+    free = members[np.argsort(similarity[members], kind="stable")[: max(target - count, 0)]]
+    into[free] = free
+    return into
 
-    ledger: how many entries may be made, or None: tau decides. rope "unrotated": keys are compared and averaged with
-    RoPE undone and the core is rotated to the mean position of its tokens; "cached": as they are stored."""
-    keys = layer.k_unrotated if rope == "unrotated" else layer.k
-    chunks = parse_chunking(chunking)
-    if ledger is None:
-        clusters, rows = _clusters(layer, keys, chunks)
-        seed, _ = _seeds(len(keys), rows, clusters, tau)
-    else:
-        seed = _seeds_for_budget(layer, keys, chunks, ledger)
-    return _mean_of_clusters(layer, seed, unrotate=rope == "unrotated", log_size=log_size)
+
+def spread(ledger, layer, scores, tau, rope, chunking):
+    """What the finest rung whose forecast for all layers keeps to the ledger makes in this one, and a share of what the
+    next finer one would make more, as large as leaves room for the same share in the layers to come."""
+    n = len(layer.pos)
+    finer_count, finer_forecast = n, sum(ledger.rows[-ledger.to_come :])
+    for rung, (chunks, threshold) in enumerate(ladder(parse_chunking(chunking), n)):
+        count = _count(layer, rope, chunks, threshold)
+        forecast = ledger.forecast(rung, count)
+        if forecast <= ledger.left:
+            break
+        finer_count, finer_forecast = count, forecast
+    room = (ledger.left - forecast) / max(finer_forecast - forecast, 1e-9)
+    return [*ledger.targets, ledger.bounded(round(count + max(room, 0.0) * (finer_count - count)))]
 
 
-def _clusters(layer, keys, chunking):
-    rows, starts, lengths = chunking.segments(layer)
-    return layer.ops.GreedyClusters(keys[rows], starts, lengths), rows
+def _clusters(layer, rope, chunking):
+    """(GreedyClusters of the chunks, the rows they are about); those asked for last are kept."""
+    key = rope, chunking
+    if layer.memo.get("clusters", [None])[0] != key:
+        layer.memo.pop("clusters", None)
+        keys = layer.k_unrotated if rope == "unrotated" else layer.k
+        rows, starts, lengths = chunking.segments(layer)
+        layer.memo["clusters"] = key, layer.ops.GreedyClusters(keys[rows], starts, lengths), rows
+    return layer.memo["clusters"][1:]
+
+
+def _count(layer, rope, chunking, tau):
+    """Entries that the layer would have: clusters, and rows outside the chunks."""
+    key = rope, chunking, tau
+    if key not in layer.memo:
+        clusters, rows = _clusters(layer, rope, chunking)
+        layer.memo[key] = len(layer.pos) - len(rows) + clusters.count(tau)
+    return layer.memo[key]
 
 
 def _seeds(n_rows, rows, clusters, tau):
@@ -103,32 +140,14 @@ def _seeds(n_rows, rows, clusters, tau):
     return seed, similarity
 
 
-def _seeds_for_budget(layer, keys, chunking, ledger):
-    """seed (R,): the clusters of the finest rung whose forecast keeps to the ledger, and of their members as many set
-    free, the least like their seeds first, as the next finer rung's forecast leaves room for."""
-    n, level = len(keys), None
-    finer_count, finer_forecast = n, sum(ledger.rows)
-    for rung, (chunks, tau) in enumerate(ladder(chunking, n)):
-        if chunks != level:
-            (clusters, rows), level = _clusters(layer, keys, chunks), chunks
-        count = n - len(rows) + clusters.count(tau)
-        forecast = ledger.forecast(rung, count)
-        if forecast <= ledger.left:
-            break
-        finer_count, finer_forecast = count, forecast
-    seed, similarity = _seeds(n, rows, clusters, tau)
-    members = np.flatnonzero(seed != np.arange(n))
-    room = (ledger.left - forecast) / max(finer_forecast - forecast, 1e-9)
-    spare = ledger.bounded(round(count + max(room, 0.0) * (finer_count - count))) - count
-    free = members[np.argsort(similarity[members], kind="stable")[: max(spare, 0)]]
-    seed[free] = free
-    return seed
+def _chunking(value):
+    parse_chunking(text(value))
+    return value
 
 
-def _mean_of_clusters(layer, seed, unrotate, log_size):
-    seeds, dest = np.unique(seed, return_inverse=True)
-    size = np.bincount(dest, layer.size).astype(np.float32)
-    weight = layer.size / size[dest]
-    pos = np.rint(np.bincount(dest, weight * layer.pos)).astype(np.int32)
-    lengths = np.bincount(layer.heads[seeds], minlength=len(layer.lengths))
-    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, unrotate)
+ROPE = Option("unrotated", one_of("unrotated", "cached"), "compare and average keys without or with rotation")
+OPTIONS = {
+    "tau": Option(None, number(-1, 1), "fixed similarity threshold; the kept share is then the outcome"),
+    "rope": ROPE,
+    "chunking": Option("delimiter", _chunking, "delimiter, fixed:N or none"),
+}

@@ -1,14 +1,13 @@
 """When a sequence is compressed, and which of its rows: the step between fresh keys and values and the pages they end
-in.
+in."""
 
-Entries that an earlier Plan made are settled: they are not touched again, unless the budget is a number of entries
-that the settled ones have already used up. What a Plan decides about is the tail (tokens stored one entry each) and
-the new tokens."""
+from functools import partial
 
 import numpy as np
 
 from minillm.cache import Entries
-from minillm.compress.plan import SHORT, Layer, Ledger
+from minillm.compress.ledger import Ledger
+from minillm.compress.plan import SHORT, Layer, Queries
 
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
 
@@ -16,98 +15,157 @@ MAX_OPEN = 256  # generated text without a delimiter is compressed all the same 
 class Compressor:
     """Compresses the sequences of one model with one CacheConfig.
 
-    classes (vocab,) uint8: DelimiterClass of each token id."""
+    classes (vocab,) uint8: DelimiterClass of each token id. scale, window: of the model's attention."""
 
-    def __init__(self, config, rope, ops, classes):
+    def __init__(self, config, rope, ops, classes, scale=1.0, window=None):
         self.config, self.rope, self.ops, self.classes = config, rope, ops, classes
+        self.scale, self.window = scale, window
 
     def due(self, cache):
-        """Whether so much was generated that its closed chunks are to be compressed."""
+        """Whether so much was generated that it is to be compressed."""
         config = self.config
-        return config.method != "full" and 0 < config.recompress <= cache.tail - config.window
+        if not config.spec.generates or config.recompress == 0 or cache.seen <= SHORT:
+            return False
+        return cache.tail - config.protect(cache.seen)[1] >= config.recompress
 
-    def begin(self, cache, new_ids, closed_only=False):
-        """The Compression that stores the layers of `new_ids`, read after what `cache` has seen; None where nothing
-        is to be compressed. closed_only: leave a chunk that no delimiter has ended yet."""
+    def begin(self, cache, new_ids, generated=False):
+        """The Compression that stores the layers of `new_ids`, read after what `cache` has seen; None where nothing is
+        to be compressed. generated: no new ids, but those that were generated; of a method that settles, a chunk that
+        no delimiter has ended yet is left alone."""
         config, seen = self.config, cache.seen + len(new_ids)
+        asked, cache.queries = cache.queries, [] if config.reads == "new" and config.spec.generates else None
         if config.method == "full" or seen <= SHORT:
             return None
-        sinks, window = config.sinks, config.window
-        if config.budget is not None:
-            sinks, window = config.budget.protect(seen, sinks, window)
+        sinks, window = config.protect(seen)
         end = seen - window  # rows at positions before `end` are compressed
         classes = self.classes[np.concatenate([cache.token_ids, new_ids]).astype(np.int64)]
-        if closed_only:
+        if generated and config.spec.settles:
             delimiters = np.flatnonzero(classes[max(end - MAX_OPEN, 0) : end])
             closed = max(end - MAX_OPEN, 0) + int(delimiters[-1]) + 1 if len(delimiters) else 0
             if config.budget is None or sinks + seen - closed <= config.budget.per_head(seen) / 2:
                 end = closed or end
-        if end <= cache.seen - cache.tail:
+        if end <= cache.seen - cache.tail and config.spec.settles:
             return None
-        return Compression(self, cache, classes, seen, sinks, end)
+        return Compression(self, cache, new_ids, classes, sinks, end, asked if generated else None)
 
 
 class Compression:
-    """One pass over the layers: `store` is called for each in turn."""
+    """One pass over the layers: `store` is called for each in turn, and `finish` after the last.
 
-    def __init__(self, compressor, cache, classes, seen, sinks, end):
-        self.config, self.ops, self.cache = compressor.config, compressor.ops, cache
-        self.classes, self.seen, self.sinks, self.end = classes, seen, sinks, end
+    Entries that an earlier pass made are settled where the method says so: they are not touched, unless the budget is a
+    number of entries that they have used up. Rows are the tail (tokens stored one entry each), where nothing is settled
+    all that is stored, and the new tokens."""
+
+    def __init__(self, compressor, cache, new_ids, classes, sinks, end, asked=None):
+        self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
+        self.classes, self.sinks, self.end = classes, sinks, end
+        self.seen = seen = len(classes)
         self.cos, self.sin = compressor.rope.tables(np.arange(seen), seen)
-        self.tail = seen - end  # the tail of the cache when all layers are stored
-        self.settled = cache.lengths - cache.tail  # (L, H) entries that stay as they are
+        n_layers, n_heads = cache.lengths.shape
+        self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
+        if self.config.spec.settles:
+            self.settled = cache.lengths - cache.tail
         self.ledger = None
         if self.config.budget is not None:
-            left = self.config.budget.total(seen, self.settled.size) - int(self.settled.sum())
-            if left < self.settled.size * (self.tail + 1):  # the settled entries use it up: they are compressed again
-                left += int(self.settled.sum())
-                self.settled = np.zeros_like(self.settled)
-            rows = cache.lengths - self.settled + (seen - cache.seen)
-            self.ledger = Ledger(left, rows.sum(axis=1).tolist())
+            total = self.config.budget.total(seen, cache.lengths.size)
+            left = total - int(self.settled.sum())
+            if left < cache.lengths.size * (seen - end + 1):  # the settled entries use it up: they are compressed again
+                left, self.settled = total, np.zeros_like(self.settled)
+            rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
+            first = 0 if self.settled.any() else min(sinks, seen)
+            self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first))
+        self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
+        self.scores = []  # (E,) of the entries of each layer stored, where the method scores
+        self.taus = []
 
-    def store(self, index, k=None, v=None):
-        """Compress the tail of layer `index` and its new keys and values k, v (H, n, d), and write the result to the
-        pages."""
-        settled = self.settled[index]
-        entries = self._compressed(index, self._rows(index, settled, k, v))
-        self.cache.write(index, entries, settled)
+    @property
+    def reads(self):
+        """Whose queries are to be given to `store`: "new", "again" or None."""
+        return self.config.reads
+
+    def store(self, index, k=None, v=None, queries=(), wo=None):
+        """Compress the rows of layer `index`, its new keys and values k, v (H, n, d) among them, and write the result
+        to the pages. queries: a list of Queries; wo: the Weight of the layer's output projection."""
+        rows = self._rows(index, self.settled[index], k, v)
+        if self.asked:
+            q = np.stack([q[index] for q in self.asked], axis=1)
+            queries = [Queries(q, np.arange(self.seen - q.shape[1], self.seen))]
+        layer = self._layer(index, rows, list(queries), wo, self._history(index, rows))
+        scores = self.config.scores(layer)
+        if self.ledger is None:
+            self._write(layer, scores, None)
+            return
+        targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
+        self._write(layer, scores, targets[index])
+        held = (self.cache.lengths - self.settled)[: index + 1].sum(axis=1)
+        if index + 1 == len(self.cache.lengths) or held.sum() - sum(targets) > max(self.ledger.rows):
+            for earlier in np.flatnonzero(held > targets).tolist():
+                rows = self.cache.read(earlier, self.settled[earlier])
+                self._write(self._layer(earlier, rows), self.scores[earlier], targets[earlier])
+
+    def finish(self):
+        """All layers are stored: the tokens count as read."""
+        cache = self.cache
+        cache.advance(self.new_ids, self.seen - self.end)
+        cache.scores = self.scores if self.config.adds_up else None
+        cache.tau = float(np.mean(self.taus)) if self.taus else None
+
+    def _write(self, layer, scores, target):
+        plan, stays = self.config.plan(layer, scores, target)
+        self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
+        if scores is not None:
+            self.scores[layer.index : layer.index + 1] = [scores[stays]]
+        if "tau" in layer.memo:
+            self.taus.append(layer.memo["tau"])
 
     def _rows(self, index, settled, k, v):
         """The Entries after the first `settled` of each head, followed by the new tokens."""
         cache = self.cache
         n_heads, d = cache.lengths.shape[1], cache.pool.head_dim
         n = 0 if k is None else k.shape[1]
-        old = cache.read(index, settled)
         new_pos = np.arange(cache.seen, cache.seen + n, dtype=np.int32)
-        if not len(old.pos):  # a first prompt: nothing is copied
+        if n and not (cache.lengths[index] - settled).any():  # a first prompt: nothing is copied
             k, v = k.reshape(-1, d), v.reshape(-1, d)
             return Entries(k, v, np.zeros(n_heads * n, np.float32), np.tile(new_pos, n_heads), np.full(n_heads, n))
+        old = cache.read(index, settled)
         if not n:
             return old
-        parts = np.split(np.arange(len(old.pos)), np.cumsum(old.lengths)[:-1])
         new = (k, v, np.zeros((n_heads, n), np.float32), np.broadcast_to(new_pos, (n_heads, n)))
-
-        def joined(a, b):
-            return np.concatenate([x for head, rows in enumerate(parts) for x in (a[rows], b[head])])
-
+        joined = partial(_joined, old.lengths)
         columns = map(joined, (old.k, old.v, old.log_size, old.pos), new)
         return Entries(*columns, old.lengths + n)
 
-    def _compressed(self, index, rows):
-        layer = Layer(
-            index,
-            rows.k,
-            rows.v,
-            np.exp(rows.log_size),
-            rows.pos,
-            np.where(rows.log_size > 0, 0, self.classes[rows.pos]).astype(np.uint8),
-            (rows.pos < self.sinks) | (rows.pos >= self.end),
-            rows.lengths,
-            self.cos,
-            self.sin,
-            self.ops,
+    def _history(self, index, rows):
+        """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
+        if not self.config.adds_up or self.cache.scores is None:
+            return None
+        old, n_heads = self.cache.scores[index], len(rows.lengths)
+        n_new = (len(rows.pos) - len(old)) // n_heads
+        return _joined(rows.lengths - n_new, old, np.zeros((n_heads, n_new), np.float32))
+
+    def _layer(self, index, rows, queries=(), wo=None, history=None):
+        compressor = self.compressor
+        return Layer(
+            index=index,
+            k=rows.k,
+            v=rows.v,
+            size=np.exp(rows.log_size),
+            pos=rows.pos,
+            classes=np.where(rows.log_size > 0, 0, self.classes[rows.pos]).astype(np.uint8),
+            protected=(rows.pos < self.sinks) | (rows.pos >= self.end),
+            lengths=rows.lengths,
+            cos=self.cos,
+            sin=self.sin,
+            ops=compressor.ops,
+            queries=queries,
+            history=history,
+            wo=wo,
+            scale=compressor.scale,
+            attention_window=compressor.window,
         )
-        plan = self.config.plan(layer, self.ledger)
-        if self.ledger:
-            self.ledger.spend(len(plan.size))
-        return plan.apply(layer)
+
+
+def _joined(lengths, old, new):
+    """old (sum of lengths, ...) rows of heads one after another, and after each head's the new (H, n, ...) ones."""
+    parts = np.split(np.arange(len(old)), np.cumsum(lengths)[:-1])
+    return np.concatenate([x for head, rows in enumerate(parts) for x in (old[rows], new[head])])

@@ -1,7 +1,7 @@
-"""Plan: what becomes of each row of a layer. Budget: how many entries a layer may keep. Layer: what a method may look
-at."""
+"""Plan: what becomes of each row of a layer. Budget: how many entries a sequence may keep. Layer: what a method may
+look at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,10 +12,22 @@ SHORT = 128  # sequences up to this length are left whole: there is nothing to g
 
 
 @dataclass
+class Queries:
+    """Queries of one layer whose attention says what matters.
+
+    keys: where the queries are a second reading of the text, the keys of that reading, which they see as well (each
+    those up to its own) and which are no rows of the layer."""
+
+    q: np.ndarray  # (Hq, m, d) rotated
+    pos: np.ndarray  # (m,)
+    keys: np.ndarray | None = None  # (H, m, d) rotated
+
+
+@dataclass
 class Layer:
     """The rows of one layer that may be compressed, heads one after another (R rows in all).
 
-    A row is a token that is stored as one entry, or an entry that an earlier Plan made (size > 1)."""
+    A row is a token that is stored as one entry, or an entry that an earlier Plan made."""
 
     index: int
     k: np.ndarray  # (R, d) rotated at pos
@@ -28,11 +40,22 @@ class Layer:
     cos: np.ndarray  # (seen, d/2) rotation of every position
     sin: np.ndarray
     ops: object  # the backend
+    queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
+    history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
+    wo: object = None  # Weight (dim, Hq * d)
+    scale: float = 1.0  # of the logits
+    attention_window: int | None = None  # the model's sliding window
+    memo: dict = field(default_factory=dict)  # what a method computes once and uses again
 
     @cached_property
     def heads(self):
         """(R,) the KV head of each row."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def free(self):
+        """(F,) the rows that are not protected."""
+        return np.flatnonzero(~self.protected)
 
     def rotate(self, keys, pos):
         return self.ops.rope(keys, self.cos[pos], self.sin[pos])
@@ -42,6 +65,33 @@ class Layer:
         """(R, d) keys with the rotation undone: what RoPE was applied to."""
         norm = np.float32(self.cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
         return self.ops.rope(self.k, self.cos[self.pos] / norm, -self.sin[self.pos] / norm)
+
+    def window_scores(self, w):
+        """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
+        newest = self.queries[-1]
+        return self.ops.window_scores(
+            *(newest.q[:, -w:], self.k, self.lengths, np.log(self.size), self.pos, newest.pos[-w:]),
+            *(self.scale, self.attention_window),
+        )
+
+    def column_scores(self, reduce, min_distance=0):
+        """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;
+        only queries at least min_distance positions after it count."""
+        parts = [self._column_scores(queries, reduce, min_distance) for queries in self.queries]
+        return np.sum(parts, axis=0) if reduce == "sum" else np.max(parts, axis=0)
+
+    def _column_scores(self, queries, reduce, min_distance):
+        k, log_size, pos, lengths = self.k, np.log(self.size), self.pos, self.lengths
+        own = np.ones(len(k), bool)
+        if queries.keys is not None:  # a head's rows, and after them the keys of the second reading
+            n_heads, m, d = queries.keys.shape
+            order = np.argsort(np.append(self.heads, np.repeat(np.arange(n_heads), m)), kind="stable")
+            k = np.concatenate([k, queries.keys.reshape(-1, d)])[order]
+            log_size = np.append(log_size, np.zeros(n_heads * m, np.float32))[order]
+            pos, own = np.append(pos, np.tile(queries.pos, n_heads))[order], order < len(own)
+            lengths = lengths + m
+        arguments = (queries.q, k, lengths, log_size, pos, queries.pos, self.scale, self.attention_window)
+        return self.ops.column_scores(*arguments, reduce=reduce, min_distance=min_distance)[:, own]
 
 
 @dataclass
@@ -57,6 +107,7 @@ class Plan:
     pos: np.ndarray  # (E,) int32
     lengths: np.ndarray  # (H,) entries of each head; the sum is E
     unrotate: bool = False
+    key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
 
     @classmethod
     def keep(cls, layer, kept):
@@ -69,22 +120,20 @@ class Plan:
         """The Entries of the Plan."""
         merge, n = layer.ops.merge, len(self.size)
         v = merge(layer.v, self.dest, self.weight, n)
-        if self.unrotate:
-            k = self._merge_unrotated(layer)
-        else:
-            k = merge(layer.k, self.dest, self.weight, n)
+        weight = self.weight if self.key_weight is None else self.key_weight
+        k = self._merge_unrotated(layer, weight) if self.unrotate else merge(layer.k, self.dest, weight, n)
         return Entries(k, v, np.log(self.size), self.pos, self.lengths)
 
-    def _merge_unrotated(self, layer):
+    def _merge_unrotated(self, layer, weight):
         """Keys (E, d): summed with RoPE undone, then rotated to the entry's position; what is one row is copied."""
         n_rows = np.bincount(self.dest[self.dest >= 0], minlength=len(self.size))
-        copied = (self.dest >= 0) & (self.weight == 1)
+        copied = (self.dest >= 0) & (weight == 1)
         copied &= (n_rows[self.dest] == 1) & (self.pos[self.dest] == layer.pos)
         made = np.ones(len(self.size), bool)
         made[self.dest[copied]] = False
         number = np.where(made, np.cumsum(made) - 1, -1)  # of an entry among those that are made
         dest = np.where(self.dest >= 0, number[self.dest], -1)
-        summed = layer.ops.merge(layer.k_unrotated, dest, self.weight, int(made.sum()))
+        summed = layer.ops.merge(layer.k_unrotated, dest, weight, int(made.sum()))
         k = np.empty((len(self.size), layer.k.shape[1]), np.float32)
         k[made] = layer.rotate(summed, self.pos[made])
         k[self.dest[copied]] = layer.k[copied]
@@ -117,37 +166,3 @@ class Budget:
             return sinks, window
         sinks = min(sinks, max(half // 2, half - window))
         return sinks, min(window, half - sinks)
-
-
-class Ledger:
-    """The entries that the layers of one pass may make together, spent layer by layer.
-
-    A method that measures what each layer needs says how many entries a rung of its ladder (a setting, from fine to
-    coarse) would make there; the forecast for a rung assumes that the layers to come resemble those seen. So layers
-    that compress badly get more, no layer is held in full, and the total is met exactly."""
-
-    def __init__(self, total, rows):
-        self.left, self.rows = total, list(rows)  # rows of each layer still to come
-        self.counts = []  # for each rung, the entries it made in the layers seen where it was tried
-
-    def bounded(self, entries):
-        """`entries` for the next layer, or what is nearest to it and leaves the layers after it no more than they
-        have."""
-        rows, later = self.rows[0], self.rows[1:]
-        return max(self.left - sum(later), min(entries, rows, self.left if not later else rows))
-
-    def even(self):
-        """Entries of the next layer if what is left is spread evenly."""
-        return self.bounded(round(self.left / len(self.rows)))
-
-    def forecast(self, rung, count):
-        """Entries that this layer and those to come will make at `rung`, which makes `count` in this layer."""
-        if rung == len(self.counts):
-            self.counts.append([])
-        self.counts[rung].append(count)
-        return count + (len(self.rows) - 1) * sum(self.counts[rung]) / len(self.counts[rung])
-
-    def spend(self, entries):
-        """The next layer has made so many entries."""
-        self.left -= entries
-        self.rows.pop(0)

@@ -112,10 +112,10 @@ _SIGNATURES = {  # name -> (result, arguments)
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),
-    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),
+    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), _P, _P, _P, _P]),
     "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
     "logits": (None, [POINTER(Model), _P, _N, _P]),
-    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P]),
+    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P]),
 }
 
 

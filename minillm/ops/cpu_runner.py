@@ -29,16 +29,18 @@ class Runner:
             *(c.rms_eps, model.scale, blocks, pointer(model.norm), model.embedding.matrix, model.head.matrix),
         )
 
-    def attention(self, layer, x, cos, sin, past):
-        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> k, v (H, n, d), k rotated; mixed (n, Hq * d)."""
+    def attention(self, layer, x, cos, sin, past, wants_q):
+        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d), or None if it is not wanted; k, v (H, n,
+        d); q and k rotated; mixed (n, Hq * d)."""
         n, c, slabs = len(x), self.model.config, slab_table(past.pool)
+        q = np.empty((c.n_heads, n, c.head_dim), np.float32) if wants_q else None
         k, v = (np.empty((c.n_kv_heads, n, c.head_dim), np.float32) for _ in "kv")
         mixed, cos, sin = np.empty((n, c.n_heads * c.head_dim), np.float32), floats(cos), floats(sin)
         tables = pointer(cos), pointer(sin), byref(paged(past, slabs))
         self.lib.layer_attention(
-            byref(self.table), layer, pointer(x), n, *tables, pointer(k), pointer(v), pointer(mixed)
+            byref(self.table), layer, pointer(x), n, *tables, pointer(q), pointer(k), pointer(v), pointer(mixed)
         )
-        return k, v, mixed
+        return q, k, v, mixed
 
     def output(self, layer, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
@@ -46,13 +48,16 @@ class Runner:
 
     def decode(self, token_ids, caches, cos, sin):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (B, 1, d/2). -> logits (B, vocab), and the first layer whose output is not finite, or
-        None."""
+        written here. cos, sin (B, 1, d/2). -> logits (B, vocab); the first layer whose output is not finite, or None;
+        rotated queries (L, B, Hq, d), or None where no cache collects them."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
-        logits = np.empty((len(caches), self.model.config.vocab_size), np.float32)
+        c = self.model.config
+        logits, queries = np.empty((len(caches), c.vocab_size), np.float32), None
+        if any(cache.queries is not None for cache in caches):
+            queries = np.empty((c.n_layers, len(caches), c.n_heads, c.head_dim), np.float32)
         cos, sin = floats(cos), floats(sin)
-        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, pointer(logits)
+        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, pointer(logits), pointer(queries)
         bad_layer = self.lib.decode(byref(self.table), *arguments)
-        return logits, None if bad_layer < 0 else bad_layer
+        return logits, None if bad_layer < 0 else bad_layer, queries

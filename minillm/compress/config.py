@@ -1,0 +1,127 @@
+"""CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
+
+from minillm.compress.methods import ALLOCATIONS, MERGES, METHODS, SCORES, options_of, parts
+from minillm.compress.options import Option, delimiters, newest, number
+from minillm.compress.plan import Budget
+from minillm.compress.score import ADDS_UP, READS
+from minillm.errors import UsageError
+
+WINDOW, SINKS = 32, 4  # tokens
+COMMON = {
+    "window": newest,
+    "sinks": number(0, 1 << 30, int),
+    "recompress": number(0, 1 << 30, int),
+}
+DELIMITERS = Option("default", delimiters, "default, exact, or a text of the characters that end a chunk")
+TABLES = {"score": SCORES, "allocate": ALLOCATIONS, "merge": MERGES}
+
+
+class CacheConfig:
+    """A method, how much it keeps, and its options.
+
+    budget: a share of the tokens seen (float in (0, 1]), a number of entries a head (int), or "full"; default 0.5.
+    window, sinks: the newest and the first tokens, kept as they are and counted in the budget (window < 1: a share of
+    it); their defaults are the method's. recompress: during generation, what was generated is compressed every so many
+    tokens (0: never) by methods that do that. score, allocate, merge: a part in place of the method's own, by its name
+    in SCORES, ALLOCATIONS, MERGES. Other options are those of the parts; unknown or contradictory ones raise
+    UsageError."""
+
+    def __init__(self, method="semanticache", budget=None, *, window=None, sinks=None, recompress=256, **options):
+        if method not in METHODS:
+            raise UsageError(f"cache method {method!r} is unknown; methods: {', '.join(METHODS)}")
+        self.method = method if budget != "full" else "full"
+        self.spec = spec = METHODS[method]
+        self.chosen = {part: options.pop(part) for part in TABLES if part in options}
+        for part, name in self.chosen.items():
+            if name not in TABLES[part]:
+                raise UsageError(f"{part}: {name!r} is not one of {', '.join(TABLES[part])}")
+        self.score, self.allocation, self.merge = parts(spec, **self.chosen)
+        self.score_name = self.chosen.get("score", spec.score)
+        table = self.option_table(method, **self.chosen)
+        for name in options:
+            if name not in table:
+                valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
+                raise UsageError(f"cache method {method!r} has no option {name!r}; its options: {valid}")
+        defaults = {"window": WINDOW, "sinks": SINKS} | spec.defaults
+        common = {"window": window, "sinks": sinks, "recompress": recompress}
+        for name, value in common.items():
+            value = defaults[name] if value is None else value
+            setattr(self, name, self._checked(name, value, COMMON[name]))
+        self.options = {name: spec.defaults.get(name, option.default) for name, option in table.items()}
+        for name, value in options.items():
+            if value != table[name].default:
+                self.options[name] = self._checked(name, value, table[name].check)
+        tau = self.options.get("tau")
+        if tau is not None and budget is not None:
+            raise UsageError("a cache budget and tau exclude each other: with tau the kept share is the outcome")
+        if method == "full" and budget not in (None, "full", 1, 1.0):
+            raise UsageError("cache method 'full' keeps everything: leave the budget out, or name another method")
+        self.budget = (
+            None if tau is not None or self.method == "full" else self._budget(0.5 if budget is None else budget)
+        )
+
+    @staticmethod
+    def option_table(method, **chosen):
+        """name -> Option of a method, some of its parts `chosen` by name."""
+        if method == "full":
+            return {}
+        table = options_of(METHODS[method], *parts(METHODS[method], **chosen))
+        return table | {"delimiters": DELIMITERS} if "chunking" in table else table
+
+    @property
+    def reads(self):
+        """Whose queries the score looks at: "new", "again" or None."""
+        return READS.get(self.score_name)
+
+    @property
+    def adds_up(self):
+        """How the score of an earlier compression and the new one make one, or None."""
+        return ADDS_UP.get(self.score_name)
+
+    @staticmethod
+    def _checked(name, value, check):
+        try:
+            return check(value)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+    @staticmethod
+    def _budget(value):
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return Budget(entries=value)
+        if isinstance(value, float) and 0 < value <= 1:
+            return Budget(share=value)
+        raise UsageError(f"budget {value!r} is neither a share in (0, 1] nor a whole number of entries a head")
+
+    def protect(self, seen):
+        """(sinks, window) tokens that stay as they are after `seen` tokens."""
+        if self.budget is None:
+            return self.sinks, self.window
+        window = self.window if isinstance(self.window, int) else round(self.window * self.budget.per_head(seen))
+        return self.budget.protect(seen, self.sinks, window)
+
+    def scores(self, layer):
+        """(R,) float32, or None where nothing is scored."""
+        if self.score is None:
+            return None
+        scores = self.score(layer, options=self.options)
+        return self.adds_up(layer.history, scores) if self.adds_up and layer.history is not None else scores
+
+    def targets(self, ledger, layer, scores):
+        """The entries of the layers seen so far, this one the last."""
+        return self.allocation.layers(ledger, layer, scores, options=self.options)
+
+    def plan(self, layer, scores, target):
+        """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
+        into = self.allocation.heads(layer, scores, target, options=self.options)
+        return self.merge(layer, scores, into, options=self.options), (into == range(len(into))).nonzero()[0]
+
+    def as_dict(self):
+        """Plain values that say all of it: for session files and reports."""
+        budget = None if self.budget is None else self.budget.entries or self.budget.share
+        common = {"method": self.method, "budget": budget, "window": self.window, "sinks": self.sinks}
+        return common | {"recompress": self.recompress} | self.chosen | self.options
+
+    def __repr__(self):
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items() if name != "method")
+        return f"CacheConfig({self.method!r}, {shown})"

@@ -1,0 +1,76 @@
+"""Ledger: the entries that the layers of one pass may make together."""
+
+import numpy as np
+
+
+class Ledger:
+    """What a rule needs to spread a budget over the layers of one pass, which come one after another.
+
+    `targets` are the entries of the layers seen so far; a later layer may lower what an earlier one was given, and then
+    that is compressed again. So whatever the rule, the total is met exactly, and no more is held than it and a layer
+    or two."""
+
+    def __init__(self, total, rows, protected=0):
+        self.total = total  # entries of all layers together
+        self.rows = list(rows)  # (L,) rows of each layer
+        self.protected = protected  # rows of each layer that stay whatever happens
+        self.targets = []
+        self.weights = []  # of the layers seen, where a rule shares out in proportion
+        self.pool = np.zeros(0, np.float32), np.zeros(0, np.int64)  # the best scores so far, and whose they are
+        self.counts = []  # for each rung of a ladder, the entries it makes in the layers seen where it was tried
+
+    @property
+    def left(self):
+        """Entries that the layers to come may make."""
+        return self.total - sum(self.targets)
+
+    @property
+    def to_come(self):
+        """Layers to come, the next one among them."""
+        return len(self.rows) - len(self.targets)
+
+    @property
+    def room(self):
+        """Entries of all layers together beside the protected ones."""
+        return max(self.total - self.protected * len(self.rows), 0)
+
+    def bounded(self, entries):
+        """`entries` for the next layer, or what is nearest to it and leaves the layers after it no more than they
+        have."""
+        rows, *later = self.rows[len(self.targets) :]
+        return max(self.left - sum(later), min(entries, rows, self.left if not later else rows))
+
+    def forecast(self, rung, count):
+        """Entries that the next layer and those after it will make at `rung` of a ladder, which makes `count` in the
+        next: the others are taken to resemble the layers seen."""
+        if rung == len(self.counts):
+            self.counts.append([])
+        self.counts[rung].append(count)
+        return count + (self.to_come - 1) * sum(self.counts[rung]) / len(self.counts[rung])
+
+    def shared(self, weights):
+        """Targets of the layers seen so far if all room is theirs, in proportion to `weights`."""
+        rows = np.array(self.rows[: len(weights)]) - self.protected
+        return (self.protected + split(self.room, weights, rows)).tolist()
+
+
+def split(total, weights, most):
+    """Whole numbers in proportion to `weights` (n,), none above `most` (n,); their sum is `total`, or that of `most`
+    where that is less. What a bound takes from one goes to the others; fractions by the largest remainder, of equal
+    ones to the first."""
+    weights, most = np.asarray(weights, np.float64), np.asarray(most, np.int64)
+    total, given = min(int(total), int(most.sum())), np.zeros(len(most))
+    open_ = most > 0
+    while open_.any():
+        w = np.where(open_, weights, 0.0)
+        w = w if w.sum() > 0 else open_.astype(float)  # nobody weighs anything: all alike
+        given[open_] = ((total - given[~open_].sum()) * w / w.sum())[open_]
+        full = open_ & (given >= most)
+        if not full.any():
+            break
+        given[full], open_ = most[full], open_ & ~full
+    whole = np.floor(given).astype(np.int64)
+    by_remainder = np.argsort(-(given - whole), kind="stable")
+    by_remainder = by_remainder[whole[by_remainder] < most[by_remainder]]
+    whole[by_remainder[: total - whole.sum()]] += 1
+    return whole
