@@ -80,6 +80,7 @@ class PagePool:
             self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0))
             self.refs = self.refs[: n_slabs * self.slab_pages].copy()
             del self.slabs[n_slabs:]
+        self.ops.trim()
         return_freed_memory()
 
     def _move(self, sources, targets):

@@ -22,6 +22,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     runner(model)                                        whole steps in a few calls; None: model.py's own pages
     CACHE_DTYPE                                          of K and V in pages, by name
     READS_STORED                                         whether weights as they are stored are the fast ones
+    trim()                                               memory that the backend keeps for itself goes back
     set_threads(n)                                       threads of the linear algebra
 
 Symbols: n tokens, B sequences, Hq query heads, H KV heads, G = Hq / H query heads a KV head, d head_dim.

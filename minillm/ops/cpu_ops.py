@@ -183,6 +183,11 @@ def merge(rows, dest, weight, n_entries):
     return out
 
 
+def trim():
+    """The scratch memory of the kernels goes back."""
+    _lib.trim()
+
+
 def set_threads(n):
     """Threads of the pool. The linear algebra library under NumPy, which has little left to do, gets one: two pools
     whose threads spin side by side cost about a factor of two."""

@@ -286,6 +286,10 @@ def runner(model):
     return None
 
 
+def trim():
+    """There is nothing to give back."""
+
+
 def set_threads(n):
     """Threads of the linear algebra library under NumPy, for the whole process."""
     from threadpoolctl import threadpool_limits
