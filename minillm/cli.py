@@ -13,6 +13,7 @@ from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
 from minillm.sampling import SamplingParams
+from minillm.weights import QUANTIZED
 
 DESCRIPTION = """\
 Complete a text or chat with a Llama or Mistral model whose key-value cache is compressed.
@@ -78,6 +79,7 @@ def _parser():
     add("-c", "--ctx-size", type=_positive, metavar="N", help="longest sequence in tokens (default: the model's)")
     add("--device", default="auto", help="auto or cpu")
     add("--dtype", default="auto", choices=DTYPES, help="how weights are held: float32 (fast), stored (small), or auto")
+    add("--quantize", choices=QUANTIZED, help="turn 16- and 32-bit weights into blocks at load; the head into q8_0")
     add("-t", "--threads", type=_positive, metavar="N", help="threads (default: one a core)")
     add("--offline", action="store_true", help="fetch nothing")
 

@@ -21,7 +21,7 @@ from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
 from minillm.tokenizer import Tokenizer
-from minillm.weights import load_weights, weight_bytes
+from minillm.weights import QUANTIZED, load_weights, weight_bytes
 
 DTYPES = ("auto", "float32", "stored")
 
@@ -59,6 +59,7 @@ class LLM:
         context=None,
         device="auto",
         dtype="auto",
+        quantize=None,
         threads=None,
         chat_template=None,
         offline=False,
@@ -68,12 +69,20 @@ class LLM:
 
         cache: CacheConfig. context: longest sequence in tokens (default: the model's). dtype: how weights are held:
         "float32" (widened at load), "stored" (as in the file, widened tile by tile on every use: slow, small), "auto"
-        (float32 where it fits). threads: of the linear algebra library. chat_template: a name or a text in place of
-        the model's. progress: bars on a terminal's stderr. Raises MinillmError."""
+        (float32 where it fits). quantize: "q8_0" or "q4_0" turns 16- and 32-bit weights into such blocks instead, the
+        head (and an embedding that is the head) always into q8_0. threads: of the linear algebra library.
+        chat_template: a name or a text in place of the model's. progress: bars on a terminal's stderr. Raises
+        MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if quantize is not None:
+            if quantize not in QUANTIZED:
+                raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
+            if dtype != "auto":
+                raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
+            dtype = quantize
         backend = ops.backend(device)
         if threads is not None:
             backend.set_threads(threads)
@@ -86,16 +95,15 @@ class LLM:
         tokenizer = Tokenizer.from_gguf(gguf.metadata) if gguf else Tokenizer.from_folder(files.path)
         if chat_template is not None and tokenizer:
             tokenizer = tokenizer.with_chat_template(chat_template)
-        sizes = {name: weight_bytes(files.path, config, name) for name in DTYPES[1:]}
         if dtype == "auto":
             free = available_memory()
-            fits = free is None or sizes["float32"] < 0.9 * free
+            fits = free is None or weight_bytes(files.path, config, "float32") < 0.9 * free
             dtype = "stored" if backend.READS_STORED or not fits else "float32"
         promised = {}  # a context that was asked for must fit; the model's own is only a limit
         if context is not None:
             cache_size = cache_bytes(config, cache, backend, context)
             promised = {"cache": cache_size, "workspace": workspace_bytes(config, context)}
-        require(files.name, context or 0, weights=sizes[dtype], **promised)
+        require(files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
         weights = load_weights(files.path, config, dtype=dtype, progress=progress)
         stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
         llm = cls(config, Model(config, weights, backend), tokenizer, cache, context or config.context, dtype, stop_ids)
@@ -188,6 +196,7 @@ class LLM:
         return {
             "version": SESSION_FORMAT,
             "model": f"{self.config.name} {digest.hexdigest()[:12]}",
+            "quantize": self.dtype if self.dtype in QUANTIZED else None,
             "cache dtype": self.model.ops.CACHE_DTYPE,
             **self.cache_config.as_dict(),
         }

@@ -32,7 +32,7 @@ def require(name, n, *, weights=0, cache=0, workspace=0):
     parts = [f"weights {gib(weights)}"] if weights else []
     parts += [f"cache {gib(cache)} at {n} tokens", f"workspace {gib(workspace)}"] if n else []
     fixes = ["a shorter prompt", "-c N", "a smaller --kv-budget"] if n else []
-    fixes += ["a smaller or quantised model", "--dtype stored"] if weights else []
+    fixes += ["a smaller or quantised model", "--quantize q4_0 (of 16-bit ones)", "--dtype stored"] if weights else []
     raise MinillmError(
         f"{name} needs {gib(needed)} ({', '.join(parts)}) and {gib(free)} are free: try {' or '.join(fixes)}"
     )

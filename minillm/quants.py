@@ -1,4 +1,4 @@
-"""From stored weights to float32: 16-bit floats, and the ggml blocks of 32 weights that share a scale.
+"""Between stored weights and float32: 16-bit floats, and the ggml blocks of 32 weights that share a scale.
 
 Q8_0  34 bytes: float16 d, 32 x int8 q                            w = d * q
 Q4_0  18 bytes: float16 d, 16 bytes of two 4-bit q                w = d * (q - 8)
@@ -45,3 +45,12 @@ def _widen_blocks(kind: str, blocks: np.ndarray, out: np.ndarray) -> None:
     out *= scales[:, :1]
     if kind == "Q4_1":
         out += scales[:, 1:]
+
+
+def quantize(kind: str, rows: np.ndarray) -> np.ndarray:
+    """rows (n, in) float32, in a multiple of 32 -> uint8 (n, bytes of a row) of kind Q8_0 or Q4_0, rounded as ggml's
+    reference rounds: by gguf.quants."""
+    import gguf
+
+    with np.errstate(all="ignore"):  # a block of tiny weights has the scale 0, whatever is divided by it
+        return gguf.quantize(rows, gguf.GGMLQuantizationType[kind])

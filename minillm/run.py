@@ -63,6 +63,7 @@ def _run(args):
         context=args.ctx_size,
         device=args.device,
         dtype=args.dtype,
+        quantize=args.quantize,
         threads=args.threads,
         chat_template=args.chat_template,
         offline=args.offline,

@@ -1,7 +1,8 @@
 """The weights of a model by their Hugging Face names, from a folder of safetensors or a .gguf file.
 
 Files are mapped. "stored" keeps F32, F16, BF16, Q8_0, Q4_0 and Q4_1 as they lie in the file, as views of the map; every
-other ggml type is dequantised to F32 at load. "float32" widens tensor after tensor and gives the mapped pages back.
+other ggml type is dequantised to F32 at load. "float32" widens tensor after tensor and gives the mapped pages back;
+"q8_0" and "q4_0" make blocks of matrices of floats in the same way.
 """
 
 import math
@@ -18,11 +19,13 @@ from minillm.config import ModelConfig
 from minillm.errors import MinillmError, UsageError
 from minillm.gguf_file import dequantize_other, read_gguf
 from minillm.mapped_file import StoredTensor
-from minillm.quants import BLOCK_BYTES, widen
+from minillm.quants import BLOCK_BYTES, BLOCK_WEIGHTS, quantize, widen
 from minillm.safetensors_file import read_folder
 
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 KINDS = (*_FLOATS, *BLOCK_BYTES)  # what a Weight may be
+QUANTIZED = ("q8_0", "q4_0")  # what floats can be turned into at load
+_PART = 2**18  # weights converted at a time: a millisecond or some of work, and temporaries of a few MB
 _THREADS = min(8, os.cpu_count() or 1)  # for widening; more than that wait for memory
 
 _GGUF_NAMES = {
@@ -67,28 +70,50 @@ class Weight:
         if self.kind == "F32":
             return self
         out = np.empty(self.shape, np.float32)
-        step = max(1, 2**18 // out[0].size)  # rows a part: a millisecond of work
-        for _ in run(
-            lambda lo: widen(self.kind, self.data[lo : lo + step], out[lo : lo + step]), range(0, len(out), step)
-        ):
+
+        def widen_rows(part):
+            widen(self.kind, self.data[part], out[part])
+
+        for _ in run(widen_rows, _parts(self.shape)):
             pass
         return Weight("F32", out, self.shape)
+
+    def quantized(self, kind: str, run=map) -> "Weight":
+        """The same matrix of floats in blocks of `kind`, Q8_0 or Q4_0. `run` as in `widened`."""
+        n_out, n_in = self.shape
+        out = np.empty((n_out, n_in // BLOCK_WEIGHTS * BLOCK_BYTES[kind]), np.uint8)
+
+        def quantize_rows(part):
+            out[part] = quantize(kind, self.rows(part.start, part.stop))
+
+        for _ in run(quantize_rows, _parts(self.shape)):
+            pass
+        return Weight(kind, out, self.shape)
+
+
+def _parts(shape):
+    """Slices of the rows of a tensor, about _PART elements each."""
+    step = max(1, _PART // math.prod(shape[1:]))
+    return [slice(lo, lo + step) for lo in range(0, shape[0], step)]
 
 
 def load_weights(path: Path, config: ModelConfig, *, dtype: str, progress: bool) -> dict[str, Weight]:
     """Every weight that `config` asks for; no lm_head.weight if the head is tied. Nothing is loaded before the name,
     shape and place of every tensor is found right.
 
-    dtype: "float32", or "stored" (16-bit and quantised matrices stay what they are; norms and biases become F32).
+    dtype: "float32"; "stored" (16-bit and quantised matrices stay what they are); "q8_0" or "q4_0" (matrices of
+    floats become such blocks; under q4_0 the head, also where the embedding is the head, becomes Q8_0: llama.cpp too
+    keeps it finer than the rest). Norms and biases become F32.
     progress: show a bar on stderr, if that is a terminal.
-    Raises MinillmError naming file and tensor: missing, stray, misshapen, truncated, of a type that cannot be read.
+    Raises MinillmError naming file and tensor: missing, stray, misshapen, truncated, of a type that cannot be read or
+    turned into blocks.
     """
     weights = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(_find(path, config, dtype), progress):
-            weight = _load(tensor, config, pool.map)
-            if dtype == "float32" or len(weight.shape) == 1:
-                weight = weight.widened(pool.map)
+            weight, held = _load(tensor, config, pool.map), _held(name, tensor, config, dtype)
+            if weight.kind != held:
+                weight = weight.widened(pool.map) if held == "F32" else weight.quantized(held, pool.map)
             if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
                 tensor.file.release(tensor.offset, tensor.nbytes)
             weights[name] = weight
@@ -111,11 +136,22 @@ def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[s
 
 def weight_bytes(path: Path, config: ModelConfig, dtype: str) -> int:
     """Bytes that load_weights would return, from the headers alone."""
-    stored = KINDS if dtype == "stored" else ("F32",)
-    return sum(
-        tensor.nbytes if tensor.kind in stored and len(tensor.shape) > 1 else 4 * math.prod(tensor.shape)
-        for tensor in _find(path, config, dtype).values()
-    )
+    total = 0
+    for name, tensor in _find(path, config, dtype).items():
+        kind, size = _held(name, tensor, config, dtype), math.prod(tensor.shape)
+        is_blocks = kind in BLOCK_BYTES
+        total += size // BLOCK_WEIGHTS * BLOCK_BYTES[kind] if is_blocks else size * np.dtype(_FLOATS[kind]).itemsize
+    return total
+
+
+def _held(name: str, tensor: StoredTensor, config: ModelConfig, dtype: str) -> str:
+    """The kind that the Weight of a tensor is to have."""
+    if dtype == "float32" or len(tensor.shape) == 1:
+        return "F32"
+    if dtype == "stored":
+        return tensor.kind if tensor.kind in KINDS else "F32"
+    is_head = name == ("model.embed_tokens.weight" if config.tied_head else "lm_head.weight")
+    return "Q8_0" if is_head else dtype.upper()
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -141,8 +177,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _find(path: Path, config: ModelConfig, dtype: str) -> dict[str, StoredTensor]:
     """The model's tensors by Hugging Face name, in the order they lie in the files; all checked against the config."""
-    if dtype not in ("float32", "stored"):
-        raise UsageError(f"weights cannot be loaded as {dtype!r}; use float32 or stored")
+    if dtype not in ("float32", "stored", *QUANTIZED):
+        raise UsageError(f"weights cannot be loaded as {dtype!r}; use float32, stored, {' or '.join(QUANTIZED)}")
     path = Path(path)
     found = read_folder(path) if path.is_dir() else _find_gguf(path, config)
     shapes = tensor_shapes(config)
@@ -163,6 +199,13 @@ def _find(path: Path, config: ModelConfig, dtype: str) -> dict[str, StoredTensor
             raise tensor.error(f"has shape {list(tensor.shape)}, but the config asks for {list(shapes[name])}")
         if name in shapes and tensor.kind not in _FLOATS and (path.is_dir() or len(tensor.shape) == 1):
             raise tensor.error(f"is of type {tensor.kind}; minillm reads {', '.join(_FLOATS)} here")
+        if name in shapes and dtype in QUANTIZED and len(tensor.shape) > 1:
+            if tensor.kind not in _FLOATS:
+                raise tensor.error(f"is quantised already ({tensor.kind}): quantize is for 16- and 32-bit models only")
+            if tensor.shape[1] % BLOCK_WEIGHTS:
+                raise tensor.error(
+                    f"has rows of {tensor.shape[1]}, which are no blocks of {BLOCK_WEIGHTS}: load it without quantize"
+                )
     ordered = sorted(found.items(), key=lambda item: (item[1].file.path, item[1].offset))
     return {name: tensor for name, tensor in ordered if name in shapes}
 

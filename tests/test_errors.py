@@ -62,6 +62,23 @@ def test_prompt_that_does_not_fit(tiny, fails, monkeypatch):
     assert holds(said, "the prompt needs", "(cache 0.00 GiB at 20 tokens, workspace", "are free", "--kv-budget")
 
 
+# Blocks at load
+
+
+def test_quantize_of_what_no_blocks_can_be_made_of(fails, tmp_path, default_model_path):
+    said = fails(default_model_path, "x", "--quantize", "q4_0")
+    assert holds(said, default_model_path.name, "tensor", "is quantised already (Q", "16- and 32-bit models only")
+    narrow = tiny_chat.make(tmp_path / "narrow", hidden_size=48)
+    save_file(tiny_chat.weights(tiny_chat.CONFIG | {"hidden_size": 48}, 7), narrow / "model.safetensors")
+    said = fails(narrow, "x", "--quantize", "q8_0")
+    assert holds(said, "has rows of 48, which are no blocks of 32", "without quantize")
+
+
+def test_quantize_and_a_dtype(tiny, fails):
+    said = fails(tiny, "x", "--quantize", "q8_0", "--dtype", "stored", status=2)
+    assert holds(said, "dtype stored and quantize q8_0 exclude each other", "leave one out")
+
+
 # Gated and private repositories
 
 
@@ -223,6 +240,7 @@ def change_identity(path, **change):
     [
         ({"version": 0}, [], "version 0 and this is 1"),
         ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
+        ({}, ["--quantize", "q8_0"], "quantize None and this is 'q8_0'"),
         ({}, ["--kv-method", "streaming"], "method 'semanticache' and this is 'streaming'"),
         ({}, ["--kv-budget", "0.2"], "budget 0.5 and this is 0.2"),
         ({}, ["--kv-set", "rope=cached"], "rope 'unrotated' and this is 'cached'"),

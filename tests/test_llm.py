@@ -1,11 +1,14 @@
 """The Python API: what it says to odd prompts, to use after close, and of the last answer."""
 
+import gguf
 import numpy as np
 import pytest
 import tiny_chat
+from safetensors.numpy import save_file
 
 from minillm import LLM, MinillmError, SamplingParams
 from minillm.errors import UsageError
+from minillm.ops import cpu_lib
 
 
 @pytest.fixture
@@ -70,3 +73,22 @@ def test_stats_of_a_turn_of_an_answer_left_early_and_of_a_batch(tiny):
         assert llm.stats()["generated_tokens"] in (2, 3) and llm.stats()["stop_reason"] is None
         llm.generate_batch(["abc"], SamplingParams(2))
         assert llm.stats() == {}
+
+
+@pytest.mark.parametrize("path", ["numpy", *cpu_lib.available_paths()])
+@pytest.mark.parametrize("quantize", ["q8_0", "q4_0"])
+def test_quantize_computes_with_the_rounded_weights(quantize, path, tmp_path, monkeypatch):
+    """The model whose weights are the blocks made of it, written out as floats, has the same logits."""
+    monkeypatch.setenv("MINILLM_CPU", path)
+    rounded = tiny_chat.weights(tiny_chat.CONFIG, 7)
+    for name, weight in rounded.items():
+        if weight.ndim == 2:
+            kind = gguf.GGMLQuantizationType["Q8_0" if name == "lm_head.weight" else quantize.upper()]
+            rounded[name] = gguf.dequantize(gguf.quantize(weight, kind), kind)
+    tiny, floats = tiny_chat.make(tmp_path / "tiny"), tiny_chat.make(tmp_path / "floats")
+    save_file(rounded, floats / "model.safetensors")
+    with LLM.load(str(tiny), quantize=quantize) as llm, LLM.load(str(floats)) as reference:
+        assert llm.dtype == quantize
+        got, expected = (model.logits(list(range(40))) for model in (llm, reference))
+        share = {"numpy": 1e-6, "portable": 1e-5, "avx2": 1e-5}.get(path, 2e-2)  # bf16 operands in both
+        assert np.sqrt(((got - expected) ** 2).mean()) <= share * np.sqrt((expected**2).mean())

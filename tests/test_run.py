@@ -67,16 +67,18 @@ def start(*flags, **options):
 
 
 def test_every_flag_arrives():
-    flags = "-m owner/name -c 512 --dtype stored --device cpu -t 2 --offline -p hi -sys be --chat-template chatml"
-    flags += " -n 7 --temp 0.5 --top-k 3 --top-p 0.8 --min-p 0.1 --repeat-penalty 1.5 -s 42 --stop a --stop b"
-    flags += " --ignore-eos --kv-method semanticache --kv-budget 0.25 --kv-window 8 --kv-sinks 2 --kv-recompress 64"
-    flags += " --no-display-prompt --kv-set rope=cached --kv-set chunking=fixed:64 --kv-set log_size=false --json -v -q"
+    flags = "-m owner/name -c 512 --dtype stored --quantize q8_0 --device cpu -t 2 --offline -p hi -sys be"
+    flags += " --chat-template chatml -n 7 --temp 0.5 --top-k 3 --top-p 0.8 --min-p 0.1"
+    flags += " --repeat-penalty 1.5 -s 42 --stop a --stop b --ignore-eos --kv-method semanticache --kv-budget 0.25"
+    flags += " --kv-window 8 --kv-sinks 2 --kv-recompress 64 --no-display-prompt --kv-set rope=cached"
+    flags += " --kv-set chunking=fixed:64 --kv-set log_size=false --json -v -q"
     args = cli.parse(flags.split())
     assert args.params == SamplingParams(7, 0.5, 3, 0.8, 0.1, 1.5, 42, ("a", "b"), True)
     options = {"rope": "cached", "chunking": "fixed:64", "log_size": False}
     wanted = CacheConfig("semanticache", 0.25, window=8, sinks=2, recompress=64, **options)
     assert args.cache.as_dict() == wanted.as_dict()
     assert (args.model, args.ctx_size, args.dtype, args.device, args.threads) == ("owner/name", 512, "stored", "cpu", 2)
+    assert args.quantize == "q8_0"
     assert (args.prompt, args.system, args.chat_template, args.document) == ("hi", "be", "chatml", None)
     assert args.offline and args.no_display_prompt and args.json and args.verbose and args.quiet and not args.raw
 
@@ -152,6 +154,7 @@ BAD_VALUES = {
     "--kv-set delimiters=abc": "delimiters 'abc'",
     "--kv-set chunking=fixed:0": "fixed:N",
     "--dtype int8": "'float32'",
+    "--quantize q5_0": "'q8_0'",
     "--device cuda": "--device cpu",
     "--chat-template nonsense": "chatml",
     "-p again": "given twice",
