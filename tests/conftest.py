@@ -11,8 +11,18 @@ from minillm.hub import resolve
 # The suite's tolerances are those of the specification; tests/test_cpu_*.py choose the compiled paths themselves.
 os.environ.setdefault("MINILLM_CPU", "numpy")
 
+NO_COMPILER = "there is no C compiler, and so no compiled kernels"
 DATA = Path(__file__).parent / "data"
 TINY = sorted(path.name for path in (DATA / "tiny").iterdir() if path.is_dir())
+
+
+def pytest_sessionfinish(session):
+    """In CI nothing is skipped, but for the tests of compiled kernels where there is no compiler."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])]
+    if os.environ.get("CI") and (wrong := [reason for reason in reasons if NO_COMPILER not in reason]):
+        reporter.write_line(f"\nskipped, which must not be in CI: {'; '.join(sorted(set(wrong)))}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,12 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 
 import numpy as np
 import pytest
+from compiled import PATHS, cpu_ops
 
 from minillm.cache import KVCache, PagePool
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
 from minillm.weights import Weight
-
-PATHS = cpu_lib.available_paths()
-if PATHS:
-    from minillm.ops import cpu_ops
-else:
-    pytest.skip("the CPU kernels were not built: no C compiler", allow_module_level=True)
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 WORDS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}

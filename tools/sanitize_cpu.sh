@@ -1,16 +1,24 @@
 #!/bin/sh
-# Builds kernels/cpu with the address and undefined-behaviour sanitizers in a copy of the tree and runs their tests there.
-# Usage: tools/sanitize_cpu.sh [python]     (the interpreter needs numpy, pytest and setuptools >= 77; GCC on Linux)
+# Builds kernels/cpu with sanitizers, away from the checkout, and runs their tests there.
+# Usage: tools/sanitize_cpu.sh [python] [sanitizers]     (an interpreter with minillm's packages and pytest; GCC on Linux)
+# Sanitizers: address,undefined (default) or thread.
 set -e
-python=${1:-python3}
+python=$(realpath -s "$(command -v "${1:-python3}")")
+sanitizers=${2:-address,undefined}
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r "$root/minillm" "$root/kernels" "$root/tests" "$root/setup.py" "$root/pyproject.toml" "$root/README.md" "$root/LICENSE" "$work"
-cd "$work"
-rm -f minillm/ops/_cpu.*
-CC=gcc CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
-    LDFLAGS="-fsanitize=address,undefined" "$python" setup.py -q build_ext --inplace
-# Python leaks by design; the sanitizers' libraries must come first; -s, or pytest would swallow their report.
-ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" PYTHONPATH=. \
-    "$python" -m pytest -s -x -p no:cacheprovider tests/test_cpu_ops.py
+mkdir "$work/tree"
+cd "$root" && cp -r minillm kernels setup.py pyproject.toml README.md LICENSE "$work/tree" && cd "$work"
+rm -f tree/minillm/ops/_cpu.*
+CC=gcc CFLAGS="-O1 -g -fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer" LDFLAGS="-fsanitize=$sanitizers" \
+    "$python" -m pip install -q --no-deps --target site ./tree
+ls site/minillm/ops/_cpu.* >/dev/null
+# The sanitizers' libraries must be in the process before Python; Python leaks by design.
+case $sanitizers in
+thread) preload=$(gcc -print-file-name=libtsan.so) ;;
+*) preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ;;
+esac
+# -s: pytest would swallow a report.
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 LD_PRELOAD=$preload PYTHONPATH=site \
+    "$python" -m pytest -s -x -p no:cacheprovider "$root/tests/test_cpu_ops.py" "$root/tests/test_scores.py"
