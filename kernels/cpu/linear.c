@@ -29,7 +29,7 @@ typedef struct {
     const int8_t *q;           /* (n, 2, n_in) x as hi and lo */
     const float *d;            /* (n, n_in / 32) scales */
     const int32_t *total;      /* (n, n_in / 32) sums of q */
-    const mm_t *a;             /* (n, round_up(n_in, MM_K)) x as the left operand of mm */
+    const mm_t *a;             /* x as the left operand of mm, round_up(n_in, MM_K) wide */
 } Linear;
 
 INLINE int is_blocks(int kind) { return kind >= Q8_0; }
@@ -306,7 +306,7 @@ static void many_rows(void *context, int64_t task, int thread)
     for (int64_t p = 0; p < panels; p++)
         FN(mm_pack_weight)(w, column / PANEL + p, b + p * ldb);
     FN(mm_begin)();
-    int64_t whole = columns % PANEL == 0 ? (hi - lo) / 16 * 16 : 0; /* rows that go straight to y */
+    int64_t whole = columns % PANEL == 0 ? (hi - lo) / 32 * 32 : 0; /* rows that go straight to y */
     if (whole) {
         float *y = product->y + lo * product->y_stride + column;
         FN(mm)(c->a + lo * k, k, b, ldb, y, product->y_stride, whole, panels, k, product->add != 0);
@@ -327,9 +327,8 @@ static void left_operand(void *context, int64_t task, int thread)
 {
     (void)thread;
     const Linear *c = context;
-    const int64_t k = round_up(c->n_in, MM_K);
     for (int64_t row = 16 * task; row < least(16 * task + 16, c->n); row++)
-        mm_row(c->x + row * c->n_in, c->n_in, 1.0f, (mm_t *)c->a + row * k);
+        FN(mm_left_row)(F32, c->x + row * c->n_in, c->n_in, (mm_t *)c->a, round_up(c->n_in, MM_K), row);
 }
 
 /* All products have the same n_in; n_in of blocks is a multiple of 32. */

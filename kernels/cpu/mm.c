@@ -19,10 +19,18 @@ void FN(mm_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 #define ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
-/* C of 1 or 2 tiles by 1 or 2 tiles: tiles 0..3 are C, 4 and 5 A, 6 and 7 B. */
-INLINE void tiles(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add, int two_rows, int two_columns)
+enum { TILE = 16 * 32 }; /* elements */
+
+INLINE void fetch(const mm_t *p)
 {
-    const mm_t *a2 = a + 16 * lda;
+    for (int line = 0; line < 16; line++)
+        _mm_prefetch((const char *)p + 64 * line, _MM_HINT_T0);
+}
+
+/* C of 1 or 2 tiles by 1 or 2 tiles: tiles 0..3 are C, 4 and 5 A, 6 and 7 B. A is fetched two steps ahead into the L1 cache, past its
+ * end the next rows. */
+INLINE void tiles(const mm_t *a, const mm_t *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add, const int two_rows, const int two_columns)
+{
     float *c2 = c + 16 * ldc;
     if (add) {
         LOAD(0, c, 4 * ldc);
@@ -35,13 +43,15 @@ INLINE void tiles(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float 
         if (two_rows) ZERO(2);
         if (two_rows && two_columns) ZERO(3);
     }
-    for (int64_t i = 0; i < k; i += 32) {
-        LOAD(6, b + 16 * i, 64);
-        LOAD(4, a + i, 2 * lda);
+    for (int64_t i = 0; i < k; i += MM_K, a += 2 * TILE, b += TILE) {
+        fetch(a + 4 * TILE);
+        LOAD(6, b, 64);
+        LOAD(4, a, 64);
         DOT(0, 4, 6);
-        if (two_rows) LOAD(5, a2 + i, 2 * lda);
+        if (two_rows) LOAD(5, a + TILE, 64);
+        fetch(a + 5 * TILE);
         if (two_rows) DOT(2, 5, 6);
-        if (two_columns) LOAD(7, b + ldb + 16 * i, 64);
+        if (two_columns) LOAD(7, b + ldb, 64);
         if (two_columns) DOT(1, 4, 7);
         if (two_rows && two_columns) DOT(3, 5, 7);
     }
@@ -54,17 +64,17 @@ INLINE void tiles(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float 
 void FN(mm)(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float *c, int64_t ldc, int64_t m, int64_t panels, int64_t k, int add)
 {
     for (int64_t p = 0; p < panels; p += 2)
-        for (int64_t i = 0; i < m; i += 32) {
+        for (int64_t i = 0; i < m; i += MM_ROWS) {
             const mm_t *bp = b + p * ldb, *ai = a + i * lda;
             float *cp = c + i * ldc + PANEL * p;
             if (m - i > 16 && panels - p > 1)
-                tiles(ai, lda, bp, ldb, cp, ldc, k, add, 1, 1);
+                tiles(ai, bp, ldb, cp, ldc, k, add, 1, 1);
             else if (m - i > 16)
-                tiles(ai, lda, bp, ldb, cp, ldc, k, add, 1, 0);
+                tiles(ai, bp, ldb, cp, ldc, k, add, 1, 0);
             else if (panels - p > 1)
-                tiles(ai, lda, bp, ldb, cp, ldc, k, add, 0, 1);
+                tiles(ai, bp, ldb, cp, ldc, k, add, 0, 1);
             else
-                tiles(ai, lda, bp, ldb, cp, ldc, k, add, 0, 0);
+                tiles(ai, bp, ldb, cp, ldc, k, add, 0, 0);
         }
 }
 
@@ -137,34 +147,6 @@ void FN(mm)(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float *c, in
 
 #if MM_PAIR == 2
 
-/* 16 rows of 16 words to 16 columns. */
-INLINE void transpose(__m512i r[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 /* Elements i..i+31 of a row as bf16; those past k are 0. */
 INLINE __m512i bf16_32(int kind, const void *row, int64_t i, int64_t k)
 {
@@ -199,25 +181,38 @@ void FN(mm_pack_rows)(int kind, const void *const rows[PANEL], int64_t k, mm_t *
     }
 }
 
-INLINE __m512i bf16_low(int bf16, const void *row, int64_t i, __mmask16 some)
+void FN(mm_left_row)(int kind, const void *x, int64_t n, mm_t *a, int64_t k, int64_t row)
+{
+    for (int64_t i = 0; i < k; i += 32) {
+        __m512i words = bf16_32(kind, i < n ? x : NULL, i, n);
+        if (MM_K == 32 || i + 32 <= k)
+            memcpy(mm_left(a, k, row, i), &words, 64);
+        else
+            memcpy(mm_left(a, k, row, i), &words, sizeof(mm_t) * (size_t)(k - i));
+    }
+}
+
+/* Elements i..i+15 in the low halves of words. */
+INLINE __m512i bf16_low(int kind, const void *row, int64_t i, __mmask16 some)
 {
     if (!row)
         return _mm512_setzero_si512();
-    if (bf16)
+    if (kind == BF16)
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const uint16_t *)row + i));
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, (const float *)row + i)));
 }
 
-void FN(mm_pack_columns)(int bf16, const void *const *rows, int64_t n, int64_t d, mm_t *panels, int64_t ldb)
+void FN(mm_left_columns)(int kind, const void *const rows[32], int64_t d, mm_t *a, int64_t k, int64_t column)
 {
-    for (int64_t r = 0; r < round_up(n, MM_K); r += 2)
-        for (int64_t i = 0; i < d; i += PANEL) {
-            __mmask16 some = d - i >= 16 ? 0xffff : (__mmask16)((1u << (d - i)) - 1);
-            __m512i even = bf16_low(bf16, r < n ? rows[r] : NULL, i, some);
-            __m512i odd = bf16_low(bf16, r + 1 < n ? rows[r + 1] : NULL, i, some);
-            __m512i pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-            memcpy(panels + i / PANEL * ldb + PANEL * r, &pairs, 64);
-        }
+    for (int64_t i = 0; i < d; i += PANEL) {
+        __mmask16 some = d - i >= 16 ? 0xffff : (__mmask16)((1u << (d - i)) - 1);
+        __m512i pairs[16];
+        for (int r = 0; r < 16; r++)
+            pairs[r] = _mm512_or_si512(bf16_low(kind, rows[2 * r], i, some), _mm512_slli_epi32(bf16_low(kind, rows[2 * r + 1], i, some), 16));
+        transpose(pairs);
+        for (int j = 0; j < 16; j++)
+            memcpy(mm_left(a, k, i + j, column), &pairs[j], 64);
+    }
 }
 
 #else
@@ -238,11 +233,17 @@ void FN(mm_pack_rows)(int kind, const void *const rows[PANEL], int64_t k, mm_t *
             panel[PANEL * i + r] = element(kind, rows[r], i);
 }
 
-void FN(mm_pack_columns)(int bf16, const void *const *rows, int64_t n, int64_t d, mm_t *panels, int64_t ldb)
+void FN(mm_left_row)(int kind, const void *x, int64_t n, mm_t *a, int64_t k, int64_t row)
 {
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t i = 0; i < round_up(d, PANEL); i++)
-            panels[i / PANEL * ldb + PANEL * r + i % PANEL] = i < d ? element(bf16 ? BF16 : F32, rows[r], i) : 0;
+    for (int64_t i = 0; i < k; i++)
+        a[row * k + i] = i < n ? element(kind, x, i) : 0;
+}
+
+void FN(mm_left_columns)(int kind, const void *const rows[32], int64_t d, mm_t *a, int64_t k, int64_t column)
+{
+    for (int64_t i = 0; i < round_up(d, PANEL); i++)
+        for (int r = 0; r < 32; r++)
+            a[i * k + column + r] = i < d ? element(kind, rows[r], i) : 0;
 }
 
 #endif

@@ -1,23 +1,28 @@
 /* Causal attention of n new tokens over stored entries and over one another: softmax(q.k scale + log s) v.
  *
- * One KV head after another: its keys (stored ones, padded to 32, then the new ones) are packed as operands of mm.h, then 32
- * queries of one query head are a task: blocks of KEYS keys pass through the L1 cache, the softmax is kept online (Milakov &
- * Gimelshein 2018), in base 2. Masked and padding keys have the logit -inf; the running maximum starts at -FLT_MAX, so that the
- * difference is never NaN. The last queries, which see most, are taken first. */
+ * One KV head after another: its keys (stored ones, padded to 32, then the new ones) and values are packed as operands of mm.h, then 32
+ * queries of one query head are a task: blocks of KEYS keys pass through the caches, the softmax is kept online (Milakov & Gimelshein
+ * 2018), in base 2. Everything is transposed, K Q^T and V^T P: a query is a lane of a register, so that maxima and sums need no
+ * reduction across one and a block costs each query one register, not a pass over a row. A query's maximum is raised only when a
+ * logit exceeds it by SLACK, which it seldom does after the first blocks (the weights are then up to 2^SLACK, and so is their sum).
+ * The last queries, which see most, are taken first. */
 #include "mm.h"
 
 #include <float.h>
 
 enum { QUERIES = 32, KEYS = 128 };
 #define LOG2E 1.44269504f
+#define MASKED -1e30f /* logit of a key that is not seen: finite, so that no difference is NaN */
+#define LOWEST -1e29f /* where a maximum begins */
+#define SLACK 8.0f
 
 typedef struct {
     const PrefillAttention *a;
     int64_t head, past, total; /* KV head; stored keys padded to 32; with the new ones padded to KEYS */
-    int64_t d_k, d_v;          /* head_dim padded for the two products */
-    mm_t *keys;                /* (total / 16) panels */
-    mm_t *values;              /* (d_v / 16) panels, total * 16 apart */
-    float *bias;               /* (past,) log2 s; -inf for padding */
+    int64_t d_k, d_v, v_rows;  /* head_dim padded for the two products, and for the left operand of the second */
+    mm_t *keys;                /* (total, d_k) left operand */
+    mm_t *values;              /* for each block of keys, its transpose: (d_v, KEYS) left operand, rows padded to MM_ROWS */
+    float *bias;               /* (past,) log2 s; MASKED for padding */
     int32_t *pos;              /* (past,) */
     int32_t *newest;           /* (total / KEYS) largest position in a block of keys */
 } Attention;
@@ -32,20 +37,20 @@ static void pack(void *context, int64_t block, int thread)
     int32_t newest = INT32_MIN;
     for (int64_t lo = block * KEYS; lo < (block + 1) * KEYS; lo += 32) {
         const void *k[32], *v[32];
-        int old = lo < c->past, bf16 = old && past->bf16;
+        int old = lo < c->past, kind = old && past->bf16 ? BF16 : F32;
         for (int64_t i = 0; i < 32; i++) {
             int64_t key = lo + i;
             k[i] = v[i] = NULL;
             if (old) {
-                c->bias[key] = -INFINITY;
+                c->bias[key] = MASKED;
                 c->pos[key] = INT32_MIN;
                 if (key >= stored)
                     continue;
                 int64_t page = past->pages[c->head * past->capacity + key / past->page_size];
                 const Slab *slab = &past->slabs[page / past->slab_pages];
                 int64_t entry = page % past->slab_pages * past->page_size + key % past->page_size;
-                k[i] = (const char *)slab->k + entry * d * (bf16 ? 2 : 4);
-                v[i] = (const char *)slab->v + entry * d * (bf16 ? 2 : 4);
+                k[i] = (const char *)slab->k + entry * d * (kind == BF16 ? 2 : 4);
+                v[i] = (const char *)slab->v + entry * d * (kind == BF16 ? 2 : 4);
                 c->bias[key] = slab->log_size[entry] * LOG2E;
                 c->pos[key] = slab->pos[entry];
                 newest = (int32_t)most(newest, slab->pos[entry]);
@@ -55,29 +60,87 @@ static void pack(void *context, int64_t block, int thread)
                 newest = (int32_t)(past->seen + key - c->past);
             }
         }
-        for (int half = 0; half < 2; half++)
-            FN(mm_pack_rows)(bf16 ? BF16 : F32, k + 16 * half, d, c->keys + (lo + 16 * half) * c->d_k);
-        FN(mm_pack_columns)(bf16, v, 32, d, c->values + PANEL * lo, PANEL * c->total);
+        for (int64_t i = 0; i < 32; i++)
+            FN(mm_left_row)(kind, k[i], k[i] ? d : 0, c->keys, c->d_k, lo + i);
+        FN(mm_left_columns)(kind, v, d, c->values + block * KEYS * c->v_rows, KEYS, lo % KEYS);
     }
     c->newest[block] = newest;
 }
 
-/* Logits of the query at new position i and the keys lo .. lo + n - 1: the bias of stored keys, -inf for those it cannot see. */
-static void mask(const Attention *c, float *s, int64_t i, int64_t lo, int64_t n)
+/* Logits s (n, QUERIES) of the keys lo .. lo + n - 1 and the queries at new positions first ...: the bias of stored keys, MASKED
+ * where a query cannot see a key. */
+static void mask(const Attention *c, float *s, int64_t first, int64_t lo, int64_t n)
 {
-    const int64_t window = c->a->window, old = most(0, least(n, c->past - lo)), new_key = lo - c->past;
-    for (int64_t j = 0; j < old; j++)
-        s[j] += c->bias[lo + j];
-    for (int64_t j = most(old, i + 1 - new_key); j < n; j++)
-        s[j] = -INFINITY;
-    if (window) {
-        int64_t hidden = c->a->past.seen + i - window; /* the newest position out of sight */
-        for (int64_t j = 0; j < old; j++)
-            if (c->pos[lo + j] <= hidden)
-                s[j] = -INFINITY;
-        for (int64_t j = old; j < least(n, i - window - new_key + 1); j++)
-            s[j] = -INFINITY;
+    const int32_t window = c->a->window, seen = (int32_t)c->a->past.seen;
+    int32_t numbers[QUERIES];
+    for (int i = 0; i < QUERIES; i++)
+        numbers[i] = (int32_t)first + i;
+    for (int64_t j = 0; j < n; j++) {
+        const int old = lo + j < c->past;
+        const int32_t key = old ? c->pos[lo + j] : seen + (int32_t)(lo + j - c->past); /* its position */
+        const vf bias = splat(old ? c->bias[lo + j] : 0);
+        for (int i = 0; i < QUERIES; i += VW) {
+            const vi query = load_i(numbers + i) + seen;
+            vi hidden = (vi)splat_u(0);
+            if (!old)
+                hidden |= key > query;
+            if (window)
+                hidden |= key <= query - window;
+            float *at = s + j * QUERIES + i;
+            store(at, choose(hidden, splat(MASKED), load(at) + bias));
+        }
     }
+}
+
+#if MM_PAIR == 2
+/* 2^x to 7e-5, which bf16 weights do not tell from more; x far below zero, or -inf, gives 0. */
+INLINE vf weight(vf x)
+{
+    vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
+    vf p = splat(0.22606716f) + f * splat(0.07802452f);
+    p = splat(0.69583354f) + f * p;
+    p = splat(0.99992522f) + f * p;
+    return _mm512_scalef_ps(p, x); /* p 2^floor(x) */
+}
+#else
+INLINE vf weight(vf x) { return exp2v(x); }
+#endif
+
+/* VW queries of a block: logits s (n, QUERIES) -> weights p (n, 16) in the order of a panel of mm.h; peak and total (VW,) and the
+ * weighted values out (d_v, QUERIES) so far are brought up to date. */
+INLINE void soften(const float *s, int64_t n, mm_t *p, float *peak, float *total, float *out, int64_t d_v)
+{
+    vf high[4] = {splat(MASKED), splat(MASKED), splat(MASKED), splat(MASKED)}, top = load(peak), sum_ = load(total);
+    for (int64_t j = 0; j < n; j += 4)
+        for (int h = 0; h < 4; h++)
+            high[h] = vmax(high[h], load(s + (j + h) * QUERIES));
+    vf highest = vmax(vmax(high[0], high[1]), vmax(high[2], high[3]));
+    vi raised = highest > top + splat(SLACK);
+    if (any(raised)) {
+        vf new_top = choose(raised, highest, top), shrink = exp2v(top - new_top);
+        for (int64_t j = 0; j < d_v; j++)
+            store(out + j * QUERIES, load(out + j * QUERIES) * shrink);
+        sum_ *= shrink;
+        top = new_top;
+        store(peak, top);
+    }
+#if MM_PAIR == 2
+    /* Two keys a word. Cut off, not rounded: the sums are those of what was stored, so that the bias goes. */
+    const __m512bh ones = (__m512bh)splat_u(0x3f803f80);
+    for (int64_t j = 0; j < n; j += 2) {
+        vu even = (vu)weight(load(s + j * QUERIES) - top), odd = (vu)weight(load(s + (j + 1) * QUERIES) - top);
+        vu pair = even >> 16 | (odd & splat_u(0xffff0000));
+        memcpy(p + PANEL * j, &pair, sizeof pair);
+        sum_ = _mm512_dpbf16_ps(sum_, (__m512bh)pair, ones);
+    }
+#else
+    for (int64_t j = 0; j < n; j++) {
+        vf e = weight(load(s + j * QUERIES) - top);
+        store(p + PANEL * j, e);
+        sum_ += e;
+    }
+#endif
+    store(total, sum_);
 }
 
 static void queries(void *context, int64_t task, int thread)
@@ -91,68 +154,48 @@ static void queries(void *context, int64_t task, int thread)
     mm_t *q = scratch(thread, 2, sizeof(mm_t) * (size_t)(QUERIES * c->d_k));
     float *s = scratch(thread, 3, sizeof(float) * QUERIES * KEYS);
     mm_t *p = scratch(thread, 4, sizeof(mm_t) * QUERIES * KEYS);
-    float *out = scratch(thread, 5, sizeof(float) * (size_t)(QUERIES * c->d_v));
+    float *out = scratch(thread, 5, sizeof(float) * (size_t)(QUERIES * (c->d_v + d)));
+    float *scaled = out + QUERIES * c->d_v; /* (QUERIES, d) */
     float peak[QUERIES], total[QUERIES];
-    memset(q, 0, sizeof(mm_t) * (size_t)(QUERIES * c->d_k));
-    memset(p, 0, sizeof(mm_t) * QUERIES * KEYS);
-    memset(out, 0, sizeof(float) * (size_t)(QUERIES * c->d_v));
+    const void *scaled_rows[QUERIES] = {NULL};
     for (int64_t i = 0; i < rows; i++) {
-        mm_row(a->q + (head * a->n + lo + i) * d, d, a->scale * LOG2E, q + i * c->d_k);
-        peak[i] = -FLT_MAX, total[i] = 0;
+        scaled_rows[i] = scaled + i * d;
+        for (int64_t j = 0; j < d; j++)
+            scaled[i * d + j] = a->q[(head * a->n + lo + i) * d + j] * (a->scale * LOG2E);
     }
+    for (int64_t i = 0; i < QUERIES; i += PANEL)
+        FN(mm_pack_rows)(F32, scaled_rows + i, d, q + i * c->d_k);
+    memset(out, 0, sizeof(float) * (size_t)(QUERIES * c->d_v));
+    for (int64_t i = 0; i < QUERIES; i++)
+        peak[i] = LOWEST, total[i] = 0;
     FN(mm_begin)();
     for (int64_t key = 0; key < c->past + lo + rows; key += KEYS) {
         if (a->window && c->newest[key / KEYS] <= a->past.seen + lo - a->window)
             continue;
         const int64_t n = least(KEYS, round_up(c->past + lo + rows - key, 32));
-        FN(mm)(q, c->d_k, c->keys + key * c->d_k, PANEL * c->d_k, s, KEYS, rows, n / PANEL, c->d_k, 0);
-        const int whole = key >= c->past && key + n - c->past <= lo + 1 && !a->window; /* every query sees every key */
-        for (int64_t i = 0; i < rows; i++) {
-            float *row = s + i * KEYS;
-            if (!whole)
-                mask(c, row, lo + i, key, n);
-            vf high[2] = {load(row), load(row + VW)};
-            for (int64_t j = 2 * VW; j < n; j += 2 * VW)
-                for (int h = 0; h < 2; h++)
-                    high[h] = vmax(high[h], load(row + j + h * VW));
-            float new_peak = fmaxf(peak[i], largest(vmax(high[0], high[1])));
-            vf sums[2] = {splat(0), splat(0)}, top = splat(new_peak);
-            for (int64_t j = 0; j < n; j += 2 * VW)
-                for (int h = 0; h < 2; h++) {
-                    vf e = exp2v(load(row + j + h * VW) - top);
-                    sums[h] += e;
-#if MM_PAIR == 2
-                    store_bf16(p + i * KEYS + j + h * VW, e);
-#else
-                    store(p + i * KEYS + j + h * VW, e);
-#endif
-                }
-            if (new_peak > peak[i]) {
-                float shrink = exp2f(peak[i] - new_peak);
-                total[i] *= shrink;
-                for (int64_t j = 0; j < c->d_v; j += VW)
-                    store(out + i * c->d_v + j, load(out + i * c->d_v + j) * splat(shrink));
-                peak[i] = new_peak;
-            }
-            total[i] += sum(sums[0] + sums[1]);
-        }
-        FN(mm)(p, KEYS, c->values + PANEL * key, PANEL * c->total, out, c->d_v, rows, c->d_v / PANEL, n, 1);
+        FN(mm)(c->keys + key * c->d_k, c->d_k, q, PANEL * c->d_k, s, QUERIES, n, QUERIES / PANEL, c->d_k, 0);
+        if (key < c->past || key + n - c->past > lo + 1 || a->window) /* not every query sees every key */
+            mask(c, s, lo, key, n);
+        for (int i = 0; i < QUERIES; i += VW)
+            soften(s + i, n, p + i / PANEL * PANEL * KEYS + i % PANEL, peak + i, total + i, out + i, c->d_v);
+        FN(mm)(c->values + key * c->v_rows, KEYS, p, PANEL * KEYS, out, QUERIES, c->d_v, QUERIES / PANEL, n, 1);
     }
     FN(mm_end)();
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < d; j++)
-            a->out[((lo + i) * a->n_heads + head) * d + j] = out[i * c->d_v + j] / total[i];
+            a->out[((lo + i) * a->n_heads + head) * d + j] = out[j * QUERIES + i] / total[i];
 }
 
 void FN(prefill_attention)(const PrefillAttention *a)
 {
     Attention c = {.a = a, .d_k = round_up(a->head_dim, MM_K), .d_v = round_up(a->head_dim, PANEL)};
+    c.v_rows = round_up(c.d_v, MM_ROWS);
     const int64_t group = a->n_heads / a->n_kv_heads;
     for (c.head = 0; c.head < a->n_kv_heads; c.head++) {
         c.past = round_up(a->past.lengths[c.head], 32);
         c.total = round_up(c.past + a->n, KEYS);
         c.keys = scratch(SHARED, 2, sizeof(mm_t) * (size_t)(c.total * c.d_k));
-        c.values = scratch(SHARED, 3, sizeof(mm_t) * (size_t)(c.total * c.d_v));
+        c.values = scratch(SHARED, 3, sizeof(mm_t) * (size_t)(c.total * c.v_rows));
         c.bias = scratch(SHARED, 4, 4 * (size_t)(2 * c.past + c.total / KEYS));
         c.pos = (int32_t *)(c.bias + c.past);
         c.newest = c.pos + c.past;
