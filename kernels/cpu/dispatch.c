@@ -86,7 +86,7 @@ EXPORT void minillm_rope(const float *x, const float *cos, const float *sin, flo
     kernels->rope(x, cos, sin, y, heads, n, d);
 }
 EXPORT void minillm_swiglu(float *gate, const float *up, int64_t n) { kernels->swiglu(gate, up, n); }
-EXPORT void minillm_linear(const Product *products, int count, const float *x, int64_t n) { kernels->linear(products, count, x, n); }
+EXPORT void minillm_linear(const Product *products, int count, const float *x, int64_t n) { kernels->linear(products, count, x, n, NULL, 0); }
 EXPORT void minillm_rows(const Matrix *w, const int64_t *ids, int64_t n, float *out) { kernels->rows(w, ids, n, out); }
 EXPORT void minillm_prefill_attention(const PrefillAttention *a) { kernels->prefill_attention(a); }
 EXPORT void minillm_decode_attention(const DecodeAttention *a) { kernels->decode_attention(a); }

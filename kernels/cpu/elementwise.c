@@ -103,6 +103,36 @@ void FN(swiglu)(float *gate, const float *up, int64_t n)
     parallel(tasks_of(n, CHUNK), gate_chunk, &c);
 }
 
+typedef struct {
+    const float *x;
+    int64_t n;
+    int bad[MAX_THREADS];
+} Finite;
+
+static void finite_chunk(void *context, int64_t task, int thread)
+{
+    Finite *c = context;
+    int64_t i = task * CHUNK, end = least(i + CHUNK, c->n);
+    vf zeros = splat(0); /* NaN from then on where one is not finite */
+    for (; i + VW <= end; i += VW)
+        zeros += load(c->x + i) * splat(0);
+    float zero = sum(zeros);
+    for (; i < end; i++)
+        zero += c->x[i] * 0.0f;
+    c->bad[thread] |= zero != 0.0f;
+}
+
+/* Whether all of x (n,) are numbers. */
+int FN(finite)(const float *x, int64_t n)
+{
+    Finite c = {.x = x, .n = n};
+    int bad = 0;
+    parallel(tasks_of(n, CHUNK), finite_chunk, &c);
+    for (int i = 0; i < pool_threads(); i++)
+        bad |= c.bad[i];
+    return !bad;
+}
+
 /* out (n,) = x rounded to bf16. */
 void FN(bf16_from)(const float *x, int64_t n, uint16_t *out)
 {

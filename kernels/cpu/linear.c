@@ -1,18 +1,14 @@
-/* y = x W^T + bias for a few products of the same x (n, n_in): q, k and v, or gate and up, are one parallel region.
+/* y = x W^T + bias for a few products of the same x (n, n_in): q, k and v, or gate and up, are one parallel region. Many rows: many.c.
  *
  * Few rows: a weight is read once and used at once. Blocks meet activations of 16 bits, 32 to a scale, as two int8 halves:
  * q = 256 hi + lo. One half alone (llama.cpp's Q8_0 activations) cost the default model 5 % of its logits and other words; the
- * second costs arithmetic that hides behind the reading of the weights. Other kinds meet float32 activations.
- * Many rows: a thread widens two panels (32 rows of W) to the operand of mm.h, which stays in its L2 cache, and multiplies
- * them with a block of rows of x. On avx512 and amx the operands are bf16, the sums float32. */
-#include "mm.h"
+ * second costs arithmetic that hides behind the reading of the weights. Other kinds meet float32 activations. */
+#include "many.h"
 #include "panels.h"
 
 #include <assert.h>
 
-enum { UNIT = 2 * PANEL }; /* rows of W that a task takes at least */
 enum { NR = 4 };           /* rows of x that a register's worth of weights is used for */
-enum { MAX_PRODUCTS = 4 };
 
 #if defined(MINILLM_AMX)
 enum { FEW_BLOCKS = 8, FEW_FLOATS = 4 }; /* rows up to which the first way is faster */
@@ -24,15 +20,23 @@ typedef struct {
     const Product *products;
     int count;
     const float *x;
-    int64_t n, n_in, n_units, units_a_task, rows_a_task;
+    int64_t n, n_in, n_units, units_a_task;
     int64_t end[MAX_PRODUCTS]; /* units of the products up to this one */
     const int8_t *q;           /* (n, 2, n_in) x as hi and lo */
     const float *d;            /* (n, n_in / 32) scales */
     const int32_t *total;      /* (n, n_in / 32) sums of q */
-    const mm_t *a;             /* x as the left operand of mm, round_up(n_in, MM_K) wide */
 } Linear;
 
 INLINE int is_blocks(int kind) { return kind >= Q8_0; }
+
+/* Whether so few rows are computed faster weight by weight. */
+int FN(few)(const Product *products, int count, int64_t n)
+{
+    int blocks = 1;
+    for (int i = 0; i < count; i++)
+        blocks &= is_blocks(products[i].w.kind);
+    return n <= (blocks ? FEW_BLOCKS : FEW_FLOATS);
+}
 
 static void quantise_row(void *context, int64_t row, int thread)
 {
@@ -258,111 +262,53 @@ static void panel_product(const Linear *c, const Matrix *w, int64_t p, int64_t f
     }
 }
 
-/* rows x columns of `source` into y, as the product says. */
-static void put(const Product *product, int64_t row, int64_t column, const float *source, int64_t stride, int64_t rows, int64_t columns)
-{
-    for (int64_t r = 0; r < rows; r++) {
-        float *y = product->y + (row + r) * product->y_stride + column;
-        for (int64_t i = 0; i < columns; i++)
-            y[i] = (product->add ? y[i] : 0) + (product->bias ? product->bias[column + i] : 0) + source[r * stride + i];
-    }
-}
-
-INLINE const Product *product_of(const Linear *c, int64_t unit, int64_t *local)
-{
-    int i = 0;
-    while (unit >= c->end[i])
-        i++;
-    *local = unit - (i ? c->end[i - 1] : 0);
-    return &c->products[i];
-}
-
 static void few_rows(void *context, int64_t task, int thread)
 {
     (void)thread;
     const Linear *c = context;
     for (int64_t unit = task * c->units_a_task; unit < least((task + 1) * c->units_a_task, c->n_units); unit++) {
         int64_t local;
-        const Product *product = product_of(c, unit, &local);
+        const Product *product = product_of(c->products, c->end, unit, &local);
         for (int64_t p = 2 * local; p < 2 * local + 2 && PANEL * p < product->w.n_out; p++)
             for (int64_t row = 0; row < c->n; row += NR) {
                 float out[NR][PANEL] __attribute__((aligned(64)));
                 int64_t rows = least(NR, c->n - row);
                 panel_product(c, &product->w, p, row, rows, out);
-                put(product, row, PANEL * p, out[0], PANEL, rows, least(PANEL, product->w.n_out - PANEL * p));
+                put(product, c->n, row, PANEL * p, out[0], PANEL, rows, least(PANEL, product->w.n_out - PANEL * p));
             }
     }
 }
 
-static void many_rows(void *context, int64_t task, int thread)
-{
-    const Linear *c = context;
-    const int64_t k = round_up(c->n_in, MM_K), ldb = PANEL * k;
-    int64_t local, unit = task % c->n_units, lo = task / c->n_units * c->rows_a_task, hi = least(lo + c->rows_a_task, c->n);
-    const Product *product = product_of(c, unit, &local);
-    const Matrix *w = &product->w;
-    const int64_t column = UNIT * local, columns = least(UNIT, w->n_out - column), panels = columns > PANEL ? 2 : 1;
-    mm_t *b = scratch(thread, 0, sizeof(mm_t) * (size_t)(2 * ldb));
-    for (int64_t p = 0; p < panels; p++)
-        FN(mm_pack_weight)(w, column / PANEL + p, b + p * ldb);
-    FN(mm_begin)();
-    int64_t whole = columns % PANEL == 0 ? (hi - lo) / 32 * 32 : 0; /* rows that go straight to y */
-    if (whole) {
-        float *y = product->y + lo * product->y_stride + column;
-        FN(mm)(c->a + lo * k, k, b, ldb, y, product->y_stride, whole, panels, k, product->add != 0);
-        if (product->bias)
-            for (int64_t r = 0; r < whole; r++)
-                for (int64_t i = 0; i < columns; i++)
-                    y[r * product->y_stride + i] += product->bias[column + i];
-    }
-    for (int64_t row = lo + whole; row < hi; row += 32) {
-        float block[32 * UNIT] __attribute__((aligned(64)));
-        FN(mm)(c->a + row * k, k, b, ldb, block, UNIT, least(32, hi - row), panels, k, 0);
-        put(product, row, column, block, UNIT, least(32, hi - row), columns);
-    }
-    FN(mm_end)();
-}
-
-static void left_operand(void *context, int64_t task, int thread)
-{
-    (void)thread;
-    const Linear *c = context;
-    for (int64_t row = 16 * task; row < least(16 * task + 16, c->n); row++)
-        FN(mm_left_row)(F32, c->x + row * c->n_in, c->n_in, (mm_t *)c->a, round_up(c->n_in, MM_K), row);
-}
-
-/* All products have the same n_in; n_in of blocks is a multiple of 32. */
-void FN(linear)(const Product *products, int count, const float *x, int64_t n)
+/* All products have the same n_in; n_in of blocks is a multiple of 32. norm (n_in,) or NULL: x is rms_norm(x) * norm first. */
+void FN(linear)(const Product *products, int count, const float *x, int64_t n, const float *norm, float eps)
 {
     Linear c = {.products = products, .count = count, .x = x, .n = n, .n_in = products[0].w.n_in};
-    int any_blocks = 0, all_blocks = 1;
+    int any_blocks = 0;
     assert(count <= MAX_PRODUCTS);
+    if (!FN(few)(products, count, n)) {
+        FN(linear_many)(products, count, FN(left_operand)(x, n, c.n_in, norm, eps), n);
+        return;
+    }
     for (int i = 0; i < count; i++) {
         c.n_units += round_up(products[i].w.n_out, UNIT) / UNIT;
         c.end[i] = c.n_units;
         any_blocks |= is_blocks(products[i].w.kind);
-        all_blocks &= is_blocks(products[i].w.kind);
     }
-    if (n <= (all_blocks ? FEW_BLOCKS : FEW_FLOATS)) {
-        if (any_blocks) {
-            size_t n_blocks = (size_t)(n * c.n_in / BLOCK);
-            c.d = scratch(SHARED, 0, n_blocks * (4 + 4 + 2 * BLOCK));
-            c.total = (const int32_t *)(c.d + n_blocks);
-            c.q = (const int8_t *)(c.total + n_blocks);
-            if (n * c.n_in > 1 << 14)
-                parallel(n, quantise_row, &c);
-            else
-                for (int64_t row = 0; row < n; row++)
-                    quantise_row(&c, row, 0);
-        }
-        c.units_a_task = most(1, c.n_units / (6 * pool_threads())); /* 6: a thread put aside by the system costs little */
-        parallel((c.n_units + c.units_a_task - 1) / c.units_a_task, few_rows, &c);
-        return;
+    if (norm) {
+        c.x = scratch(SHARED, 1, sizeof(float) * (size_t)(n * c.n_in));
+        FN(rms_norm)(x, norm, eps, (float *)c.x, n, c.n_in);
     }
-    int64_t k = round_up(c.n_in, MM_K);
-    c.a = scratch(SHARED, 1, sizeof(mm_t) * (size_t)(round_up(n, 32) * k));
-    parallel(round_up(n, 16) / 16, left_operand, &c);
-    /* A block of rows of x that stays in the L2 cache (1 MiB of it), but enough of them to pay for the widening. */
-    c.rows_a_task = most(256, round_up((1 << 20) / (k * (int64_t)sizeof(mm_t)), 32));
-    parallel(c.n_units * ((n + c.rows_a_task - 1) / c.rows_a_task), many_rows, &c);
+    if (any_blocks) {
+        size_t n_blocks = (size_t)(n * c.n_in / BLOCK);
+        c.d = scratch(SHARED, 0, n_blocks * (4 + 4 + 2 * BLOCK));
+        c.total = (const int32_t *)(c.d + n_blocks);
+        c.q = (const int8_t *)(c.total + n_blocks);
+        if (n * c.n_in > 1 << 14)
+            parallel(n, quantise_row, &c);
+        else
+            for (int64_t row = 0; row < n; row++)
+                quantise_row(&c, row, 0);
+    }
+    c.units_a_task = most(1, c.n_units / (6 * pool_threads())); /* 6: a thread put aside by the system costs little */
+    parallel((c.n_units + c.units_a_task - 1) / c.units_a_task, few_rows, &c);
 }

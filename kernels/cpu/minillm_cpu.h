@@ -24,13 +24,13 @@ typedef struct {
     const void *data;
 } Matrix;
 
-/* One of several products of the same x: y (n, n_out), rows y_stride apart, becomes (or, if add, grows by) x W^T + bias. */
+/* One of several products of the same x: y (n, n_out), or with a head_dim (n_out / head_dim, n, head_dim), becomes (or, if add, grows
+ * by) x W^T + bias. */
 typedef struct {
     Matrix w;
     const float *bias; /* (n_out,) or NULL */
     float *y;
-    int64_t y_stride;
-    int64_t add;
+    int64_t head_dim, add;
 } Product;
 
 /* The weights of one layer; the fields of minillm.model.Block. */
@@ -101,7 +101,9 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
     void (*rope)(const float *x, const float *cos, const float *sin, float *y, int64_t heads, int64_t n, int64_t head_dim);
     void (*swiglu)(float *gate, const float *up, int64_t n);
-    void (*linear)(const Product *products, int count, const float *x, int64_t n);
+    void (*linear)(const Product *products, int count, const float *x, int64_t n, const float *norm, float eps);
+    void (*mlp)(const Block *block, float *x, int64_t n, float eps);
+    int (*finite)(const float *x, int64_t n);
     void (*rows)(const Matrix *w, const int64_t *ids, int64_t n, float *out);
     void (*prefill_attention)(const PrefillAttention *a);
     void (*decode_attention)(const DecodeAttention *a);

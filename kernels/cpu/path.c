@@ -4,7 +4,9 @@
 void FN(rms_norm)(const float *, const float *, float, float *, int64_t, int64_t);
 void FN(rope)(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t);
 void FN(swiglu)(float *, const float *, int64_t);
-void FN(linear)(const Product *, int, const float *, int64_t);
+void FN(linear)(const Product *, int, const float *, int64_t, const float *, float);
+void FN(mlp)(const Block *, float *, int64_t, float);
+int FN(finite)(const float *, int64_t);
 void FN(rows)(const Matrix *, const int64_t *, int64_t, float *);
 void FN(prefill_attention)(const PrefillAttention *);
 void FN(decode_attention)(const DecodeAttention *);
@@ -20,6 +22,6 @@ double FN(stream)(const float *, int64_t);
 #define NAME(path) NAME_(path)
 
 const Kernels FN(kernels) = {
-    NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(rows), FN(prefill_attention), FN(decode_attention),
-    FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
+    NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
+    FN(decode_attention), FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
 };

@@ -20,7 +20,7 @@ typedef struct {
     int64_t head, first, n_rows;     /* KV head, its rows */
     int64_t d, key_blocks, query_blocks;
     mm_t *keys;                      /* (key_blocks * KEYS / 16) panels */
-    mm_t *q;                         /* (G, query_blocks * QUERIES, d) */
+    mm_t *q;                         /* (G, query_blocks * QUERIES, d) left operand */
     float *bias;                     /* (key_blocks * KEYS,) log2 s; -inf for padding */
     int32_t *pos;
     float *peak, *spread;            /* (G, query_blocks * QUERIES): the log of a query's sum is peak + spread, kept apart: of large
@@ -60,10 +60,9 @@ static void pack_queries(const Head *h, int64_t g, int64_t block)
     const Scores *a = h->a;
     const int64_t lo = block * QUERIES, n = least(QUERIES, a->n - lo), group = a->n_heads / a->n_kv_heads;
     const int64_t from = (h->head * group + g) * a->n + lo, to = (g * h->query_blocks + block) * QUERIES;
-    memset(h->q + to * h->d, 0, sizeof(mm_t) * (size_t)(QUERIES * h->d));
-    for (int64_t i = 0; i < n; i++) {
-        mm_row(a->q + (from + i) * a->head_dim, a->head_dim, a->scale * LOG2E, h->q + (to + i) * h->d);
-        if (a->lse) {
+    for (int64_t i = 0; i < QUERIES; i++) {
+        FN(mm_left_row)(F32, a->q + (from + i) * a->head_dim, i < n ? a->head_dim : 0, h->q, h->d, to + i);
+        if (a->lse && i < n) {
             const int sees = a->lse[from + i] > -INFINITY;
             h->peak[to + i] = sees ? a->lse[from + i] * LOG2E : 0;
             h->spread[to + i] = sees ? 0 : INFINITY;
@@ -100,7 +99,7 @@ INLINE int all(const Scores *a, Span keys, Span queries, int32_t distance)
 /* VW logits of a query and the rows from `key` on: s is q.k. */
 INLINE vf logit(const Head *h, const float *s, int64_t key, int whole, int32_t newest, int32_t oldest)
 {
-    vf x = load(s) + load(h->bias + key);
+    vf x = load(s) * splat(h->a->scale * LOG2E) + load(h->bias + key);
     if (whole)
         return x;
     vi pos = load_i(h->pos + key);

@@ -24,7 +24,7 @@ class Matrix(Structure):
 
 
 class Product(Structure):
-    _fields_ = [("w", Matrix), ("bias", c_void_p), ("y", c_void_p), ("y_stride", c_int64), ("add", c_int64)]
+    _fields_ = [("w", Matrix), ("bias", c_void_p), ("y", c_void_p), ("head_dim", c_int64), ("add", c_int64)]
 
 
 class Block(Structure):

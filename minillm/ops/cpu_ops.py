@@ -78,7 +78,7 @@ def linear(x, weight, bias=None):
     y = np.empty((len(x), weight.shape[0]), np.float32)
     assert x.shape[1] == weight.shape[1]
     if y.size:
-        _lib.linear(byref(Product(weight.matrix, pointer(bias), pointer(y), y.shape[1], 0)), 1, pointer(x), len(x))
+        _lib.linear(byref(Product(weight.matrix, pointer(bias), pointer(y), 0, 0)), 1, pointer(x), len(x))
     return y
 
 
