@@ -30,25 +30,49 @@ INLINE float load_entry_one(const int bf16, const void *p, int64_t i)
 }
 INLINE const char *entry_at(const int bf16, const void *p, int64_t entry, int64_t d) { return (const char *)p + entry * d * (bf16 ? 2 : 4); }
 
-/* s (g, n) = q (g, d) . k (n, d) */
-INLINE void dots(const int bf16, const int g, const float *q, const void *k, int64_t n, int64_t d, float *s, int64_t s_stride)
+/* Asks for entries of the next page while those of this page are read: a page is too short for the processor to see the next coming. */
+INLINE void fetch(const char *p, int64_t bytes)
 {
-    for (int64_t e = 0; e < n; e++) {
-        const char *row = entry_at(bf16, k, e, d);
-        vf sums[MAX_GROUP];
+    for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(p + line);
+}
+
+#define UNROLLED _Pragma("GCC unroll 16")
+
+/* s (g, n) = q (g, d) . k (n, d), 4 entries at a time, the last once more where n ends. ahead: bytes from this page to the next. */
+INLINE void dots(const int bf16, const int g, const float *q, const char *k, int64_t ahead, int64_t n, int64_t d, float *s, int64_t s_stride)
+{
+    for (int64_t e = 0; e < n; e += 4) {
+        const char *rows[4];
+        for (int j = 0; j < 4; j++)
+            rows[j] = entry_at(bf16, k, least(e + j, n - 1), d);
+        fetch(rows[0] + ahead, 4 * d * (bf16 ? 2 : 4));
+        vf sums[MAX_GROUP][4];
+        UNROLLED
         for (int h = 0; h < g; h++)
-            sums[h] = splat(0);
+            UNROLLED
+            for (int j = 0; j < 4; j++)
+                sums[h][j] = splat(0);
         int64_t i = 0;
         for (; i + VW <= d; i += VW) {
-            vf x = load_entry(bf16, row, i);
-            for (int h = 0; h < g; h++)
-                sums[h] += x * load(q + h * d + i);
+            vf x[4];
+            UNROLLED
+            for (int j = 0; j < 4; j++)
+                x[j] = load_entry(bf16, rows[j], i);
+            UNROLLED
+            for (int h = 0; h < g; h++) {
+                vf part = load(q + h * d + i);
+                UNROLLED
+                for (int j = 0; j < 4; j++)
+                    sums[h][j] += x[j] * part;
+            }
         }
         for (int h = 0; h < g; h++) {
-            float total = sum(sums[h]);
-            for (int64_t j = i; j < d; j++)
-                total += load_entry_one(bf16, row, j) * q[h * d + j];
-            s[h * s_stride + e] = total;
+            float *out = s + h * s_stride + e;
+            sum4(sums[h], out);
+            for (int64_t c = i; c < d; c++)
+                for (int j = 0; j < 4; j++)
+                    out[j] += load_entry_one(bf16, rows[j], c) * q[h * d + c];
         }
     }
 }
@@ -56,7 +80,7 @@ INLINE void dots(const int bf16, const int g, const float *q, const void *k, int
 enum { WIDE = 4 }; /* vectors of V held at once: 16 sums for a group of 4 */
 
 /* out (g, d), rows out_stride apart, += p (g, n) v (n, d) */
-INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride, const void *v, int64_t n, int64_t d, float *out, int64_t out_stride)
+INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride, const char *v, int64_t ahead, int64_t n, int64_t d, float *out, int64_t out_stride)
 {
     int64_t i = 0;
     for (; i + WIDE * VW <= d; i += WIDE * VW) {
@@ -66,6 +90,8 @@ INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride,
                 sums[h][w] = load(out + h * out_stride + i + w * VW);
         for (int64_t e = 0; e < n; e++) {
             const char *row = entry_at(bf16, v, e, d);
+            if (i == 0)
+                fetch(row + ahead, d * (bf16 ? 2 : 4));
             vf x[WIDE];
             for (int w = 0; w < WIDE; w++)
                 x[w] = load_entry(bf16, row, i + w * VW);
@@ -83,13 +109,21 @@ INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride,
                 out[h * out_stride + i] += p[h * p_stride + e] * load_entry_one(bf16, entry_at(bf16, v, e, d), i);
 }
 
-/* Heads' weights of n entries from their logits s (g, n): online softmax with the maximum and sum behind each row of `partial`. */
-static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, float *partial, int64_t d)
+/* Heads' weights of n entries from their logits s (g, n) and bias (n,): online softmax with the maximum and sum behind each row of
+ * `partial`. */
+static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const float *bias, float *partial, int64_t d)
 {
     for (int64_t h = 0; h < g; h++) {
-        float *row = s + h * s_stride, *values = partial + h * (d + 2), peak = values[d];
-        for (int64_t e = 0; e < n; e++)
-            peak = row[e] > peak ? row[e] : peak;
+        float *row = s + h * s_stride, *values = partial + h * (d + 2);
+        for (int64_t e = n; e < round_up(n, VW); e++)
+            row[e] = -INFINITY;
+        vf high = splat(-INFINITY);
+        for (int64_t e = 0; e < n; e += VW) {
+            vf logits = load(row + e) + load(bias + e);
+            store(row + e, logits);
+            high = vmax(high, logits);
+        }
+        float peak = largest(high);
         if (peak > values[d]) {
             float shrink = expf(values[d] - peak);
             for (int64_t i = 0; i < d; i++)
@@ -97,11 +131,9 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, float *par
             values[d] = peak;
             values[d + 1] *= shrink;
         }
-        for (int64_t e = n; e < round_up(n, VW); e++)
-            row[e] = -INFINITY;
-        vf total = splat(0);
+        vf total = splat(0), top = splat(values[d]);
         for (int64_t e = 0; e < n; e += VW) {
-            vf p = expv(load(row + e) - splat(peak));
+            vf p = expv(load(row + e) - top);
             store(row + e, p);
             total += p;
         }
@@ -116,20 +148,31 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, float *par
     case 3: call(3); break;    \
     default: call(4); break;   \
     }
-#define DOTS(g) (bf16 ? dots(1, g, q, k, n, d, s, s_stride) : dots(0, g, q, k, n, d, s, s_stride))
-#define WEIGH(g) (bf16 ? weigh(1, g, s, s_stride, v, n, d, partial, d + 2) : weigh(0, g, s, s_stride, v, n, d, partial, d + 2))
+#define DOTS(g) (bf16 ? dots(1, g, q, k, k_ahead, n, d, s, s_stride) : dots(0, g, q, k, k_ahead, n, d, s, s_stride))
+#define WEIGH(g) (bf16 ? weigh(1, g, s, s_stride, v, v_ahead, n, d, partial, d + 2) : weigh(0, g, s, s_stride, v, v_ahead, n, d, partial, d + 2))
 
-static void page_of_heads(int bf16, int64_t g, const float *q, const void *k, const void *v, const float *log_size, const int32_t *pos,
-                          int64_t hidden, int64_t n, int64_t d, float *s, int64_t s_stride, float *partial)
+typedef struct {
+    const char *k, *v;
+    const float *log_size;
+    const int32_t *pos;
+} Page;
+
+/* One page of n entries for g query heads. bias (n,): log s, -inf for what is out of sight. */
+static void page_of_heads(int bf16, int64_t g, const float *q, const Page *page, const Page *next, const float *bias, int64_t n, int64_t d,
+                          float *s, int64_t s_stride, float *partial)
 {
+    const char *k = page->k, *v = page->v;
+    const int64_t k_ahead = next->k - k, v_ahead = next->v - v;
     FOR_GROUP(DOTS)
-    for (int64_t h = 0; h < g; h++)
-        for (int64_t e = 0; e < n; e++) {
-            float logit = s[h * s_stride + e] + log_size[e];
-            s[h * s_stride + e] = pos[e] <= hidden ? -INFINITY : logit;
-        }
-    weights(s, s_stride, g, n, partial, d);
+    weights(s, s_stride, g, n, bias, partial, d);
     FOR_GROUP(WEIGH)
+}
+
+static Page page_at(const Paged *past, int64_t page, int64_t d)
+{
+    const Slab *slab = &past->slabs[page / past->slab_pages];
+    const int64_t entry = page % past->slab_pages * past->page_size;
+    return (Page){entry_at(past->bf16, slab->k, entry, d), entry_at(past->bf16, slab->v, entry, d), slab->log_size + entry, slab->pos + entry};
 }
 
 static void stretch(void *context, int64_t task, int thread)
@@ -139,9 +182,9 @@ static void stretch(void *context, int64_t task, int thread)
     const Stretch *t = &c->stretches[task];
     const Paged *past = &a->past[t->batch];
     const int64_t d = a->head_dim, group = a->n_heads / a->n_kv_heads, size = past->page_size, s_stride = round_up(size, VW);
-    const int64_t hidden = a->window ? past->seen - a->window : INT32_MIN - (int64_t)1; /* positions up to it are out of sight */
+    const int32_t hidden = a->window ? (int32_t)(past->seen - a->window) : INT32_MIN; /* positions up to it are out of sight */
     float *q = scratch(thread, 2, sizeof(float) * (size_t)(group * d));
-    float *s = scratch(thread, 3, sizeof(float) * (size_t)(MAX_GROUP * s_stride));
+    float *s = scratch(thread, 3, sizeof(float) * (size_t)((MAX_GROUP + 1) * s_stride)), *bias = s + MAX_GROUP * s_stride;
     float *partial = c->partial + task * group * (d + 2);
     for (int64_t h = 0; h < group; h++) {
         for (int64_t i = 0; i < d; i++) {
@@ -151,14 +194,18 @@ static void stretch(void *context, int64_t task, int thread)
         partial[h * (d + 2) + d] = -FLT_MAX;
         partial[h * (d + 2) + d + 1] = 0;
     }
+    const int32_t *pages = past->pages + t->head * past->capacity;
+    Page page, next = page_at(past, pages[t->first], d);
     for (int64_t i = t->first; i < t->end; i++) {
-        int64_t page = past->pages[t->head * past->capacity + i], n = least(size, past->lengths[t->head] - i * size);
-        const Slab *slab = &past->slabs[page / past->slab_pages];
-        int64_t entry = page % past->slab_pages * size;
-        const char *k = entry_at(past->bf16, slab->k, entry, d), *v = entry_at(past->bf16, slab->v, entry, d);
+        const int64_t n = least(size, past->lengths[t->head] - i * size);
+        page = next;
+        next = page_at(past, pages[least(i + 1, t->end - 1)], d);
+        for (int64_t e = 0; e < n; e++) {
+            float log_size = page.log_size[e];
+            bias[e] = page.pos[e] <= hidden ? -INFINITY : log_size;
+        }
         for (int64_t h = 0; h < group; h += MAX_GROUP)
-            page_of_heads(past->bf16, least(MAX_GROUP, group - h), q + h * d, k, v, slab->log_size + entry, slab->pos + entry, hidden, n, d, s,
-                          s_stride, partial + h * (d + 2));
+            page_of_heads(past->bf16, least(MAX_GROUP, group - h), q + h * d, &page, &next, bias, n, d, s, s_stride, partial + h * (d + 2));
     }
 }
 

@@ -86,6 +86,14 @@ INLINE __m512i four(const int8_t *x) { int32_t word; memcpy(&word, x, 4); return
 INLINE __m256i four(const int8_t *x) { int32_t word; memcpy(&word, x, 4); return _mm256_set1_epi32(word); }
 #endif
 
+/* While a block is multiplied, the same block of the next panel is fetched. A panel is too short (6 KiB for 576 columns of Q4_1) for the
+ * processor to find its two streams, quants and scales, before it ends: reading took 1.6 times its floor, and so takes 1.2. */
+#define FETCH_NEXT_PANEL                                                                \
+    for (int64_t line = 0; line < quant_bytes(kind); line += 64)                        \
+        __builtin_prefetch(block + ahead + line);                                       \
+    for (int64_t row = 0; row < (kind == Q4_1 ? 2 : 1); row++)                          \
+        __builtin_prefetch((const uint8_t *)(scales + PANEL * (row * n_blocks + b)) + ahead);
+
 /* out[r][0..15] = the products of a panel's rows with rows r of x. `first`: their first row. */
 INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const Matrix *w, int64_t p, int64_t first, float out[NR][PANEL])
 {
@@ -95,6 +103,7 @@ INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const 
     const int8_t *q = c->q + first * 2 * c->n_in;
     const float *d = c->d + first * n_blocks;
     const int32_t *total = c->total + first * n_blocks;
+    const int64_t ahead = panel_bytes(kind, c->n_in);
     const int32_t shift = kind == Q8_0 ? 128 : kind == Q4_0 ? 8 : 0; /* stored quants are that much larger */
 #if defined(__AVX512VNNI__)
     const __m512i low = _mm512_set1_epi8(15);
@@ -108,6 +117,7 @@ INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const 
             dot[r][1] = _mm512_set1_epi32(-shift * total[r * n_blocks + b]);
         }
         const uint8_t *block = quants + quant_bytes(kind) * b;
+        FETCH_NEXT_PANEL
         for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++) {
             __m512i word = _mm512_load_si512(block + 64 * g), high_word = _mm512_and_si512(_mm512_srli_epi16(word, 4), low);
             if (kind != Q8_0)
@@ -135,6 +145,7 @@ INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const 
     for (int64_t b = 0; b < n_blocks; b++) {
         int32_t dot[NR][PANEL];
         const uint8_t *block = quants + quant_bytes(kind) * b;
+        FETCH_NEXT_PANEL
 #if defined(__AVX2__)
         const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
         for (int side = 0; side < 2; side++) { /* rows 0-7, 8-15 */
@@ -228,6 +239,7 @@ INLINE void floats_panel(const int kind, const int rows, const Linear *c, const 
         int64_t i = 0;
         for (; i + VW <= n_in; i += VW)
             for (int j = 0; j < 4; j++) {
+                __builtin_prefetch(row[j] + 4 * row_bytes + i * (row_bytes / n_in)); /* four rows on */
                 vf word = load_kind(kind, row[j], i);
                 for (int r = 0; r < rows; r++)
                     sums[j][r] += word * load(x + r * n_in + i);
