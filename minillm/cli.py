@@ -46,7 +46,7 @@ def parse(argv):
     args = _parser().parse_args(argv)
     if args.kv_method == "list":
         return args
-    args.cache = _cache(args)
+    args.cache = cache_config(args)
     args.params = _params(args)
     ops.backend(args.device)
     if args.chat_template is not None:
@@ -76,12 +76,8 @@ def _parser():
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the prompt, as with -p")
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
-    add("-c", "--ctx-size", type=_positive, metavar="N", help="longest sequence in tokens (default: the model's)")
-    add("--device", default="auto", help="auto or cpu")
-    add("--dtype", default="auto", choices=DTYPES, help="how weights are held: float32 (fast), stored (small), or auto")
-    add("--quantize", choices=QUANTIZED, help="turn 16- and 32-bit weights into blocks at load; the head into q8_0")
-    add("-t", "--threads", type=_positive, metavar="N", help="threads (default: one a core)")
-    add("--offline", action="store_true", help="fetch nothing")
+    add("-c", "--ctx-size", type=positive, metavar="N", help="longest sequence in tokens (default: the model's)")
+    machine_flags(add)
 
     add = parser.add_argument_group("prompt").add_argument
     add("-p", "--prompt", metavar="TEXT", dest="prompt_text", help="the prompt; - reads stdin")
@@ -111,12 +107,9 @@ def _parser():
 
     add = parser.add_argument_group("key-value cache").add_argument
     add("--kv-method", default="semanticache", metavar="NAME", help="default: semanticache; list: all, with papers")
-    add("--kv-budget", type=_budget, metavar="B", help="share kept (0.2), entries a head (1024) or full; default 0.5")
+    add("--kv-budget", type=budget, metavar="B", help="share kept (0.2), entries a head (1024) or full; default 0.5")
     add("--tau", type=float, help="a fixed threshold instead: what is kept is then the outcome")
-    add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 32)")
-    add("--kv-sinks", type=int, metavar="N", help="first tokens kept as they are (default 4)")
-    add("--kv-recompress", type=int, metavar="N", help="compress the answer every N tokens; 0: never (default 256)")
-    add("--kv-set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method (repeatable)")
+    cache_flags(add)
 
     add = parser.add_argument_group("output").add_argument
     add("--no-display-prompt", action="store_true", help="do not repeat the text before its completion (--raw)")
@@ -126,10 +119,27 @@ def _parser():
     return parser
 
 
+def machine_flags(add):
+    """The flags of every program that loads a model. add: add_argument of a group."""
+    add("--device", default="auto", help="auto or cpu")
+    add("--dtype", default="auto", choices=DTYPES, help="how weights are held: float32 (fast), stored (small), or auto")
+    add("--quantize", choices=QUANTIZED, help="turn 16- and 32-bit weights into blocks at load; the head into q8_0")
+    add("-t", "--threads", type=positive, metavar="N", help="threads (default: one a core)")
+    add("--offline", action="store_true", help="fetch nothing")
+
+
+def cache_flags(add):
+    """The flags of a cache beside its method and how much that keeps."""
+    add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 32)")
+    add("--kv-sinks", type=int, metavar="N", help="first tokens kept as they are (default 4)")
+    add("--kv-recompress", type=int, metavar="N", help="compress the answer every N tokens; 0: never (default 256)")
+    add("--kv-set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method (repeatable)")
+
+
 # Values
 
 
-def _positive(text):
+def positive(text):
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
@@ -154,10 +164,10 @@ def _sampling(name, kind):
     return convert
 
 
-_positive.__name__ = "whole number"
+positive.__name__ = "whole number"
 
 
-def _budget(text):
+def budget(text):
     if text == "full":
         return text
     if text == "1":
@@ -190,7 +200,8 @@ def _params(args):
     return SamplingParams(ignore_eos=args.ignore_eos, **given)
 
 
-def _cache(args):
+def cache_config(args):
+    """The CacheConfig that the --kv flags and --tau name. Raises UsageError."""
     texts = {}
     for text in args.kv_set:
         name, equals, value = text.partition("=")
@@ -250,9 +261,9 @@ def _texts(args):
         prompt = "-"
     for flag, text in (("the prompt", prompt), ("-sys", args.system), *(("--stop", text) for text in args.stop or ())):
         _check_utf8(flag, text)
-    document = None if args.file is None else _read(args.file, "-f")
+    document = None if args.file is None else read_text(args.file, "-f")
     if prompt is not None:
-        prompt = _read("-", "the prompt") if prompt == "-" else prompt
+        prompt = read_text("-", "the prompt") if prompt == "-" else prompt
         if not prompt.strip() and document is None:
             raise UsageError("the prompt is empty: give a text with -p, a document with -f, or pipe one in")
     return document, prompt
@@ -262,7 +273,7 @@ def _is_terminal(stream):
     return stream is not None and stream.isatty()
 
 
-def _read(name, flag):
+def read_text(name, flag):
     """The text of a file, or of stdin ("-"), without the line ends that close it."""
     try:
         if name == "-":

@@ -20,10 +20,15 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells and llama.cpp have it: a script can
 
 def main(argv=None):
     """Runs the command line; -> exit status."""
+    return guarded(lambda argv: _run(cli.parse(argv)), argv)
+
+
+def guarded(work, argv=None):
+    """work(argv) -> exit status, of a program that people start: what it raises becomes one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # the model looks at what comes out, and says it better
-            return _run(cli.parse(argv))
+            return work(argv)
     except SystemExit:  # --help
         raise
     except BrokenPipeError:  # `| head` has had enough

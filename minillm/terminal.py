@@ -1,14 +1,13 @@
 """Manners at a terminal: what is said on stderr, text on stdout as it comes, and what Ctrl-C does."""
 
 import contextlib
-import math
 import signal
 import sys
 import time
 
 from minillm.compress.plan import SHORT
 from minillm.memory import resident_memory
-from minillm.weights import tensor_shapes
+from minillm.weights import n_parameters
 
 PATIENCE = 2.0  # seconds after which a second Ctrl-C does not wait any more
 BAR_DELAY = 1.0  # seconds that reading a prompt may take without a progress bar
@@ -119,10 +118,9 @@ class Terminal:
 
     def header(self, llm):
         c = llm.config
-        n_parameters = sum(math.prod(shape) for shape in tensor_shapes(c).values())
         now = resident_memory()
         self.say(
-            f"{c.name}: {_count(n_parameters)} parameters, {llm.dtype}, {c.n_layers} layers x "
+            f"{c.name}: {count(n_parameters(c))} parameters, {llm.dtype}, {c.n_layers} layers x "
             f"{c.n_heads}/{c.n_kv_heads} heads x {c.head_dim}, context {llm.context}, cpu; "
             f"memory {'' if now is None else size(now) + ' now, '}"
             f"cache {size(llm.cache_bytes(llm.context))} at full context"
@@ -159,7 +157,8 @@ def _rate(tokens, seconds):
     return f"{tokens:6d} tokens  {seconds:8.2f} s  {rate}"
 
 
-def _count(n):
+def count(n):
+    """A number for people."""
     for unit, scale in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if n >= scale:
             return f"{n / scale:.2f} {unit}"

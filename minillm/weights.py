@@ -175,6 +175,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def n_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
+
+
 def _find(path: Path, config: ModelConfig, dtype: str) -> dict[str, StoredTensor]:
     """The model's tensors by Hugging Face name, in the order they lie in the files; all checked against the config."""
     if dtype not in ("float32", "stored", *QUANTIZED):

@@ -24,6 +24,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     READS_STORED                                         whether weights as they are stored are the fast ones
     trim()                                               memory that the backend keeps for itself goes back
     set_threads(n)                                       threads of the linear algebra
+    bandwidth()                                          bytes a second that these threads read from memory
 
 Symbols: n tokens, B sequences, Hq query heads, H KV heads, G = Hq / H query heads a KV head, d head_dim.
 `ops` knows nothing of models and methods. Arrays are float32 unless said.

@@ -295,3 +295,17 @@ def set_threads(n):
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(limits=n)
+
+
+def bandwidth(n_bytes=256 << 20, repeats=5):
+    """Bytes a second that the linear algebra reads from memory in a matrix times a vector, which is how it reads
+    weights: the best of some repeats."""
+    import time
+
+    matrix, seconds = np.ones((n_bytes // 4096, 1024), np.float32), []
+    vector = matrix[0].copy()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matrix @ vector
+        seconds.append(time.perf_counter() - start)
+    return n_bytes / min(seconds)
