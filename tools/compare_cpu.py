@@ -362,10 +362,10 @@ def machine(args, load, bandwidth, abouts):
     compiler = subprocess.run("cc --version | head -n 1", shell=True, capture_output=True, text=True).stdout.strip()
     before, after = (f"{b / 1e9:.1f}" for b in bandwidth)
     return (
-        f"{cpu_name()} ({', '.join(extensions)}), {args.threads} threads of {n_cores()} cores, {gib:.0f} GiB; before the "
-        f"run a load average of {load:.1f}; read bandwidth {before} GB/s before and {after} after; {platform.system()}, "
-        f"Python {platform.python_version()}, {compiler}; {', '.join(abouts)}; {time.strftime('%Y-%m-%d')}, "
-        f"{args.rounds} rounds."
+        f"{cpu_name()} ({', '.join(extensions)}), {args.threads} threads of {n_cores()} cores, {gib:.0f} GiB; "
+        f"load average {load:.1f} before the run, read bandwidth {before} GB/s before and {after} after it; "
+        f"{platform.system()}, Python {platform.python_version()}, {compiler}; {', '.join(abouts)}; "
+        f"{time.strftime('%Y-%m-%d')}, {args.rounds} rounds."
     )
 
 
