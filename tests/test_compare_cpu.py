@@ -50,7 +50,7 @@ def test_ratios_are_taken_from_what_was_measured(tool):
         contestant("minillm", "Q4_1", "full"),
         contestant("minillm", "Q4_1", 0.2),
         contestant("llama.cpp", "Q4_1", False),
-        contestant("llama.cpp", "Q4_0", False),
+        contestant("llama.cpp", "Q4_0", True),
         contestant("transformers", "bfloat16", "bfloat16"),
     ]
 
@@ -74,10 +74,14 @@ def test_ratios_are_taken_from_what_was_measured(tool):
     text = tool.tables(args, found, figures, ["transformers failed."], 0.1, (2e9, 3e9))
     lines = text.splitlines()
     assert "| minillm | Q4_1 | 20% | 100 | 100.0 | 1.50 | 100 |" in lines
+    assert "| llama.cpp | Q4_0 | full, flash attention | 25 | 40.0 | 4.00 | 250 |" in lines
     assert "| transformers | bfloat16 | full | - | - | - | - |" in lines
     assert "| minillm Q4_1, full | llama.cpp, same file | 4.00 | 2.50 | 0.50 | 0.50 |" in lines
-    assert "| minillm Q4_1, full | llama.cpp, its best file | 4.00 | 1.25 | 0.50 | 0.80 |" in lines
-    assert "| minillm Q4_1, 20% | llama.cpp, its best file | 2.00 | 2.50 | 0.75 | 0.40 |" in lines
+    assert "| minillm Q4_1, full | llama.cpp at its best | 4.00 | 1.25 | 0.50 | 0.80 |" in lines
+    assert "| minillm Q4_1, 20% | llama.cpp at its best | 2.00 | 2.50 | 0.75 | 0.40 |" in lines
+    assert "All engines choose the same token after the prompt." in lines
+    figures[3, 100] = rounds(4.0, 0.025, 4.0, 250, token=8)
+    assert "100: 7 (minillm Q4_1, llama.cpp Q4_1), 8 (llama.cpp Q4_0)." in tool.agreement(args, found, figures)
     assert lines[-1] == "transformers failed." and "2.0 GB/s before and 3.0 after" in lines[0]
 
 
@@ -93,11 +97,9 @@ def test_a_failed_process_tells_its_last_words(tool, tmp_path):
 def test_the_table_goes_between_its_marks(tool, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n")
-    tool.write_between_marks(page, "new | table")
-    assert page.read_text() == f"before\n{tool.BEGIN}\nnew | table\n{tool.END}\nafter\n"
+    assert tool.around_marks(page) == (f"before\n{tool.BEGIN}", f"{tool.END}\nafter\n")
     page.write_text("nothing")
     with pytest.raises(SystemExit, match="has no lines"):
-        tool.write_between_marks(page, "new")
-    assert page.read_text() == "nothing"
+        tool.around_marks(page)
     readme = (TOOL.parent.parent / "README.md").read_text(encoding="utf-8")
     assert readme.count(tool.BEGIN) == readme.count(tool.END) == 1

@@ -8,6 +8,9 @@ step) and tells its peak memory. A prompt that took less than 5 s is then read a
 median is the prompt's speed; a longer one counts as it was. All engines get the same token ids, of the language
 reference that Python brings. A rival whose interpreter is not given, or that fails, is left out, and the table says so.
 
+llama.cpp runs as llama-cpp-python has it by default, without flash attention, and Q4_0, its fastest file, also with it:
+prompts are read faster then and tokens generated more slowly. "At its best" is the best of all its rows, cell by cell.
+
 The weights are those of a .gguf (default: the default model's, Q4_1 with the embedding in Q8_0). The other files are
 made from it in --work: Q4_0, Q8_0 and BF16 with the gguf package; for transformers a folder in bfloat16 and one in
 float32, as tools/make_golden.py reads them. Environments for the rivals:
@@ -129,23 +132,30 @@ def measure():
     request = json.load(sys.stdin)
     engine = ENGINES[request["engine"]](request["path"], request["threads"], request["context"], request["setting"])
     ids, more = request["ids"][:-N_GENERATED], request["ids"][-N_GENERATED:]
-    prompts = [seconds(engine.read, ids)]
+    first, chosen = timed(engine.read, ids)
     print("first token", flush=True)
-    steps = [seconds(engine.step, token) for token in more]
+    prompts, steps = [first], [timed(engine.step, token)[0] for token in more]
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    if prompts[0] < SHORT_SECONDS:
+    if first < SHORT_SECONDS:
         prompts = []
         while len(prompts) < REPEATS and sum(prompts) < SHORT_SECONDS:
             engine.clear()
-            prompts.append(seconds(engine.read, ids))
-    found = {"prompts": prompts, "steps": steps, "peak": int(peak.split()[1]) * 1024, "about": engine.about}
+            prompts.append(timed(engine.read, ids)[0])
+    found = {
+        "prompts": prompts,
+        "steps": steps,
+        "peak": int(peak.split()[1]) * 1024,
+        "token": int(chosen),
+        "about": engine.about,
+    }
     print(json.dumps(found), flush=True)
 
 
-def seconds(work, argument):
+def timed(work, argument):
+    """-> (seconds, what it returned)"""
     start = time.perf_counter()
-    work(argument)
-    return time.perf_counter() - start
+    result = work(argument)
+    return time.perf_counter() - start, result
 
 
 # The files
@@ -199,7 +209,9 @@ class Contestant:
 
     @property
     def cache(self):
-        return f"{self.setting:.0%}" if isinstance(self.setting, float) else "full"
+        if isinstance(self.setting, float):
+            return f"{self.setting:.0%}"
+        return "full, flash attention" if self.setting is True else "full"
 
 
 def contestants(args, source, notes):
@@ -213,13 +225,20 @@ def contestants(args, source, notes):
         if not files[kind].exists():
             write_gguf(source, files[kind], kind)
     found = []
-    paths = cpu_lib.available_paths()
-    for path in ["amx", "avx512"] if "amx" in paths else paths[:1] or ["numpy"]:
-        for kind, cache in (("Q4_1", "full"), ("Q4_1", 0.2), ("Q8_0", "full"), ("BF16", "full")):
+    paths = cpu_lib.available_paths()[:2] or ["numpy"]
+    for path in paths if paths[0] == "amx" else paths[:1]:
+        others = [("Q8_0", "full"), ("BF16", "full")] if path == paths[0] else []
+        for kind, cache in [("Q4_1", "full"), ("Q4_1", 0.2), *others]:
             found.append(Contestant("minillm", kind, cache, files[kind], sys.executable, {"MINILLM_CPU": path}))
     if args.llama_python:
-        for kind, path in files.items():
-            found.append(Contestant("llama.cpp", kind, args.llama_flash_attention, path, args.llama_python))
+        for kind, flash_attention in (
+            ("Q4_0", False),
+            ("Q4_0", True),
+            ("Q4_1", False),
+            ("Q8_0", False),
+            ("BF16", False),
+        ):
+            found.append(Contestant("llama.cpp", kind, flash_attention, files[kind], args.llama_python))
     else:
         notes.append("llama.cpp is left out: no --llama-python.")
     if args.torch_python:
@@ -325,13 +344,28 @@ def tables(args, found, figures, notes, load, bandwidth):
                 ratios.append(f"{own / (max if more else min)(theirs):.2f}" if own and theirs else "-")
             cells.append(" / ".join(ratios))
         lines.append(row(cells))
+    lines += ["", agreement(args, found, figures)]
     abouts = dict.fromkeys(r["about"] for rounds in figures.values() for r in rounds)
     return "\n".join([machine(args, load, bandwidth, abouts), "", *lines, *([""] + notes if notes else [])])
 
 
+def agreement(args, found, figures):
+    """A sentence: whether all engines found the same token likeliest after each prompt, as the same weights should."""
+    parts = []
+    for n in args.lengths:
+        names = {}
+        for i, c in enumerate(found):
+            for measured in figures.get((i, n), []):
+                names.setdefault(measured["token"], {})[f"{c.name} {c.kind}"] = True
+        if len(names) > 1:
+            parts.append(f"{n}: " + ", ".join(f"{token} ({', '.join(who)})" for token, who in names.items()))
+    differ = f" They differ at {'; '.join(parts)}." if parts else ""
+    return f"All engines choose the same token after the prompt{' but where said' if parts else ''}.{differ}"
+
+
 def pairs(found):
     """What is set against what: (name of ours, (its index, indices of rivals, their name))."""
-    llama = {"llama.cpp, its best file": [i for i, c in enumerate(found) if c.engine == "llama.cpp"]}
+    llama = {"llama.cpp at its best": [i for i, c in enumerate(found) if c.engine == "llama.cpp"]}
     torch = {"transformers, bfloat16": [i for i, c in enumerate(found) if c.kind == "bfloat16"]}
     for i, c in enumerate(found):
         if c.engine == "minillm":
@@ -369,14 +403,13 @@ def machine(args, load, bandwidth, abouts):
     )
 
 
-def write_between_marks(path, text):
-    """Replace what stands between BEGIN and END in the file."""
-    old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
+def around_marks(path):
+    """What stands before and after BEGIN ... END in the file, marks included."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{path} has no lines {BEGIN} and {END}: add them where the table is to stand")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before + begin, end + after
 
 
 def main():
@@ -387,7 +420,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", help="a Q4_1 .gguf of a Llama with a tied head (default: the default model)")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python")
-    parser.add_argument("--llama-flash-attention", action="store_true")
     parser.add_argument("--torch-python", help="a Python that has torch, transformers and gguf")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 7000])
     parser.add_argument("--rounds", type=int, default=2)
@@ -395,6 +427,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("compare_cpu"), help="folder for files that are made")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END} in it")
     args = parser.parse_args()
+    before, after = around_marks(args.write) if args.write else ("", "")  # said before the run, not after it
     from minillm import bench, hub, ops
 
     files, notes = hub.resolve(args.model), []
@@ -402,12 +435,12 @@ def main():
     ids = bench._encode(files, text, max(args.lengths) + N_GENERATED, source)
     found = contestants(args, files.path, notes)
     ops.backend("cpu").set_threads(args.threads)
-    load, before = os.getloadavg()[0], ops.backend("cpu").bandwidth()
+    load, bandwidth = os.getloadavg()[0], ops.backend("cpu").bandwidth()
     figures = compare(args, found, ids, notes)
-    shown = tables(args, found, figures, notes, load, (before, ops.backend("cpu").bandwidth()))
+    shown = tables(args, found, figures, notes, load, (bandwidth, ops.backend("cpu").bandwidth()))
     print(shown)
     if args.write:
-        write_between_marks(args.write, shown)
+        args.write.write_text(f"{before}\n{shown}\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
