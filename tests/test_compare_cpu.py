@@ -54,14 +54,9 @@ def test_ratios_are_taken_from_what_was_measured(tool):
         contestant("transformers", "bfloat16", "bfloat16"),
     ]
 
-    def rounds(prompt, step, start, peak):
-        one = {
-            "prompts": [prompt, prompt],
-            "steps": [step, 9.0, step],
-            "start": start,
-            "peak": peak << 20,
-            "about": "x",
-        }
+    def rounds(prompt, step, start, peak, token=7):
+        one = {"prompts": [prompt, prompt], "steps": [step, 9.0, step], "start": start, "peak": peak << 20}
+        one |= {"about": "x", "token": token}
         return [one, one | {"peak": one["peak"] // 2}]
 
     figures = {

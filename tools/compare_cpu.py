@@ -350,7 +350,7 @@ def tables(args, found, figures, notes, load, bandwidth):
 
 
 def agreement(args, found, figures):
-    """A sentence: whether all engines found the same token likeliest after each prompt, as the same weights should."""
+    """A sentence: whether all found the same token likeliest after each prompt, as nearly the same weights should."""
     parts = []
     for n in args.lengths:
         names = {}
