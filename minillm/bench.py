@@ -195,7 +195,8 @@ def _measure_model(name, args, caches, tests, text, source, out):
             f"{files.name} reads {config.context} tokens, and -d with -p or -n comes to {longest}: lower one"
         )
     ids = _encode(files, text, longest, source)
-    load = {"device": args.device, "dtype": args.dtype, "threads": args.threads, "offline": True}
+    load = {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
+    load |= {"threads": args.threads, "offline": True}
     common = {
         "model": files.name,
         "model_n_params": n_parameters(config),
