@@ -58,13 +58,14 @@ class Layer:
         return np.flatnonzero(~self.protected)
 
     def rotate(self, keys, pos):
-        return self.ops.rope(keys, self.cos[pos], self.sin[pos])
+        return self.ops.rope(keys, self.cos.take(pos, axis=0), self.sin.take(pos, axis=0))
 
     @cached_property
     def k_unrotated(self):
         """(R, d) keys with the rotation undone: what RoPE was applied to."""
         norm = np.float32(self.cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
-        return self.ops.rope(self.k, self.cos[self.pos] / norm, -self.sin[self.pos] / norm)
+        cos, sin = self.cos / norm, -self.sin / norm
+        return self.ops.rope(self.k, cos.take(self.pos, axis=0), sin.take(self.pos, axis=0))
 
     def window_scores(self, w):
         """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
