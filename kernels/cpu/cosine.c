@@ -40,7 +40,8 @@ void FN(unit_rows)(const float *keys, int64_t n, int64_t d, float *unit)
     parallel((n + ROWS - 1) / ROWS, some_rows, &c);
 }
 
-/* out (n,) = a . b (n, d), n 1 or 4: summed in one order, so that equal keys have equal cosines wherever they stand. */
+/* out (n,) = a . b (n, d), n 1 or 4: summed in one order, so that equal keys have equal cosines wherever they stand; at most 1, which the
+ * sum of rounded products may exceed. */
 INLINE void dots(const float *a, const float *b, int64_t d, const int n, float *out)
 {
     vf totals[4] = {splat(0), splat(0), splat(0), splat(0)};
@@ -51,9 +52,9 @@ INLINE void dots(const float *a, const float *b, int64_t d, const int n, float *
             totals[j] += load(a + i) * load(b + j * d + i);
     sum4(totals, sums);
     for (int j = 0; j < n; j++) {
-        out[j] = sums[j];
         for (int64_t k = i; k < d; k++)
-            out[j] += a[k] * b[j * d + k];
+            sums[j] += a[k] * b[j * d + k];
+        out[j] = fminf(sums[j], 1);
     }
 }
 
