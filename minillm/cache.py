@@ -284,7 +284,7 @@ class KVCache:
         other = KVCache(self.pool, *self.lengths.shape)
         other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
-        other.queries = None if self.queries is None else list(self.queries)
+        other.queries = None if self.queries is None else self.queries.copy()
         other.scores, other.tau = self.scores, self.tau
         for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.share(row[:n])

@@ -13,6 +13,7 @@ from minillm.compress.methods import METHODS, methods_table
 from minillm.compress.plan import SHORT, Budget, Plan, Queries
 from minillm.errors import UsageError
 from minillm.ops import numpy_ops
+from minillm.weights import Weight
 
 F32 = np.float32
 CLASSES = np.array([0] * 10 + [1, 2, 3, 4], np.uint8)  # of 14 token ids: words, . , blank, special
@@ -41,6 +42,8 @@ class Sequence:
         self.k = np.zeros((n_layers, n_heads, 0, d), F32)  # of every token there was, rotated
         self.v = np.zeros((n_layers, n_heads, 0, d), F32)
         self.asks = np.random.default_rng(seed + 1)
+        shape = n_layers, 24, 2 * n_heads * d  # W_O of two query heads a KV head
+        self.wo = [Weight("F32", wo, wo.shape) for wo in self.asks.normal(size=shape).astype(F32)]
 
     def _queries(self, n):
         """Random ones, two query heads a KV head: (L, Hq, n, d)."""
@@ -69,7 +72,7 @@ class Sequence:
         for layer in range(len(k)):
             if compression:
                 again = k[layer] if compression.reads == "again" else None
-                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos, again)])
+                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos, again)], self.wo[layer])
             else:
                 cache.append(layer, k[layer], v[layer], pos)
         compression.finish() if compression else cache.advance(ids)
@@ -90,7 +93,7 @@ class Sequence:
                 compression = self.compressor.begin(cache, [], generated=True)
                 if compression:
                     for layer in range(len(k)):
-                        compression.store(layer)
+                        compression.store(layer, wo=self.wo[layer])
                     compression.finish()
             yield compression is not None
 

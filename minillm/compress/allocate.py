@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.compress import cluster
-from minillm.compress.options import Part
+from minillm.compress.ledger import split
+from minillm.compress.options import Option, Part, number, one_of
+from minillm.compress.score import QUERIES
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,9 @@ def per_head(layer, scores, target):
     """The same number of rows in every head (the first heads take one more where it does not divide; what a head does
     not have goes to the others): the protected ones and, of the others, those with the best scores; of equal ones the
     earlier."""
-    n_heads = len(layer.lengths)
-    protected = np.bincount(layer.heads[layer.protected], minlength=n_heads)
-    free = layer.free[np.argsort(-scores[layer.free], kind="stable")]  # best first
-    free = free[np.argsort(layer.heads[free], kind="stable")]  # head by head
-    n_free = layer.lengths - protected
-    rank = np.arange(len(free)) - np.repeat(np.cumsum(n_free) - n_free, n_free)  # of a row in its head
-    rank += protected[layer.heads[free]]
-    turn = np.argsort(rank, kind="stable")  # one of each head, in turn
+    protected = np.bincount(layer.heads[layer.protected], minlength=len(layer.lengths))
+    free, rank = ranked(layer, scores, layer.protected)
+    turn = np.argsort(rank + protected[layer.heads[free]], kind="stable")  # one of each head, in turn
     kept = layer.protected.copy()
     kept[free[turn[: max(target - int(protected.sum()), 0)]]] = True
     return stay(kept)
@@ -57,12 +54,63 @@ def across_heads(layer, scores, target):
     return stay(kept)
 
 
+def shared(layer, scores, target):
+    """The same tokens in every head (but for one where the number does not divide): those with the best sums of the
+    scores of all heads; of equal ones the earlier."""
+    token = np.unique(layer.pos, return_inverse=True)[1]
+    return per_head(layer, np.bincount(token, scores)[token], target)
+
+
+def adaptive(layer, scores, target, alpha):
+    """Ada-KV (Feng et al. 2024): the best rows of each head, in number a mixture of what it has among the best of all
+    heads and, `alpha` of it, of the same for all."""
+    return stay(best(layer, scores, adaptive_counts(layer, scores, target, alpha), layer.protected))
+
+
+def critical(layer, scores, target, alpha, first_stage, value_norm):
+    """CriticalKV (Feng et al. 2025): of what each head may keep (as in `adaptive`), the share `first_stage` by score,
+    the rest by score times what the value adds through W_O, averaged over the group."""
+    counts = adaptive_counts(layer, scores, target, alpha)
+    by_score = np.floor(first_stage * counts).astype(np.int64)
+    kept = best(layer, scores, by_score, layer.protected)
+    weighed = (scores + np.float32(1e-4)) * layer.output_norms(value_norm).mean(axis=0)
+    return stay(best(layer, weighed, counts - by_score, kept))
+
+
+def adaptive_counts(layer, scores, target, alpha):
+    """(H,) rows that each head may keep beside the protected ones, their sum exact by the largest remainder."""
+    room, n_heads = max(target - np.count_nonzero(layer.protected), 0), len(layer.lengths)
+    flat = layer.free[np.argsort(-scores[layer.free], kind="stable")][:room]
+    hits = np.bincount(layer.heads[flat], minlength=n_heads)
+    n_free = np.bincount(layer.heads[layer.free], minlength=n_heads)
+    return split(room, (1 - alpha) * hits + alpha * room / n_heads, n_free)
+
+
+def best(layer, scores, counts, kept):
+    """(R,) bool: `kept` and, of each head's other rows, the `counts` (H,) with the best scores; of equal ones the
+    earlier."""
+    rows, rank = ranked(layer, scores, kept)
+    kept = kept.copy()
+    kept[rows[rank < counts[layer.heads[rows]]]] = True
+    return kept
+
+
+def ranked(layer, scores, kept):
+    """The rows that are not `kept`, best first in each head, heads one after another; and the rank of each in its
+    head, from 0."""
+    rows = np.flatnonzero(~kept)
+    rows = rows[np.argsort(-scores[rows], kind="stable")]
+    rows = rows[np.argsort(layer.heads[rows], kind="stable")]
+    n = np.bincount(layer.heads[rows], minlength=len(layer.lengths))
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(n) - n, n)
+
+
 # layers
 
 
 def even(ledger, layer, scores):
     """The same for every layer."""
-    return [*ledger.targets, ledger.bounded(round(ledger.left / ledger.to_come))]
+    return ledger.fixed(np.ones(len(ledger.rows)))
 
 
 def one_cut(ledger, layer, scores):
@@ -81,8 +129,39 @@ def one_cut(ledger, layer, scores):
     return (ledger.protected + np.bincount(whose, minlength=index + 1)).tolist()
 
 
+def pyramid(ledger, layer, scores, beta):
+    """PyramidKV (Cai et al. 2024): fewer from layer to layer, in a line down to 1 / beta of the mean, or less steep
+    where the first layer has not so many; the same for all where there is little to drop."""
+    n_layers, mean = len(ledger.rows), ledger.room / len(ledger.rows)
+    first = min(2 * mean - mean / beta, ledger.rows[0] - ledger.protected)
+    if ledger.rows[0] < 2 * mean:
+        first = mean
+    return ledger.fixed(np.linspace(first, 2 * mean - first, n_layers))
+
+
+def preference(ledger, layer, scores, queries, tau1, tau2):
+    """CAKE (Qin et al. 2025): in proportion to H^(1/tau1) V^(1/tau2): H the entropy of what the newest queries attend
+    to, V its variance among them, summed over heads and rows."""
+    attention = layer.window_scores(queries)[:, :, layer.free]
+    entropy = -(attention * np.log(attention + np.float32(1e-10))).sum(dtype=np.float64)
+    variance = attention.var(axis=1, ddof=min(1, attention.shape[1] - 1)).sum(dtype=np.float64)
+    ledger.weights.append(max(entropy, 0) ** (1 / tau1) * variance ** (1 / tau2))
+    return ledger.shared(ledger.weights)
+
+
+def entropy(ledger, layer, scores):
+    """LAVa (Shen et al. 2025): in proportion to the entropy of the scores of all heads together, as a share of the
+    largest that so many could have."""
+    p = scores[layer.free].astype(np.float64)
+    p = p[p > 0] / p.sum()
+    ledger.weights.append(-(p * np.log(p)).sum() / np.log(max(len(layer.free), 2)))
+    return ledger.shared(ledger.weights)
+
+
 PER_HEAD = Part(per_head, "the same number in every head")
 ACROSS_HEADS = Part(across_heads, "the best of a layer, whichever head")
+ALPHA = Option(0.2, number(0, 1), "share that is the same for all heads")
+ADAPTIVE = Part(adaptive, "more where a head has more of the best", {"alpha": ALPHA})
 EVEN = Part(even, "the same number in every layer")
 
 ALLOCATIONS = {
@@ -92,6 +171,48 @@ ALLOCATIONS = {
         "the best of the whole model: one cut through all layers and heads",
         ACROSS_HEADS,
         Part(one_cut, "the best of all layers"),
+    ),
+    "shared": Allocation(
+        "the same tokens in every head of a layer", Part(shared, "the same tokens in every head"), EVEN
+    ),
+    "adaptive": Allocation("more where the heads of a layer have more of its best", ADAPTIVE, EVEN),
+    "critical": Allocation(
+        "half by score, half by score times what the value adds",
+        Part(
+            critical,
+            "half by score, half by score times what the value adds",
+            {
+                "alpha": ALPHA,
+                "first_stage": Option(0.5, number(0, 1), "share that the score alone decides"),
+                "value_norm": Option("l1", one_of("l1", "l2"), "norm of what a value adds: l1 or l2"),
+            },
+        ),
+        EVEN,
+    ),
+    "pyramid": Allocation(
+        "fewer from layer to layer",
+        PER_HEAD,
+        Part(
+            pyramid, "fewer from layer to layer", {"beta": Option(20.0, number(1, 1e9), "the mean by the last layer's")}
+        ),
+    ),
+    "preference": Allocation(
+        "more in layers whose attention is spread and changes",
+        PER_HEAD,
+        Part(
+            preference,
+            "more where attention is spread and changes",
+            {
+                "queries": QUERIES,
+                "tau1": Option(1.0, number(1e-3, 1e3), "1 / the power of the entropy"),
+                "tau2": Option(1.0, number(1e-3, 1e3), "1 / the power of the variance"),
+            },
+        ),
+    ),
+    "entropy": Allocation(
+        "more in layers whose scores are spread, and in heads that have more of the best",
+        ADAPTIVE,
+        Part(entropy, "more where scores are spread"),
     ),
     "clusters": Allocation(
         "clusters of similar keys between delimiters, as many as fit at one threshold for all layers",

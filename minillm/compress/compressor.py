@@ -1,12 +1,14 @@
 """When a sequence is compressed, and which of its rows: the step between fresh keys and values and the pages they end
 in."""
 
+from collections import deque
 from functools import partial
 
 import numpy as np
 
 from minillm.cache import Entries
 from minillm.compress.ledger import Ledger
+from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
 
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
@@ -20,6 +22,7 @@ class Compressor:
     def __init__(self, config, rope, ops, classes, scale=1.0, window=None):
         self.config, self.rope, self.ops, self.classes = config, rope, ops, classes
         self.scale, self.window = scale, window
+        self.outputs = {}  # layer -> Output
 
     def due(self, cache):
         """Whether so much was generated that it is to be compressed."""
@@ -33,7 +36,9 @@ class Compressor:
         to be compressed. generated: no new ids, but those that were generated; of a method that settles, a chunk that
         no delimiter has ended yet is left alone."""
         config, seen = self.config, cache.seen + len(new_ids)
-        asked, cache.queries = cache.queries, [] if config.reads == "new" and config.spec.generates else None
+        asked, newest = cache.queries, config.options.get("queries")
+        if not (generated and newest):  # those that look at the newest go on from there
+            cache.queries = deque(maxlen=newest) if config.reads == "new" and config.spec.generates else None
         if config.method == "full" or seen <= SHORT:
             return None
         sinks, window = config.protect(seen)
@@ -90,16 +95,19 @@ class Compression:
         if self.asked:
             q = np.stack([q[index] for q in self.asked], axis=1)
             queries = [Queries(q, np.arange(self.seen - q.shape[1], self.seen))]
-        layer = self._layer(index, rows, list(queries), wo, self._history(index, rows))
+        if wo is not None and index not in self.compressor.outputs:
+            heads, d = len(rows.lengths), rows.k.shape[1]
+            self.compressor.outputs[index] = Output(wo, heads, d, self.compressor.ops)
+        layer = self._layer(index, rows, list(queries), self._history(index, rows))
         scores = self.config.scores(layer)
         if self.ledger is None:
             self._write(layer, scores, None)
             return
         targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
         self._write(layer, scores, targets[index])
-        held = (self.cache.lengths - self.settled)[: index + 1].sum(axis=1)
-        if index + 1 == len(self.cache.lengths) or held.sum() - sum(targets) > max(self.ledger.rows):
-            for earlier in np.flatnonzero(held > targets).tolist():
+        held = self.ledger.held
+        if index + 1 == len(self.cache.lengths) or sum(held) - sum(targets) > max(self.ledger.rows):
+            for earlier in [i for i, target in enumerate(targets) if held[i] > target]:
                 rows = self.cache.read(earlier, self.settled[earlier])
                 self._write(self._layer(earlier, rows), self.scores[earlier], targets[earlier])
 
@@ -113,6 +121,8 @@ class Compression:
     def _write(self, layer, scores, target):
         plan, stays = self.config.plan(layer, scores, target)
         self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
+        if self.ledger is not None:
+            self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
             self.scores[layer.index : layer.index + 1] = [scores[stays]]
         if "tau" in layer.memo:
@@ -143,7 +153,7 @@ class Compression:
         n_new = (len(rows.pos) - len(old)) // n_heads
         return _joined(rows.lengths - n_new, old, np.zeros((n_heads, n_new), np.float32))
 
-    def _layer(self, index, rows, queries=(), wo=None, history=None):
+    def _layer(self, index, rows, queries=(), history=None):
         compressor = self.compressor
         return Layer(
             index=index,
@@ -159,7 +169,7 @@ class Compression:
             ops=compressor.ops,
             queries=queries,
             history=history,
-            wo=wo,
+            output=compressor.outputs.get(index),
             scale=compressor.scale,
             attention_window=compressor.window,
         )

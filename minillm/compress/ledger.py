@@ -15,6 +15,7 @@ class Ledger:
         self.rows = list(rows)  # (L,) rows of each layer
         self.protected = protected  # rows of each layer that stay whatever happens
         self.targets = []
+        self.held = []  # entries that each layer seen holds now
         self.weights = []  # of the layers seen, where a rule shares out in proportion
         self.pool = np.zeros(0, np.float32), np.zeros(0, np.int64)  # the best scores so far, and whose they are
         self.counts = []  # for each rung of a ladder, the entries it makes in the layers seen where it was tried
@@ -49,9 +50,15 @@ class Ledger:
         return count + (self.to_come - 1) * sum(self.counts[rung]) / len(self.counts[rung])
 
     def shared(self, weights):
-        """Targets of the layers seen so far if all room is theirs, in proportion to `weights`."""
-        rows = np.array(self.rows[: len(weights)]) - self.protected
-        return (self.protected + split(self.room, weights, rows)).tolist()
+        """Targets of the layers seen so far if all room is theirs, in proportion to `weights`. None gets more than it
+        still holds: what an earlier cut took does not come back."""
+        most = np.array([*self.held, self.rows[len(self.held)]]) - self.protected
+        return (self.protected + split(self.room, weights, most)).tolist()
+
+    def fixed(self, weights):
+        """Targets of the layers seen so far and the next, where the `weights` (L,) of all are known from the start."""
+        rows = np.array(self.rows) - self.protected
+        return (self.protected + split(self.room, weights, rows)).tolist()[: len(self.targets) + 1]
 
 
 def split(total, weights, most):

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from minillm.cache import Entries
+from minillm.compress.output import Output
 
 SHORT = 128  # sequences up to this length are left whole: there is nothing to gain, and much to lose
 
@@ -42,7 +43,7 @@ class Layer:
     ops: object  # the backend
     queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
     history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
-    wo: object = None  # Weight (dim, Hq * d)
+    output: Output | None = None  # the layer's W_O
     scale: float = 1.0  # of the logits
     attention_window: int | None = None  # the model's sliding window
     memo: dict = field(default_factory=dict)  # what a method computes once and uses again
@@ -69,11 +70,18 @@ class Layer:
 
     def window_scores(self, w):
         """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
-        newest = self.queries[-1]
-        return self.ops.window_scores(
-            *(newest.q[:, -w:], self.k, self.lengths, np.log(self.size), self.pos, newest.pos[-w:]),
-            *(self.scale, self.attention_window),
-        )
+        key = "window_scores", w
+        if key not in self.memo:
+            newest = self.queries[-1]
+            self.memo[key] = self.ops.window_scores(
+                *(newest.q[:, -w:], self.k, self.lengths, np.log(self.size), self.pos, newest.pos[-w:]),
+                *(self.scale, self.attention_window),
+            )
+        return self.memo[key]
+
+    def output_norms(self, order):
+        """(G, R) float32: |v W_O^h| of each row for the query heads of its group; order: "l1" or "l2"."""
+        return self.output.norms(self.v, self.lengths, order)
 
     def column_scores(self, reduce, min_distance=0):
         """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;

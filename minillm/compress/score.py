@@ -33,17 +33,50 @@ def reread(layer):
     return layer.column_scores("max").max(axis=0)
 
 
+def mean_variance(layer, queries, gamma, pool):
+    """CAKE (Qin et al. 2025): what the newest queries attend to and how much that varies among them, averaged over the
+    group and over neighbours."""
+    attention = layer.window_scores(queries)
+    variance = attention.var(axis=1, ddof=min(1, attention.shape[1] - 1))
+    return pooled(layer, (attention.mean(axis=1) + np.float32(gamma) * variance).mean(axis=0), pool, "avg")
+
+
+def value_scaled(layer, queries, pool):
+    """LAVa (Shen et al. 2025): what the newest queries attend to, the largest of the group and of neighbours, times
+    the largest L1 norm of a value in the head."""
+    scores = pooled(layer, layer.window_scores(queries).mean(axis=1).max(axis=0), pool, "max")
+    largest, heads = np.zeros(len(layer.lengths), np.float32), layer.heads[layer.free]
+    np.maximum.at(largest, heads, np.abs(layer.v[layer.free]).sum(axis=1))
+    return scores * largest[layer.heads]
+
+
+def column_row(layer, queries, pool, pooling, gqa, norm):
+    """LaProx (Mai and Kim 2026): a layer's output is the product of attention (a column a row of the cache) and
+    v W_O^h (a row), and what a pair adds to it is bounded by |column| |row|. `norm`: as a share of the layer's."""
+    attention = layer.window_scores(queries)  # (G, m, R)
+    if gqa == "frobenius":
+        products = np.einsum("gmr,hmr->ghr", attention, attention)
+        products *= layer.output.inner(layer.v, layer.lengths)
+        scores = np.sqrt(np.maximum(products.sum(axis=(0, 1)), 0))
+    else:
+        if gqa == "mean_attn":
+            attention = attention.mean(axis=0, keepdims=True)
+        columns = np.sqrt(np.square(attention).sum(axis=1))
+        scores = (columns * layer.output_norms("l2")).mean(axis=0)
+    scores = pooled(layer, scores, pool, pooling)
+    return scores / max(scores[layer.free].sum(), np.finfo(np.float32).tiny) if norm else scores
+
+
 def pooled(layer, scores, width, kind):
-    """Of the scores (R,) of each head, the maximum ("max") or mean ("avg": zeros beyond the ends count) of `width`
-    neighbours, for every row."""
-    if width == 1:
-        return scores
-    out = np.empty_like(scores)
-    for end, n in zip(np.cumsum(layer.lengths), layer.lengths, strict=True):
+    """Of the scores (R,), the maximum ("max") or mean ("avg": zeros beyond the ends count) of `width` neighbours, for
+    the rows of each head that are not protected, and among these."""
+    out = scores.copy()
+    for rows in np.split(layer.free, np.searchsorted(layer.heads[layer.free], range(1, len(layer.lengths)))):
         padding = -np.inf if kind == "max" else 0
-        padded = np.pad(scores[end - n : end], (width // 2, width - 1 - width // 2), constant_values=padding)
-        around = np.lib.stride_tricks.sliding_window_view(padded, width)
-        out[end - n : end] = around.max(axis=1) if kind == "max" else around.mean(axis=1)
+        padded = np.pad(scores[rows], (width // 2, width - 1 - width // 2), constant_values=padding)
+        if len(rows):
+            around = np.lib.stride_tricks.sliding_window_view(padded, width)
+            out[rows] = around.max(axis=1) if kind == "max" else around.mean(axis=1)
     return out
 
 
@@ -57,6 +90,42 @@ SCORES = {
     "window": Part(window, "attention of the newest queries", {"queries": QUERIES, "pool": POOL, "pooling": POOLING}),
     "columns": Part(columns, "attention of all queries, summed"),
     "reread": Part(reread, "the largest attention when the text is read a second time"),
+    "mean_variance": Part(
+        mean_variance,
+        "attention of the newest queries and its variance",
+        {
+            "queries": QUERIES,
+            "gamma": Option(200.0, number(0, 1e9), "weight of the variance"),
+            "pool": POOL,
+        },
+    ),
+    "value_scaled": Part(
+        value_scaled,
+        "attention of the newest queries times the head's largest value",
+        {"queries": QUERIES, "pool": POOL},
+    ),
+    "column_row": Part(
+        column_row,
+        "attention of the newest queries times what the value adds through W_O",
+        {
+            "queries": QUERIES,
+            "pool": POOL,
+            "pooling": POOLING,
+            "gqa": Option(
+                "product_mean",
+                one_of("product_mean", "mean_attn", "frobenius"),
+                "of a group: the mean of products, mean attention first, or the exact norm of the sum",
+            ),
+            "norm": Option(True, one_of(True, False), "as a share of the layer's"),
+        },
+    ),
 }
-READS = {"window": "new", "columns": "new", "reread": "again"}  # whose queries: the new tokens', or a second reading's
+READS = {  # whose queries: the new tokens', or a second reading's
+    "window": "new",
+    "columns": "new",
+    "reread": "again",
+    "mean_variance": "new",
+    "value_scaled": "new",
+    "column_row": "new",
+}
 ADDS_UP = {"columns": np.add, "reread": np.maximum}  # how an earlier compression's score and the new one make one
