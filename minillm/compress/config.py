@@ -49,8 +49,8 @@ class CacheConfig:
             setattr(self, name, self._checked(name, value, COMMON[name]))
         self.options = {name: spec.defaults.get(name, option.default) for name, option in table.items()}
         for name, value in options.items():
-            if value != table[name].default:
-                self.options[name] = self._checked(name, value, table[name].check)
+            default = table[name].default
+            self.options[name] = default if value == default else self._checked(name, value, table[name].check)
         tau = self.options.get("tau")
         if tau is not None and budget is not None:
             raise UsageError("a cache budget and tau exclude each other: with tau the kept share is the outcome")

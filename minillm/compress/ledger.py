@@ -76,8 +76,8 @@ def split(total, weights, most):
         if not full.any():
             break
         given[full], open_ = most[full], open_ & ~full
-    whole = np.floor(given).astype(np.int64)
-    by_remainder = np.argsort(-(given - whole), kind="stable")
+    whole = np.floor(given + 1e-9).astype(np.int64)
+    by_remainder = np.argsort(-np.round(given - whole, 9), kind="stable")  # equal where they are on paper
     by_remainder = by_remainder[whole[by_remainder] < most[by_remainder]]
     whole[by_remainder[: total - whole.sum()]] += 1
     return whole
