@@ -377,6 +377,14 @@ def test_budgets_are_met_over_turns(method, budget):
         np.testing.assert_array_equal(v, sequence.v[layer, head, pos])
 
 
+@pytest.mark.parametrize("allocate", ["preference", "entropy", "adaptive", "shared", "pyramid", "critical"])
+def test_allocations_go_with_any_score(allocate):
+    for method in ("random", "streaming", "h2o", "laprox"):
+        sequence = Sequence(CacheConfig(method, 0.3, allocate=allocate), n_layers=3)
+        for n in (150, 60):
+            sequence.read(n).check_kept(0.3)
+
+
 @pytest.mark.parametrize("method", ["cake", "tova"])
 @pytest.mark.parametrize("recompress", [1, 64])
 def test_a_generation_keeps_its_budget(method, recompress):

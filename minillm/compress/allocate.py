@@ -17,9 +17,12 @@ from minillm.compress.score import QUERIES
 
 @dataclass(frozen=True)
 class Allocation:
+    """reads: whose queries it looks at, as in score.READS."""
+
     summary: str
     heads: Part
     layers: Part
+    reads: str | None = None
 
     @property
     def options(self):
@@ -193,7 +196,9 @@ ALLOCATIONS = {
         "fewer from layer to layer",
         PER_HEAD,
         Part(
-            pyramid, "fewer from layer to layer", {"beta": Option(20.0, number(1, 1e9), "the mean by the last layer's")}
+            pyramid,
+            "fewer from layer to layer",
+            {"beta": Option(20.0, number(1, 1e9), "a layer's mean, as a multiple of the last one's")},
         ),
     ),
     "preference": Allocation(
@@ -208,6 +213,7 @@ ALLOCATIONS = {
                 "tau2": Option(1.0, number(1e-3, 1e3), "1 / the power of the variance"),
             },
         ),
+        reads="new",
     ),
     "entropy": Allocation(
         "more in layers whose scores are spread, and in heads that have more of the best",

@@ -70,8 +70,8 @@ class CacheConfig:
 
     @property
     def reads(self):
-        """Whose queries the score looks at: "new", "again" or None."""
-        return READS.get(self.score_name)
+        """Whose queries the score or the allocation looks at: "new", "again" or None."""
+        return READS.get(self.score_name) or self.allocation.reads
 
     @property
     def adds_up(self):
