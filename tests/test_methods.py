@@ -396,8 +396,8 @@ def test_a_generation_keeps_its_budget(method, recompress):
             sequence.check_entries(40)
         if method == "tova":
             assert all(positions(sequence, layer, 0) == positions(sequence, layer, 1) for layer in range(2))
+        assert len(sequence.cache.queries) <= (1 if method == "tova" else 32)
     assert times == 200 // recompress
-    assert len(sequence.cache.queries) == (1 if method == "tova" else 32)
 
 
 def test_tova_drops_at_each_step_what_the_newest_query_wants_least():

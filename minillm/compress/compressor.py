@@ -36,9 +36,9 @@ class Compressor:
         to be compressed. generated: no new ids, but those that were generated; of a method that settles, a chunk that
         no delimiter has ended yet is left alone."""
         config, seen = self.config, cache.seen + len(new_ids)
-        asked, newest = cache.queries, config.options.get("queries")
-        if not (generated and newest):  # those that look at the newest go on from there
-            cache.queries = deque(maxlen=newest) if config.reads == "new" and config.spec.generates else None
+        asked, cache.queries = cache.queries, None
+        if config.reads == "new" and config.spec.generates:
+            cache.queries = deque(maxlen=config.options.get("queries"))  # no more than are looked at
         if config.method == "full" or seen <= SHORT:
             return None
         sinks, window = config.protect(seen)
