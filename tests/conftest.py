@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import emulator
 import pytest
 
 from minillm.errors import MinillmError
@@ -49,3 +50,22 @@ def tiny_model(request) -> Path:
 def tiny_models() -> dict[str, Path]:
     """All tiny models by name, for a test that wants a certain one."""
     return {name: DATA / "tiny" / name for name in TINY}
+
+
+@pytest.fixture(params=["emulator", "gpu"])
+def device(request):
+    """Where CUDA kernels are run: the emulator, and a GPU where there is one."""
+    if request.param == "emulator":
+        if reason := emulator.available():
+            pytest.skip(reason)
+        return emulator.EmulatedDevice()
+    return cuda_device_or_skip()
+
+
+def cuda_device_or_skip():
+    from minillm.ops import cuda_device
+
+    try:
+        return cuda_device.open_device(0)
+    except MinillmError as error:
+        pytest.skip(f"no GPU: {error}")

@@ -1,0 +1,116 @@
+"""One NVIDIA GPU through CuPy: memory, compiled kernels, matrix products, graphs. The only file that imports cupy, and
+it does so when a GPU is asked for."""
+
+import numpy as np
+
+from minillm.errors import MinillmError, UsageError
+
+MIN_ARCH = 80  # bf16 and cp.async came with Ampere
+_PROBE = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
+
+
+def open_device(index):
+    """The CudaDevice `index`. Raises MinillmError with what is missing: CuPy, a driver, NVRTC, its headers, cuBLAS."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise MinillmError(
+            f"a GPU needs CuPy ({error}): pip install 'minillm-engine[cuda13]' (or [cuda12] for a driver of CUDA 12), "
+            "or use --device cpu"
+        ) from None
+    _check_driver(cupy, index)
+    _check_compiler(cupy)
+    return CudaDevice(cupy, index)
+
+
+def _check_driver(cupy, index):
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        driver, package = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        if driver == 0:
+            raise MinillmError(
+                f"no NVIDIA driver answers ({error}): install one (nvidia-smi must show the GPU), or use --device cpu"
+            ) from None
+        raise MinillmError(
+            f"CuPy is built for CUDA {_version(package)} and the driver supports {_version(driver)} ({error}): pip "
+            f"install 'minillm-engine[cuda{driver // 1000}]' in a fresh environment, or update the driver"
+        ) from None
+    if index >= count:
+        raise UsageError(f"device cuda:{index} is not there: this machine has {count} GPU(s), the first is cuda:0")
+    arch = int(cupy.cuda.Device(index).compute_capability)
+    if arch < MIN_ARCH:
+        raise MinillmError(
+            f"GPU {index} is of compute capability {arch / 10}, and minillm needs {MIN_ARCH / 10} (A100, RTX 30 or "
+            "later): use --device cpu"
+        )
+
+
+def _check_compiler(cupy):
+    nvrtc = cupy.cuda.nvrtc
+    try:
+        program = nvrtc.createProgram(_PROBE, "probe.cu", (), ())
+    except (ImportError, RuntimeError, OSError) as error:
+        raise MinillmError(f"NVRTC cannot be loaded ({error}): pip install {_packages(cupy)}") from None
+    try:
+        nvrtc.compileProgram(program, cupy._core.core.assemble_cupy_compiler_options(()))
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program).strip().splitlines()
+        raise MinillmError(
+            f"NVRTC does not find CUDA's headers ({log[0] if log else 'no log'}): pip install {_packages(cupy)}"
+        ) from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _packages(cupy):
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if major == 12:
+        return "nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
+    return f"'nvidia-cuda-nvrtc=={major}.*' 'nvidia-cuda-runtime=={major}.*' 'nvidia-cuda-crt=={major}.*'"
+
+
+def _version(number):
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class CudaDevice:
+    """Arrays are cupy.ndarray; 16-bit floats are uint16 words. Everything runs on one stream, in order."""
+
+    def __init__(self, cupy, index):
+        self.cupy, self.index, self.name = cupy, index, f"cuda:{index}"
+        self.device = cupy.cuda.Device(index)
+        self.device.use()
+        self.arch = int(self.device.compute_capability)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        self.kernels = {}  # launch.py keeps compiled kernels here
+
+    def empty(self, shape, dtype):
+        return self.cupy.empty(shape, dtype)
+
+    def new_slab_memory(self, shape, dtype):
+        """An array that is its own cudaMalloc, and its cudaFree when the last reference to it goes: CuPy's pool would
+        keep the bytes."""
+        memory = self.cupy.cuda.Memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return self.cupy.ndarray(shape, dtype, self.cupy.cuda.MemoryPointer(memory, 0))
+
+    def upload(self, host):
+        array = self.cupy.empty(host.shape, host.dtype)
+        array.set(np.ascontiguousarray(host))
+        return array
+
+    def owns(self, array):
+        return isinstance(array, self.cupy.ndarray) and array.device.id == self.index
+
+    def module(self, source):
+        return self.cupy.RawModule(code=source)
+
+    def memory(self):
+        """Bytes that are free, and all there are. What CuPy's pool keeps unused counts as free."""
+        free, total = self.cupy.cuda.runtime.memGetInfo()
+        return free + self.cupy.get_default_memory_pool().free_bytes(), total
+
+    def synchronize(self):
+        self.stream.synchronize()

@@ -1,0 +1,15 @@
+"""Runs kernels/cuda/*.cu on the CPU, for tests: `EmulatedDevice` stands where minillm.ops has a CUDA device.
+
+    scheduler.h       threads of a block as fibers; barriers, warp operations, what is wrong with them
+    cuda_cpu.h        CUDA C on top of it: types, intrinsics, atomics
+    tensor_core.h     mma.sync, ldmatrix, cp.async
+    module.py         a source text -> a library -> kernels that are called as CuPy's are
+    device.py         arrays in "device" memory, and the rest of what minillm asks of a device
+
+MINILLM_EMULATOR=address or =thread builds the kernels with ASan and UBSan, or TSan (tools/sanitize_cuda.sh).
+"""
+
+from .device import Array, EmulatedDevice
+from .module import EmulatorError, Module, available
+
+__all__ = ["Array", "EmulatedDevice", "EmulatorError", "Module", "available"]
