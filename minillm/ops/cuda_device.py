@@ -83,6 +83,8 @@ class CudaDevice:
         self.device = cupy.cuda.Device(index)
         self.device.use()
         self.arch = int(self.device.compute_capability)
+        self.processors = self.device.attributes["MultiProcessorCount"]
+        self.shared_memory = self.device.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
         self.kernels = {}  # launch.py keeps compiled kernels here

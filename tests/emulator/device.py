@@ -88,6 +88,7 @@ class EmulatedDevice:
     """The interface of minillm.ops.cuda_device.CudaDevice. `total` bytes are there; what is allocated is counted."""
 
     name, arch = "emulator", 90
+    processors, shared_memory = 2, 227 << 10
 
     def __init__(self, total=8 << 30):
         self.total, self.used, self.peak, self.allocations = total, 0, 0, 0

@@ -1,0 +1,218 @@
+"""Attention kernels in CUDA against literal float64 on the same rounded inputs."""
+
+import emulator.module
+import numpy as np
+import pytest
+from cuda_words import REAL16, from_words, to_words
+
+from minillm.ops import launch
+
+PAGE = launch.PAGE_SIZE
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+class Stored:
+    """Random entries of B sequences with lengths (B, H), in pages on a device and as they are on the host. Pages lie in
+    any order over several slabs, positions in any order; what no entry fills is NaN."""
+
+    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, slab_pages=5):
+        lengths = np.array(lengths, np.int32)
+        n_pages = -(-lengths // PAGE)
+        n_slabs = -(-(int(n_pages.sum()) + 2) // slab_pages)
+        ids = rng.permutation(n_slabs * slab_pages).astype(np.int32)
+        shape = n_slabs, slab_pages, PAGE
+        k_words, v_words = np.full((2, *shape, head_dim), 0x7FFF, np.uint16)  # NaN in both types
+        log_sizes, positions = np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
+        pages = np.full((*lengths.shape, int(n_pages.max()) + 1), 1 << 30, np.int32)
+        self.heads = {}  # (sequence, head) -> k, v (m, d), log_size, pos (m,)
+        for (b, h), length in np.ndenumerate(lengths):
+            held, ids = np.split(ids, [n_pages[b, h]])
+            pages[b, h, : len(held)] = held
+            k, v = (to_words(rng.normal(size=(length, head_dim)) * scale, real16) for scale in (size, 1))
+            log_size = np.log(rng.integers(1, 40, length)).astype(np.float32)
+            pos = rng.integers(0, max(seen[b], 1), length).astype(np.int32)
+            entry = np.arange(length)
+            at = *np.divmod(held[entry // PAGE], slab_pages), entry % PAGE
+            k_words[at], v_words[at], log_sizes[at], positions[at] = k, v, log_size, pos
+            self.heads[b, h] = from_words(k, real16), from_words(v, real16), log_size, pos
+        fields = k_words, v_words, log_sizes, positions
+        self.slabs = [
+            device.upload(np.concatenate([field[i].reshape(-1).view(np.uint16) for field in fields]))
+            for i in range(n_slabs)
+        ]
+        self.paged = launch.Paged(
+            device.upload(np.array([slab.data.ptr for slab in self.slabs], np.uint64)),
+            slab_pages,
+            device.upload(pages),
+            device.upload(lengths),
+            device.upload(np.array(seen, np.int32)),
+        )
+
+
+def softmax_values(logits, v, unit):
+    """softmax(logits) v in float64, the log of the sum, and how far a kernel may be off: the rounding of p and of the
+    result to `unit`, and that of logits to float32. Zeros and -infinity if nothing is visible."""
+    if not (logits > -np.inf).any():
+        return np.zeros(v.shape[1]), -np.inf, np.zeros(v.shape[1])
+    top = logits.max()
+    p = np.exp(logits - top)
+    out, mass = p @ v.astype(np.float64) / p.sum(), p @ np.abs(v).astype(np.float64) / p.sum()
+    largest = np.abs(logits[logits > -np.inf]).max()
+    return out, top + np.log(p.sum()), unit * (mass + np.abs(out)) + (2**-21 * largest + 1e-6) * mass
+
+
+def close(found, exact, allowed):
+    assert np.isfinite(found).all()
+    assert (np.abs(found - exact) <= allowed).all(), f"off by {np.abs(found - exact).max()}, allowed {allowed.max()}"
+
+
+def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, size=1.0):
+    """-> the words of the result"""
+    lengths = np.array(lengths)
+    batch, n_kv_heads = lengths.shape
+    seen = lengths.max(axis=1) * 2
+    stored = Stored(device, rng, lengths, head_dim, real16, seen, size=size)
+    q = to_words(rng.normal(size=(batch, n_kv_heads * group, head_dim)) * size, real16)
+    scale = head_dim**-0.5
+    starts = device.empty((1, batch * n_kv_heads + 1), np.int32)
+    launch.decode_plan(device, stored.paged.lengths.reshape(1, batch, n_kv_heads), starts)
+    space = launch.decode_space(device, batch * n_kv_heads, group, head_dim)
+    out = device.empty(q.shape, np.uint16)
+    launch.decode_attention(device, device.upload(q), stored.paged, starts[0], space, out, scale, window, real16)
+    found, wide = from_words(out.get(), real16), from_words(q, real16).astype(np.float64)
+    for (b, h), (k, v, log_size, pos) in stored.heads.items():
+        visible = (pos > seen[b] - window) if window else np.ones(len(pos), bool)
+        for head in range(h * group, (h + 1) * group):
+            logits = np.where(visible, k.astype(np.float64) @ wide[b, head] * scale + log_size, -np.inf)
+            exact, _, allowed = softmax_values(logits, v, REAL16[real16])
+            close(found[b, head], exact, allowed)
+    return out.get()
+
+
+LENGTHS = [
+    [[1]],
+    [[31, 32, 33]],
+    [[700, 0, 16]],  # one head holds nearly everything
+    [[0, 0, 5, 0, 64, 0]],
+    [[0, 0]],
+    [[90, 3], [0, 0], [257, 40]],
+    [[7] * 40],  # more items than lanes, fewer pages than warps
+]
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_decode_lengths(device, rng, lengths, real16):
+    check_decode(device, rng, lengths, 3, 64, real16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 17])
+def test_decode_groups(device, rng, group, head_dim):
+    check_decode(device, rng, [[130, 20]], group, head_dim, "bf16")
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 12.0])
+def test_decode_logit_sizes(device, rng, size, real16):
+    check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size)
+
+
+@pytest.mark.parametrize("window", [1, 40, 10_000])
+def test_decode_window(device, rng, window):
+    check_decode(device, rng, [[200, 65], [3, 120]], 2, 64, "half", window=window)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 40])
+def test_decode_any_grid(device, rng, processors, monkeypatch):
+    monkeypatch.setattr(device, "processors", processors)
+    check_decode(device, rng, [[300, 0, 90], [64, 2, 31]], 2, 64, "half")
+
+
+def test_decode_plan(device, rng):
+    lengths = rng.integers(0, 200, (3, 5, 9)).astype(np.int32)
+    starts = device.empty((3, 46), np.int32)
+    launch.decode_plan(device, device.upload(lengths), starts)
+    pages = -(-lengths.reshape(3, 45) // PAGE)
+    np.testing.assert_array_equal(starts.get(), np.concatenate([np.zeros((3, 1), int), pages.cumsum(axis=1)], axis=1))
+
+
+def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0, size=1.0):
+    """lengths: stored entries of each KV head. -> the words of the result"""
+    n_kv_heads, seen = len(lengths), 2 * max(lengths) + 3
+    stored = Stored(device, rng, [lengths], head_dim, real16, [seen], size=size)
+    q = to_words(rng.normal(size=(n_kv_heads * group, n, head_dim)) * size, real16)
+    k, v = (to_words(rng.normal(size=(n_kv_heads, n, head_dim)) * s, real16) for s in (size, 1))
+    out, lse = device.empty((n, len(q), head_dim), np.uint16), device.empty((len(q), n), np.float32)
+    scale = head_dim**-0.5
+    upload = device.upload
+    launch.prefill_attention(device, upload(q), upload(k), upload(v), stored.paged, out, lse, scale, window, real16)
+    found, found_lse = from_words(out.get(), real16), lse.get()
+    wide, k, v = (from_words(x, real16).astype(np.float64) for x in (q, k, v))
+    for head in range(len(q)):
+        old_k, old_v, log_size, old_pos = stored.heads[0, head // group]
+        keys, values = np.concatenate([old_k, k[head // group]]), np.concatenate([old_v, v[head // group]])
+        pos = np.append(old_pos, np.arange(seen, seen + n))
+        bias = np.append(log_size, np.zeros(n))
+        for i in range(n):
+            visible = (pos <= seen + i) & (pos > seen + i - (window or 1 << 30))
+            logits = np.where(visible, keys @ wide[head, i] * scale + bias, -np.inf)
+            exact, exact_lse, allowed = softmax_values(logits, values, REAL16[real16])
+            close(found[i, head], exact, allowed)
+            np.testing.assert_allclose(found_lse[head, i], exact_lse, rtol=2e-6, atol=2e-5)
+    return out.get()
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("n", [1, 63, 65, 130])
+@pytest.mark.parametrize("lengths", [[0, 0], [1, 33], [150, 0]])
+def test_prefill_lengths(device, rng, lengths, n, real16):
+    check_prefill(device, rng, lengths, n, 1, 64, real16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_prefill_groups(device, rng, group, head_dim):
+    check_prefill(device, rng, [70], 37, group, head_dim, "bf16")
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("size", [1e-3, 12.0])
+def test_prefill_logit_sizes(device, rng, size, real16):
+    check_prefill(device, rng, [40, 10], 80, 1, 128, real16, size=size)
+
+
+@pytest.mark.parametrize("lengths", [[0], [90]])
+@pytest.mark.parametrize("window", [1, 30, 64, 200, 1000])
+def test_prefill_window(device, rng, window, lengths):
+    check_prefill(device, rng, lengths, 200, 1, 64, "half", window=window)
+
+
+@pytest.fixture
+def thread_orders(device, monkeypatch):
+    """What a function returns in each order in which the emulator can run threads."""
+
+    def results(function):
+        if device.name != "emulator":
+            pytest.skip("a GPU chooses its own order")
+        for order in range(3):
+            monkeypatch.setattr(emulator.module.Kernel, "order", order)
+            monkeypatch.setattr(emulator.module.Kernel, "seed", 7)
+            yield function()
+
+    return results
+
+
+def test_the_order_of_threads_does_not_matter(device, thread_orders):
+    def both():
+        decode = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half")
+        prefill = check_prefill(device, np.random.default_rng(1), [70], 70, 1, 64, "half")
+        return np.concatenate([decode.reshape(-1), prefill.reshape(-1)])
+
+    first, *others = thread_orders(both)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
