@@ -6,7 +6,7 @@ two numbers, and none is derived from the other. The cache knows nothing of comp
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -97,7 +97,7 @@ class PagePool:
 
 @dataclass
 class Entries:
-    """Entries of one layer, heads one after another: E = lengths.sum() rows."""
+    """Entries of one layer, heads one after another: E = lengths.sum() rows. k and v may be arrays of the backend."""
 
     k: np.ndarray  # (E, d) rotated at `pos`
     v: np.ndarray  # (E, d)
@@ -197,16 +197,7 @@ class KVCache:
         start = self.lengths[layer].copy() if start is None else np.asarray(start, np.int64)
         for head, first in enumerate(start.tolist()):
             self._resize(layer, head, first, first + int(entries.lengths[head]))
-        done = 0
-        for head, first in enumerate(start.tolist()):
-            for run in self.layer(layer).runs(head, first):
-                rows = slice(done, done + len(run[0]))
-                k, v, log_size, pos = run
-                self.pool.ops.store_rows(k, entries.k[rows])
-                self.pool.ops.store_rows(v, entries.v[rows])
-                log_size[:], pos[:] = entries.log_size[rows], entries.pos[rows]
-                done = rows.stop
-        assert done == len(entries.pos)
+        self.pool.ops.write_entries(self.layer(layer), start, entries)
 
     def _resize(self, layer, head, kept, length):
         """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""
@@ -255,9 +246,7 @@ class KVCache:
         """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""
         view = self.layer(layer)
         start = np.zeros_like(view.lengths) if start is None else start
-        heads = [view.read(head, int(first)) for head, first in enumerate(start)]
-        k, v, log_size, pos = (np.concatenate(parts) for parts in zip(*heads, strict=True))
-        return Entries(k, v, log_size, pos, view.lengths - start)
+        return Entries(*self.pool.ops.read_entries(view, start), view.lengths - start)
 
     def advance(self, token_ids, tail=None):
         """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any
@@ -292,7 +281,8 @@ class KVCache:
 
     def state(self):
         """Everything stored, as plain arrays: name -> array."""
-        layers = [self.read(layer) for layer in range(len(self.lengths))]
+        layers, host = [self.read(layer) for layer in range(len(self.lengths))], self.pool.ops.stored_rows
+        layers = [replace(e, k=host(e.k), v=host(e.v)) for e in layers]
         arrays = {name: np.concatenate([getattr(e, name) for e in layers]) for name in ("k", "v", "log_size", "pos")}
         return arrays | {
             "lengths": self.lengths.copy(),

@@ -189,6 +189,8 @@ class Model:
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
+        if self.runner:
+            return self.runner.logits(hidden)
         return self.ops.linear(self.ops.rms_norm(hidden, self.norm, self.config.rms_eps), self.head)
 
     def recompress(self, cache, compressor):

@@ -119,7 +119,7 @@ def _clusters(layer, rope, chunking):
         layer.memo.pop("clusters", None)
         keys = layer.k_unrotated if rope == "unrotated" else layer.k
         rows, starts, lengths = chunking.segments(layer)
-        layer.memo["clusters"] = key, layer.ops.GreedyClusters(keys.take(rows, axis=0), starts, lengths), rows
+        layer.memo["clusters"] = key, layer.ops.GreedyClusters(layer.ops.take(keys, rows), starts, lengths), rows
     return layer.memo["clusters"][1:]
 
 

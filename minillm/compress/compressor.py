@@ -140,10 +140,11 @@ class Compression:
         old = cache.read(index, settled)
         if not n:
             return old
-        new = (k, v, np.zeros((n_heads, n), np.float32), np.broadcast_to(new_pos, (n_heads, n)))
-        joined = partial(_joined, old.lengths)
-        columns = map(joined, (old.k, old.v, old.log_size, old.pos), new)
-        return Entries(*columns, old.lengths + n)
+        log_size = _joined(old.lengths, old.log_size, np.zeros((n_heads, n), np.float32))
+        pos = _joined(old.lengths, old.pos, np.broadcast_to(new_pos, (n_heads, n)))
+        concatenate = self.compressor.ops.concatenate
+        k, v = _joined(old.lengths, old.k, k, concatenate), _joined(old.lengths, old.v, v, concatenate)
+        return Entries(k, v, log_size, pos, old.lengths + n)
 
     def _history(self, index, rows):
         """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
@@ -175,7 +176,8 @@ class Compression:
         )
 
 
-def _joined(lengths, old, new):
+def _joined(lengths, old, new, concatenate=np.concatenate):
     """old (sum of lengths, ...) rows of heads one after another, and after each head's the new (H, n, ...) ones."""
-    parts = np.split(np.arange(len(old)), np.cumsum(lengths)[:-1])
-    return np.concatenate([x for head, rows in enumerate(parts) for x in (old[rows], new[head])])
+    ends = np.cumsum(lengths).tolist()
+    heads = zip([0, *ends], ends, range(len(ends)), strict=False)
+    return concatenate([part for lo, hi, head in heads for part in (old[lo:hi], new[head])])

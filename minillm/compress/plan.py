@@ -31,8 +31,8 @@ class Layer:
     A row is a token that is stored as one entry, or an entry that an earlier Plan made."""
 
     index: int
-    k: np.ndarray  # (R, d) rotated at pos
-    v: np.ndarray  # (R, d)
+    k: object  # (R, d) rotated at pos: rows of the backend, which stay where they are
+    v: object  # (R, d)
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
     classes: np.ndarray  # (R,) uint8 DelimiterClass of each row's token
@@ -58,15 +58,10 @@ class Layer:
         """(F,) the rows that are not protected."""
         return np.flatnonzero(~self.protected)
 
-    def rotate(self, keys, pos):
-        return self.ops.rope(keys, self.cos.take(pos, axis=0), self.sin.take(pos, axis=0))
-
     @cached_property
     def k_unrotated(self):
         """(R, d) keys with the rotation undone: what RoPE was applied to."""
-        norm = np.float32(self.cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
-        cos, sin = self.cos / norm, -self.sin / norm
-        return self.ops.rope(self.k, cos.take(self.pos, axis=0), sin.take(self.pos, axis=0))
+        return self.ops.unrotated(self.k, self.pos, self.cos, self.sin)
 
     def window_scores(self, w):
         """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
@@ -127,26 +122,15 @@ class Plan:
 
     def apply(self, layer):
         """The Entries of the Plan."""
-        merge, n = layer.ops.merge, len(self.size)
-        v = merge(layer.v, self.dest, self.weight, n)
+        ops, n = layer.ops, len(self.size)
+        v = ops.merge(layer.v, self.dest, self.weight, n)
         weight = self.weight if self.key_weight is None else self.key_weight
-        k = self._merge_unrotated(layer, weight) if self.unrotate else merge(layer.k, self.dest, weight, n)
+        if self.unrotate:
+            keys = layer.k, layer.k_unrotated, layer.pos
+            k = ops.merge_unrotated(*keys, self.dest, weight, self.pos, layer.cos, layer.sin)
+        else:
+            k = ops.merge(layer.k, self.dest, weight, n)
         return Entries(k, v, np.log(self.size), self.pos, self.lengths)
-
-    def _merge_unrotated(self, layer, weight):
-        """Keys (E, d): summed with RoPE undone, then rotated to the entry's position; what is one row is copied."""
-        n_rows = np.bincount(self.dest[self.dest >= 0], minlength=len(self.size))
-        copied = (self.dest >= 0) & (weight == 1)
-        copied &= (n_rows[self.dest] == 1) & (self.pos[self.dest] == layer.pos)
-        made = np.ones(len(self.size), bool)
-        made[self.dest[copied]] = False
-        number = np.where(made, np.cumsum(made) - 1, -1)  # of an entry among those that are made
-        dest = np.where(self.dest >= 0, number[self.dest], -1)
-        summed = layer.ops.merge(layer.k_unrotated, dest, weight, int(made.sum()))
-        k = np.empty((len(self.size), layer.k.shape[1]), np.float32)
-        k[made] = layer.rotate(summed, self.pos[made])
-        k[self.dest[copied]] = layer.k[copied]
-        return k
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     page_bytes(page_size, head_dim)                      bytes of one page
     GreedyClusters(keys, starts, lengths)                greedy seed-based clustering inside segments, for any tau
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
+    unrotated(rows, pos, cos, sin)                       keys with RoPE undone
+    merge_unrotated(rows, rows_unrotated, ...)           merge of keys: summed without their rotation
+    take(rows, index), concatenate(parts)                some rows; rows of several arrays
+    write_entries(layer, start, entries)                 Entries into the pages of a layer
+    read_entries(layer, start)                           and out of them
     store_rows(stored, rows), stored_rows(stored)        K or V of entries into a slab's words, and back to float32
     prepare(weight)                                      a Weight as this backend reads it best
     runner(model)                                        whole steps in a few calls; None: model.py's own pages
@@ -27,7 +32,9 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     bandwidth()                                          bytes a second that these threads read from memory
 
 Symbols: n tokens, B sequences, Hq query heads, H KV heads, G = Hq / H query heads a KV head, d head_dim.
-`ops` knows nothing of models and methods. Arrays are float32 unless said.
+`ops` knows nothing of models and methods. Arrays are float32 unless said. Rows of K and V, and hidden states, are
+arrays of the backend: on a GPU they stay there, and only these functions touch them; indices, weights, sizes and
+positions are NumPy arrays everywhere.
 """
 
 import functools
@@ -47,7 +54,7 @@ def backend(device: str):
 
             return cpu_ops
         if cpu_lib.library() is None:
-            _say_once(
+            say_once(
                 "minillm: the compiled CPU kernels are not there, NumPy is used, which is several times slower: "
                 "install a C compiler (gcc or clang) and then minillm again"
             )
@@ -58,5 +65,6 @@ def backend(device: str):
 
 
 @functools.cache
-def _say_once(notice):
+def say_once(notice):
+    """Print a notice to stderr, once for each text."""
     print(notice, file=sys.stderr)

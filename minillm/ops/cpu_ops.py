@@ -5,6 +5,7 @@ Results differ from numpy_ops by rounding: weights in blocks meet activations of
 on avx512 and amx both operands of large products are bf16. Sums are float32 everywhere.
 """
 
+import functools
 import mmap
 from ctypes import addressof, byref
 
@@ -15,6 +16,7 @@ from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
 from minillm.ops.cpu_pages import CACHE_DTYPE, new_slab, page_bytes, paged, slab_table, store_rows, stored_rows  # noqa: F401
 from minillm.ops.cpu_runner import Runner
+from minillm.ops.numpy_ops import concatenate, read_entries, take, write_entries  # noqa: F401
 
 _lib = cpu_lib.library()
 
@@ -181,6 +183,10 @@ def merge(rows, dest, weight, n_entries):
     assert len(rows) == len(dest) == len(weight) and dest.max(initial=-1) < n_entries
     _lib.merge(pointer(rows), pointer(dest), pointer(weight), len(rows), rows.shape[1], n_entries, pointer(out))
     return out
+
+
+unrotated = functools.partial(numpy_ops.unrotated, rope=rope)
+merge_unrotated = functools.partial(numpy_ops.merge_unrotated, rope=rope, merge=merge)
 
 
 def trim():

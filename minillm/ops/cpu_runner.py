@@ -46,6 +46,12 @@ class Runner:
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
         return bool(self.lib.layer_output(byref(self.table), layer, pointer(x), len(x), pointer(mixed)))
 
+    def logits(self, hidden):
+        """Hidden states (n, dim) before the last norm -> logits (n, vocab)."""
+        hidden, out = floats(hidden), np.empty((len(hidden), self.model.config.vocab_size), np.float32)
+        self.lib.logits(byref(self.table), pointer(hidden), len(hidden), pointer(out))
+        return out
+
     def decode(self, token_ids, caches, cos, sin):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> logits (B, vocab); the first layer whose output is not finite, or None;

@@ -1,6 +1,8 @@
 """One NVIDIA GPU through CuPy: memory, compiled kernels, matrix products, graphs. The only file that imports cupy, and
 it does so when a GPU is asked for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from minillm.errors import MinillmError, UsageError
@@ -108,6 +110,34 @@ class CudaDevice:
 
     def module(self, source):
         return self.cupy.RawModule(code=source)
+
+    def gemm(self, x, w, y, real16, add):
+        """y (n, out) = x (n, in) W^T, or += with `add`; x and W (out, in) real16, y real16 or float32; sums in float32.
+        Rows of y may lie apart."""
+        runtime, cublas = self.cupy.cuda.runtime, self.cublas
+        kind = {"half": runtime.CUDA_R_16F, "bf16": runtime.CUDA_R_16BF}[real16]
+        kind_of_y = runtime.CUDA_R_32F if y.dtype == np.float32 else kind
+        one, beta = np.float32(1), np.float32(add)
+        (n, n_in), n_out, stride = x.shape, len(w), y.strides[0] // y.dtype.itemsize
+        with self.stream:
+            cublas.gemmEx(  # column-major: y^T (out, n) = W (out, in) x^T
+                *(self.device.cublas_handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, n_out, n, n_in, one.ctypes.data),
+                *(w.data.ptr, kind, n_in, x.data.ptr, kind, n_in, beta.ctypes.data, y.data.ptr, kind_of_y, stride),
+                *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
+            )
+
+    def capture(self, launches):
+        """The kernels that `launches()` starts, as a graph with a method launch(). MinillmError if it cannot be had."""
+        cuda = self.cupy.cuda
+        try:
+            self.stream.begin_capture()
+            try:
+                launches()
+            finally:
+                graph = self.stream.end_capture()
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, NotImplementedError) as error:
+            raise MinillmError(f"no CUDA graph could be captured ({error})") from error
+        return SimpleNamespace(launch=lambda: graph.launch(self.stream))
 
     def memory(self):
         """Bytes that are free, and all there are. What CuPy's pool keeps unused counts as free."""

@@ -262,6 +262,58 @@ def merge(rows, dest, weight, n_entries):
     return out
 
 
+def unrotated(rows, pos, cos, sin, rope=rope):
+    """rows (R, d) with RoPE undone: what it was applied to at pos (R,). cos, sin (positions, d/2)."""
+    norm = np.float32(cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
+    cos, sin = cos / norm, -sin / norm
+    return rope(rows, cos.take(pos, axis=0), sin.take(pos, axis=0))
+
+
+def merge_unrotated(rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin, rope=rope, merge=merge):
+    """`merge` of keys rows (R, d), rotated at pos (R,): they are summed with RoPE undone and the sum is rotated to
+    entry_pos (E,). An entry that is one row of weight 1, at its own position, is that row. -> (E, d)"""
+    n_rows = np.bincount(dest[dest >= 0], minlength=len(entry_pos))
+    copied = (dest >= 0) & (weight == 1)
+    copied &= (n_rows[dest] == 1) & (entry_pos[dest] == pos)
+    made = np.ones(len(entry_pos), bool)
+    made[dest[copied]] = False
+    number = np.where(made, np.cumsum(made) - 1, -1)  # of an entry among those that are made
+    summed = merge(rows_unrotated, np.where(dest >= 0, number[dest], -1), weight, int(made.sum()))
+    out = np.empty((len(entry_pos), rows.shape[1]), np.float32)
+    out[made] = rope(summed, cos.take(entry_pos[made], axis=0), sin.take(entry_pos[made], axis=0))
+    out[dest[copied]] = rows[copied]
+    return out
+
+
+def take(rows, index):
+    """Rows `index` (n,) -> (n, d)."""
+    return rows.take(index, axis=0)
+
+
+def concatenate(parts):
+    """Rows of several arrays, one after another."""
+    return np.concatenate(parts)
+
+
+def write_entries(layer, start, entries):
+    """Entries into the pages of a PagedLayer, after the first `start` (H,) of each head."""
+    done, store = 0, layer.pool.ops.store_rows
+    for head, first in enumerate(start.tolist()):
+        for k, v, log_size, pos in layer.runs(head, first):
+            rows = slice(done, done + len(k))
+            store(k, entries.k[rows])
+            store(v, entries.v[rows])
+            log_size[:], pos[:] = entries.log_size[rows], entries.pos[rows]
+            done = rows.stop
+    assert done == len(entries.pos)
+
+
+def read_entries(layer, start):
+    """k, v (E, d), log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
+    heads = [layer.read(head, int(first)) for head, first in enumerate(start)]
+    return tuple(np.concatenate(parts) for parts in zip(*heads, strict=True))
+
+
 def store_rows(stored, rows):
     """Float rows (n, d) into entries' k or v, a view of a slab."""
     stored[:] = rows

@@ -6,6 +6,7 @@ import weakref
 from types import SimpleNamespace
 
 import numpy as np
+from cuda_words import from_words, to_words
 
 from .module import Module
 
@@ -39,6 +40,7 @@ class Array:
     size = property(lambda self: self._words.size)
     nbytes = property(lambda self: self._words.nbytes)
     flags = property(lambda self: SimpleNamespace(c_contiguous=self._words.flags.c_contiguous))
+    strides = property(lambda self: self._words.strides)
     data = property(lambda self: SimpleNamespace(ptr=self._words.ctypes.data))
 
     def __len__(self):
@@ -93,8 +95,10 @@ class EmulatedDevice:
     def __init__(self, total=8 << 30):
         self.total, self.used, self.peak, self.allocations = total, 0, 0, 0
         self.kernels = {}  # launch.py keeps compiled kernels here
+        self.capturing = False
 
     def empty(self, shape, dtype):
+        assert not self.capturing, "memory allocated while a graph is captured"
         array = Array.of_malloc(shape, dtype, self._freed)
         self.used += array.nbytes
         self.peak, self.allocations = max(self.peak, self.used), self.allocations + 1
@@ -115,6 +119,22 @@ class EmulatedDevice:
 
     def module(self, source):
         return Module(source)
+
+    def gemm(self, x, w, y, real16, add):
+        product = from_words(x.get(), real16) @ from_words(w.get(), real16).T
+        if y.dtype == np.uint16:
+            y._words[...] = to_words(product + (from_words(y.get(), real16) if add else 0), real16)
+        else:
+            y._words[...] = product + (y._words if add else 0)
+
+    def capture(self, launches):
+        """A graph that does the same again; while it is made, nothing may be allocated or copied."""
+        self.capturing = True
+        try:
+            launches()
+        finally:
+            self.capturing = False
+        return SimpleNamespace(launch=launches)
 
     def memory(self):
         return self.total - self.used, self.total

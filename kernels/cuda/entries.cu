@@ -1,0 +1,53 @@
+// Entries of a layer into their pages, and out of them.
+// Defines: real16 = half, bf16; HEAD_DIM = 64, 128
+//
+// k, v (E, d) real16, log_size (E,), pos (E,): heads one after another; those of head h are rows first[h] : first[h + 1]
+// and lie in its pages from entry start[h] on. pages (H, capacity). Grid: a row to d / 8 threads, 256 threads a block.
+#include "pages.cuh"
+
+static const int D = HEAD_DIM, THREADS = D / 8;  // 16 bytes a thread
+
+// The page of row `row` of the entries, and its place in it.
+__device__ __forceinline__ Page<real16, D> place(int row, const unsigned long long* slabs, int slab_pages, const int* pages,
+                                                 int capacity, const int* first, const int* start, int n_kv_heads, int& at) {
+    int low = 0, high = n_kv_heads;  // first[low] <= row < first[high]
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        (first[middle] <= row ? low : high) = middle;
+    }
+    int entry = start[low] + row - first[low];
+    at = entry % PAGE_SIZE;
+    return page_at<real16, D>(slabs, slab_pages, pages[(size_t)low * capacity + entry / PAGE_SIZE]);
+}
+
+__device__ __forceinline__ void copy16(real16* to, const real16* from) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+write_entries(const real16* k, const real16* v, const float* log_size, const int* pos, const unsigned long long* slabs,
+              int slab_pages, const int* pages, int capacity, const int* first, const int* start, int n_kv_heads, int n_rows) {
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8, at;
+    if (row >= n_rows) return;
+    Page<real16, D> page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
+    copy16(page.k + at * D + i, k + (size_t)row * D + i);
+    copy16(page.v + at * D + i, v + (size_t)row * D + i);
+    if (i == 0) {
+        page.log_size[at] = log_size[row];
+        page.pos[at] = pos[row];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+read_entries(real16* k, real16* v, float* log_size, int* pos, const unsigned long long* slabs, int slab_pages,
+             const int* pages, int capacity, const int* first, const int* start, int n_kv_heads, int n_rows) {
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8, at;
+    if (row >= n_rows) return;
+    Page<real16, D> page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
+    copy16(k + (size_t)row * D + i, page.k + at * D + i);
+    copy16(v + (size_t)row * D + i, page.v + at * D + i);
+    if (i == 0) {
+        log_size[row] = page.log_size[at];
+        pos[row] = page.pos[at];
+    }
+}

@@ -1,0 +1,134 @@
+"""A decode step as one CUDA graph: the same kernels with the same arguments for every token."""
+
+import numpy as np
+
+from minillm.cache import PAGE_SIZE
+from minillm.errors import MinillmError
+from minillm.ops import launch, say_once
+
+FINE = 1 << 30  # "the first layer whose output is not finite", where there is none
+
+
+class DecodeStep:
+    """A token of each of B sequences: device memory that is allocated once, and a graph.
+
+    What changes from token to token is `control`, a few kilobytes that are copied to the device before a step; kernels
+    read lengths, positions and pages there. The first step is launched kernel by kernel (they are compiled then), the
+    second is captured. Another batch, or page tables that have outgrown their room, need another DecodeStep."""
+
+    def __init__(self, runner, caches):
+        c, device, batch = runner.model.config, runner.device, len(caches)
+        self.runner, self.device, self.pool, self.batch = runner, device, caches[0].pool, batch
+        self.capacity = max(64, 2 * max(int(cache.n_pages().max()) for cache in caches))
+        self.slabs = runner.ops.slab_table(self.pool)
+        heads, half = (c.n_layers, batch, c.n_kv_heads), c.head_dim // 2
+        self.host, self.control = {}, {}  # one buffer here and one there, and the parts of both by name
+        self._divide(
+            ids=((batch,), np.int32),
+            seen=((batch,), np.int32),
+            lengths=(heads, np.int32),
+            last_pages=(heads, np.int32),
+            bad=((1,), np.int32),
+            cos=((batch, half), np.float32),
+            sin=((batch, half), np.float32),
+        )
+        self.tables = np.full((*heads, self.capacity), -1, np.int32)  # what `pages` holds
+        self.pages = device.upload(self.tables)
+        self.starts = device.empty((c.n_layers, batch * c.n_kv_heads + 1), np.int32)
+        self.space = launch.decode_space(device, batch * c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+        self.x = device.empty((batch, c.dim), np.float32)
+        self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
+        self.q, self.mixed = (device.empty((batch, c.n_heads, c.head_dim), np.uint16) for _ in range(2))
+        self.act = device.empty((batch, c.ffn_dim), np.uint16)
+        self.logits = device.empty((batch, c.vocab_size), np.float32)
+        self.graph, self.steps = None, 0
+
+    def _divide(self, **parts):
+        size = lambda shape: -(-int(np.prod(shape)) // 4) * 4  # noqa: E731  words, so that each part begins at 16 bytes
+        self.host_words = np.zeros(sum(size(shape) for shape, _ in parts.values()), np.int32)
+        self.control_words = self.device.empty(self.host_words.shape, np.int32)
+        at = 0
+        for name, (shape, dtype) in parts.items():
+            words = slice(at, at + int(np.prod(shape)))
+            self.host[name] = self.host_words[words].view(dtype).reshape(shape)
+            self.control[name] = self.control_words[words].view(dtype).reshape(shape)
+            at += size(shape)
+
+    def fits(self, caches):
+        longest = max(int(cache.n_pages().max()) for cache in caches)
+        return len(caches) == self.batch and caches[0].pool is self.pool and longest <= self.capacity
+
+    def run(self, token_ids, caches, cos, sin):
+        """As Runner.decode."""
+        self._update(token_ids, caches, cos, sin)
+        if self.steps == 1:
+            self._capture()
+        if self.graph:
+            self.graph.launch()
+        else:
+            self._launch()
+        self.steps += 1
+        bad = int(self.control["bad"].get()[0])
+        return self.logits.get(), None if bad == FINE else bad
+
+    def _update(self, token_ids, caches, cos, sin):
+        """The device's control words, and its page tables where more than the newest page of a head has changed."""
+        host, page_size = self.host, PAGE_SIZE
+        host["ids"][:], host["bad"][:] = token_ids, FINE
+        host["cos"][:], host["sin"][:] = cos[:, 0], sin[:, 0]
+        for b, cache in enumerate(caches):
+            host["seen"][b], host["lengths"][:, b] = cache.seen, cache.lengths
+            newest = ((cache.lengths - 1) // page_size)[:, :, None]
+            host["last_pages"][:, b] = np.take_along_axis(cache.pages, newest, axis=2)[:, :, 0]
+            held, table = min(cache.pages.shape[2], self.capacity), self.tables[:, b]
+            np.put_along_axis(table, newest, host["last_pages"][:, b, :, None], axis=2)
+            if not np.array_equal(table[:, :, :held], cache.pages[:, :, :held]):
+                table[:, :, :held] = cache.pages[:, :, :held]
+                for layer in range(len(self.tables)):
+                    self.pages[layer, b].set(table[layer])
+        self.runner.ops.slab_table(self.pool)
+        self.control_words.set(self.host_words)
+
+    def _capture(self):
+        try:
+            self.graph = self.device.capture(self._launch)
+        except MinillmError as error:
+            say_once(f"minillm: {error}; decoding goes on kernel by kernel, which is slower for small models")
+
+    def _launch(self):
+        runner, device, control, real16 = self.runner, self.device, self.control, self.runner.real16
+        config, scale = runner.model.config, runner.model.scale
+        eps, window = config.rms_eps, config.sliding_window or 0
+        launch.last_pages(device, self.pages, control["lengths"], control["last_pages"])
+        launch.decode_plan(device, control["lengths"], self.starts)
+        launch.embed(device, runner.model.embedding, control["ids"], self.x)
+        mixed = self.mixed.reshape(self.batch, -1)
+        for index, layer in enumerate(runner.layers):
+            past = launch.Paged(
+                self.slabs, self.pool.slab_pages, self.pages[index], control["lengths"][index], control["seen"]
+            )
+            for rows in self._groups():
+                launch.norm_gemv(device, self.x[rows], layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
+            turn = control["cos"], control["sin"]
+            launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q, past, real16)
+            launch.decode_attention(
+                device, self.q, past, self.starts[index], self.space, self.mixed, scale, window, real16
+            )
+            for rows in self._groups():
+                launch.gemv_add(device, mixed[rows], layer.wo, self.x[rows])
+            if layer.bo is not None:
+                launch.add_bias(device, self.x, layer.bo)
+            for rows in self._groups():
+                x, act = self.x[rows], self.act[rows]
+                launch.norm_gemv_swiglu(device, x, layer.mlp_norm, eps, layer.w_gate_up, layer.b_gate_up, act)
+                launch.gemv_add(device, act, layer.w_down, x)
+            if layer.b_down is not None:
+                launch.add_bias(device, self.x, layer.b_down)
+            launch.not_finite(device, self.x, index, control["bad"])
+        for rows in self._groups():
+            launch.norm_gemv(device, self.x[rows], runner.norm, eps, runner.model.head, self.logits[rows])
+
+    def _groups(self):
+        """Slices of the batch that a kernel for few rows takes at once."""
+        most = max(launch.ROWS)
+        return [slice(lo, lo + most) for lo in range(0, self.batch, most)]

@@ -1,0 +1,208 @@
+"""The contract of `minillm.ops` on kernels/cuda and cuBLAS.
+
+Rows of K and V, hidden states and logits stay on the device, as its arrays; what a Plan says about them (indices,
+weights, sizes, positions) is in NumPy. Activations, K and V are 16-bit floats of one type, bf16 where the model's
+matrices are bf16 and half otherwise; the residual stream and every sum is float32.
+"""
+
+import numpy as np
+
+from minillm.cache import PAGE_SIZE
+from minillm.errors import MinillmError
+from minillm.ops import cuda_device, launch
+from minillm.ops.cuda_clusters import GreedyClusters
+from minillm.ops.cuda_runner import Runner
+from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
+from minillm.ops.numpy_ops import Slab
+
+HEAD_DIMS = (64, 128)  # that the kernels are made for
+SLABS = 32768  # of 8 MiB, at most: more than any one device has
+
+
+def open_ops(index):
+    """CudaOps on GPU `index`. Raises MinillmError."""
+    return CudaOps(cuda_device.open_device(index))
+
+
+class CudaOps:
+    """One model's operations on one device. The first matrix that is prepared decides the 16-bit type."""
+
+    READS_STORED = True
+
+    def __init__(self, device):
+        self.device, self.real16 = device, None
+        self._uploaded = {}  # id -> (host array, device array), the newest of them
+        self._slabs = None  # (addresses, the same on the device)
+
+    @property
+    def CACHE_DTYPE(self):
+        return {"half": "float16", "bf16": "bfloat16"}[self.real16]
+
+    def set_threads(self, n):
+        """Nothing to do: the work is on the device."""
+
+    # weights and the forward pass
+
+    def prepare(self, weight):
+        """The Weight (out, in) in device memory."""
+        if self.real16 is None:
+            self.real16 = "bf16" if weight.kind == "BF16" else "half"
+        return CudaWeight.of(self.device, weight, self.real16)
+
+    def runner(self, model):
+        d = model.config.head_dim
+        if d not in HEAD_DIMS:
+            raise MinillmError(
+                f"{model.config.name} has heads of {d} elements, and on a GPU minillm has kernels for "
+                f"{' and '.join(map(str, HEAD_DIMS))}: use --device cpu"
+            )
+        return Runner(model)
+
+    def embed(self, table, ids):
+        """Rows `ids` (n,) of the embedding table -> (n, dim) float32 on the device."""
+        ids = np.ascontiguousarray(ids, np.int32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < table.shape[0]:
+            raise IndexError(f"token ids are not all in 0..{table.shape[0] - 1}")
+        out = self.device.empty((len(ids), table.shape[1]), np.float32)
+        launch.embed(self.device, table, self.device.upload(ids), out)
+        return out
+
+    # pages
+
+    def page_bytes(self, page_size, head_dim):
+        """Bytes of one page: K and V in 16 bits, log s in float32, position in int32."""
+        return page_size * (2 * head_dim * 2 + 4 + 4)
+
+    def new_slab(self, n_pages, page_size, head_dim):
+        """A Slab of device memory that is given back with the last reference to it."""
+        assert page_size == PAGE_SIZE
+        n = n_pages * page_size
+        memory = self.device.new_slab_memory((n_pages * self.page_bytes(page_size, head_dim) // 2,), np.uint16)
+        ends = np.cumsum([n * head_dim, n * head_dim, 2 * n, 2 * n]).tolist()
+        k, v, log_size, pos = (memory[lo:hi] for lo, hi in zip([0, *ends], ends, strict=False))
+        return Slab(
+            k.reshape(n_pages, page_size, head_dim),
+            v.reshape(n_pages, page_size, head_dim),
+            log_size.view(np.float32).reshape(n_pages, page_size),
+            pos.view(np.int32).reshape(n_pages, page_size),
+        )
+
+    def slab_table(self, pool):
+        """(SLABS,) uint64 on the device: where each slab begins. The array stays the same when slabs come and go."""
+        addresses = np.zeros(SLABS, np.uint64)
+        addresses[: len(pool.slabs)] = [slab.k.data.ptr for slab in pool.slabs]
+        if self._slabs is None:
+            self._slabs = addresses, self.device.upload(addresses)
+        elif not np.array_equal(self._slabs[0], addresses):
+            self._slabs[1].set(addresses)
+            self._slabs = addresses, self._slabs[1]
+        return self._slabs[1]
+
+    def paged(self, layer):
+        """A PagedLayer as launch.Paged, a batch of one."""
+        upload = self.device.upload
+        return launch.Paged(
+            self.slab_table(layer.pool),
+            layer.pool.slab_pages,
+            upload(layer.pages[None]),
+            upload(layer.lengths[None].astype(np.int32)),
+            upload(np.array([layer.seen], np.int32)),
+        )
+
+    def write_entries(self, layer, start, entries):
+        """Entries into the pages of a PagedLayer, after the first `start` (H,) of each head. k and v: rows of the
+        device, or float32 on the host."""
+        if len(entries.pos):
+            k, v = (self._rows(rows) for rows in (entries.k, entries.v))
+            log_size, pos = self.device.upload(entries.log_size), self.device.upload(entries.pos)
+            first, start = self._offsets(entries.lengths), self.device.upload(start.astype(np.int32))
+            launch.write_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
+
+    def read_entries(self, layer, start):
+        """k, v (E, d) on the device, log_size, pos (E,) of the entries after the first `start` (H,) of each head."""
+        lengths, d, empty = layer.lengths - start, layer.pool.head_dim, self.device.empty
+        n = int(lengths.sum())
+        k, v, log_size, pos = (
+            empty((n, d), np.uint16),
+            empty((n, d), np.uint16),
+            empty(n, np.float32),
+            empty(n, np.int32),
+        )
+        if n:
+            first, start = self._offsets(lengths), self.device.upload(start.astype(np.int32))
+            launch.read_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
+        return k, v, log_size.get(), pos.get()
+
+    def _offsets(self, lengths):
+        return self.device.upload(np.append(0, np.cumsum(lengths)).astype(np.int32))
+
+    def _rows(self, rows):
+        return rows if self.device.owns(rows) else self.device.upload(to_words(rows, self.real16))
+
+    def stored_rows(self, rows):
+        """Rows of the device -> float32 (n, d) on the host."""
+        return from_words(rows.get(), self.real16)
+
+    def concatenate(self, parts):
+        """Rows of several arrays, one after another."""
+        out, row = self.device.empty((sum(map(len, parts)), parts[0].shape[1]), np.uint16), 0
+        for part in parts:
+            if len(part):
+                out[row : row + len(part)] = part
+            row += len(part)
+        return out
+
+    # compression
+
+    def unrotated(self, rows, pos, cos, sin):
+        """rows (R, d) turned back from their positions; cos, sin (positions, d/2), with yarn's factor."""
+        out = self.device.empty(rows.shape, np.uint16)
+        tables = self._upload_once(cos), self._upload_once(sin)
+        norm = float(cos[0, 0]) ** 2  # of the factor that yarn puts on cos and sin: position 0 shows it
+        launch.unrotate(self.device, rows, self._indices(pos), *tables, norm, out, self.real16)
+        return out
+
+    def merge(self, rows, dest, weight, n_entries):
+        """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. -> (n_entries, d)."""
+        out = self.device.empty((n_entries, rows.shape[1]), np.uint16)
+        order, first = self._by_entry(dest, n_entries)
+        launch.merge(self.device, rows, order, first, self.device.upload(weight), out, self.real16)
+        return out
+
+    def merge_unrotated(self, rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin):
+        """As `merge`, of keys: summed with RoPE undone, then turned to entry_pos (E,); what is one row of weight 1 at
+        its own position is copied."""
+        out = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16)
+        order, first = self._by_entry(dest, len(entry_pos))
+        weight, pos, entry_pos = self.device.upload(weight), self._indices(pos), self._indices(entry_pos)
+        tables = self._upload_once(cos), self._upload_once(sin)
+        launch.merge_unrotated(
+            self.device, rows, rows_unrotated, pos, order, first, weight, entry_pos, *tables, out, self.real16
+        )
+        return out
+
+    def take(self, rows, index):
+        """Rows `index` (n,) -> (n, d)."""
+        out = self.device.empty((len(index), rows.shape[1]), np.uint16)
+        launch.take(self.device, rows, self._indices(index), out)
+        return out
+
+    def GreedyClusters(self, keys, starts, lengths):
+        return GreedyClusters(self.device, self.real16, keys, starts, lengths)
+
+    def _by_entry(self, dest, n_entries):
+        """order: the rows that go somewhere, entry by entry; first (E + 1,): where those of an entry begin."""
+        taken = np.flatnonzero(dest >= 0)
+        order = taken[np.argsort(dest[taken], kind="stable")]
+        return self._indices(order), self._offsets(np.bincount(dest[taken], minlength=n_entries))
+
+    def _indices(self, host):
+        return self.device.upload(np.ascontiguousarray(host, np.int32))
+
+    def _upload_once(self, host):
+        """The device's copy of an array that comes again and again, and is not written to: the tables of one pass."""
+        if id(host) not in self._uploaded:
+            if len(self._uploaded) >= 4:
+                self._uploaded.pop(next(iter(self._uploaded)))
+            self._uploaded[id(host)] = host, self.device.upload(host)
+        return self._uploaded[id(host)][1]

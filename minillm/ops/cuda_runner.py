@@ -1,0 +1,140 @@
+"""The forward pass of one Model on a device: minillm.model.Model._extend and ._decode, with q, k and v in one matrix,
+gate and up in another, and everything that can be fused in one kernel."""
+
+import numpy as np
+
+from minillm.ops import launch
+from minillm.ops.cuda_decode import FINE, DecodeStep
+from minillm.ops.cuda_weights import DENSE, CudaWeight, stacked
+
+MLP_ROWS = 4096  # rows of the wide middle of the MLP that exist at a time
+PRODUCT_BYTES = 128 << 20  # a matrix in blocks is widened in tiles of this many bytes for cuBLAS
+
+
+class Layer:
+    """The matrices and vectors of one layer on the device. The Block keeps views of them."""
+
+    def __init__(self, ops, block):
+        device = ops.device
+        self.wqkv = _above(ops, block, "wq", "wk", "wv")
+        self.w_gate_up = _above(ops, block, "w_gate", "w_up")
+        self.wo, self.w_down = block.wo, block.w_down
+        self.attention_norm, self.mlp_norm = device.upload(block.attention_norm), device.upload(block.mlp_norm)
+        self.bqkv = _bias(device, block.bq, block.bk, block.bv)
+        self.b_gate_up = _bias(device, block.b_gate, block.b_up)
+        self.bo, self.b_down = _bias(device, block.bo), _bias(device, block.b_down)
+
+
+def _above(ops, block, *names):
+    """The matrices `names` of a Block as one, each above the next; the block's own become views of it."""
+    parts = [getattr(block, name) for name in names]
+    if len({part.format for part in parts}) > 1:
+        parts = [_widened(ops, part) for part in parts]
+    whole, row = stacked(ops.device, parts), 0
+    for name, part in zip(names, parts, strict=True):
+        setattr(block, name, whole.rows(row, row + part.shape[0]))
+        row += part.shape[0]
+    return whole
+
+
+def _widened(ops, weight):
+    """A CudaWeight as plain 16-bit words: itself if it is."""
+    if weight.scales is None:
+        return weight
+    words = ops.device.empty(weight.shape, np.uint16)
+    launch.dequantize(ops.device, weight, 0, words)
+    return CudaWeight(DENSE[ops.real16], weight.shape, words.view(np.uint8))
+
+
+def _bias(device, *parts):
+    return None if parts[0] is None else device.upload(np.concatenate(parts))
+
+
+class Runner:
+    def __init__(self, model):
+        self.model, self.ops, self.device, self.real16 = model, model.ops, model.ops.device, model.ops.real16
+        self.layers = [Layer(self.ops, block) for block in model.blocks]
+        self.norm = self.device.upload(model.norm)
+        self.bad = self.device.upload(np.array([FINE], np.int32))
+        self.step = None
+
+    # a prompt
+
+    def attention(self, index, x, cos, sin, past):
+        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> k, v (H, n, d), k rotated; mixed
+        (n, Hq * d), all of 16 bits."""
+        c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
+        cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
+        qkv = self._norm_product(x, layer.attention_norm, layer.wqkv)
+        q = device.empty((c.n_heads, n, c.head_dim), np.uint16)
+        k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
+        launch.rope_split(device, qkv, layer.bqkv, cos, sin, q, k, v, self.real16)
+        del qkv
+        mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
+        past, window = self.ops.paged(past), c.sliding_window or 0
+        launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
+        return k, v, mixed.reshape(n, -1)
+
+    def output(self, index, x, mixed):
+        """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
+        layer, device = self.layers[index], self.device
+        self._product_onto(x, mixed, layer.wo, layer.bo)
+        for lo in range(0, len(x), MLP_ROWS):
+            self._mlp(layer, x[lo : lo + MLP_ROWS])
+        launch.not_finite(device, x, 0, self.bad)
+        if self.bad.get()[0] == FINE:
+            return True
+        self.bad.fill(FINE)
+        return False
+
+    def _mlp(self, layer, x):
+        gate_up = self._norm_product(x, layer.mlp_norm, layer.w_gate_up)
+        h = self.device.empty((len(x), gate_up.shape[1] // 2), np.uint16)
+        launch.swiglu(self.device, gate_up, layer.b_gate_up, h, self.real16)
+        self._product_onto(x, h, layer.w_down, layer.b_down)
+
+    def logits(self, hidden):
+        """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32 on the host."""
+        logits = self.device.empty((len(hidden), self.model.head.shape[0]), np.float32)
+        if len(hidden) <= max(launch.ROWS):
+            launch.norm_gemv(self.device, hidden, self.norm, self.model.config.rms_eps, self.model.head, logits)
+        else:
+            self._product(self._normed(hidden, self.norm), self.model.head, logits)
+        return logits.get()
+
+    def _normed(self, x, norm):
+        h = self.device.empty(x.shape, np.uint16)
+        launch.rms_norm(self.device, x, norm, self.model.config.rms_eps, h, self.real16)
+        return h
+
+    def _norm_product(self, x, norm, weight):
+        y = self.device.empty((len(x), weight.shape[0]), np.uint16)
+        self._product(self._normed(x, norm), weight, y)
+        return y
+
+    def _product_onto(self, x, h, weight, bias):
+        self._product(h, weight, x, add=True)
+        if bias is not None:
+            launch.add_bias(self.device, x, bias)
+
+    def _product(self, h, weight, y, add=False):
+        """y (n, out) = or += h (n, in) W^T with cuBLAS; y float32 or 16-bit."""
+        if weight.scales is None:
+            self.device.gemm(h, weight.words.view(np.uint16), y, self.real16, add)
+            return
+        step = max(1, PRODUCT_BYTES // (2 * weight.shape[1]))
+        for lo in range(0, weight.shape[0], step):
+            words = self.device.empty((min(step, weight.shape[0] - lo), weight.shape[1]), np.uint16)
+            launch.dequantize(self.device, weight, lo, words)
+            self.device.gemm(h, words, y[:, lo : lo + len(words)], self.real16, add)
+
+    # a token of each sequence
+
+    def decode(self, token_ids, caches, cos, sin):
+        """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
+        written here. cos, sin (B, 1, d/2). -> logits (B, vocab) on the host, and the first layer whose output is not
+        finite, or None."""
+        if self.step is None or not self.step.fits(caches):
+            self.step = None  # its memory may serve the new one
+            self.step = DecodeStep(self, caches)
+        return self.step.run(token_ids, caches, cos, sin)

@@ -1,0 +1,107 @@
+"""Matrices in device memory, as kernels/cuda/weights.cuh reads them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.quants import BLOCK_BYTES, BLOCK_WEIGHTS
+
+
+@dataclass(frozen=True)
+class Format:
+    """A struct of weights.cuh: `chunk` values lie in 16 bytes and meet activations of the type real16."""
+
+    name: str
+    chunk: int
+    real16: str
+
+
+FORMATS = {
+    "F16": Format("F16", 8, "half"),
+    "BF16": Format("BF16", 8, "bf16"),
+    "Q8_0": Format("Q8_0", 16, "half"),
+    "Q4_0": Format("Q4_0", 32, "half"),
+    "Q4_1": Format("Q4_1", 32, "half"),
+}
+DENSE = {"half": FORMATS["F16"], "bf16": FORMATS["BF16"]}  # real16 -> the format of plain 16-bit words
+
+
+def to_words(values, real16):
+    """float32 -> uint16 words of half or bf16, to nearest, ties to even."""
+    if real16 == "half":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_words(words, real16):
+    """uint16 words of half or bf16 -> float32."""
+    if real16 == "half":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass
+class CudaWeight:
+    """A matrix (out, in). words (out, bytes of a row) uint8; scales (out, scales of a row) uint16 halfs, None for plain
+    16-bit words: device arrays."""
+
+    format: Format
+    shape: tuple[int, int]
+    words: object
+    scales: object = None
+
+    @classmethod
+    def of(cls, device, weight, real16):
+        """A Weight as this model's activations can meet it: blocks and 16-bit words stay what they are, anything else
+        becomes 16-bit words of the type real16."""
+        kept = FORMATS.get(weight.kind)
+        if kept is None or kept.real16 != real16:
+            words, scales, kept = to_words(weight.rows(0, weight.shape[0]), real16), None, DENSE[real16]
+        elif weight.kind in BLOCK_BYTES:
+            words, scales = _apart(weight)
+        else:
+            words, scales = weight.data, None
+        words = device.upload(np.ascontiguousarray(words).view(np.uint8))
+        return cls(kept, weight.shape, words, None if scales is None else device.upload(scales))
+
+    @property
+    def nbytes(self):
+        return self.words.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def rows(self, lo, hi):
+        """Rows lo : hi, a view."""
+        return CudaWeight(
+            self.format,
+            (hi - lo, self.shape[1]),
+            self.words[lo:hi],
+            None if self.scales is None else self.scales[lo:hi],
+        )
+
+    def dense(self):
+        """(out, in) uint16, a view, if it is plain 16-bit words; else None."""
+        return self.words.view(np.uint16) if self.scales is None else None
+
+
+def _apart(weight):
+    """Quants (out, bytes) and scales (out, n) of blocks of 32, which a file holds side by side."""
+    n_out, n_in = weight.shape
+    blocks = weight.data.reshape(n_out, n_in // BLOCK_WEIGHTS, BLOCK_BYTES[weight.kind])
+    head = 4 if weight.kind == "Q4_1" else 2  # bytes of d, or of d and m
+    scales = np.ascontiguousarray(blocks[:, :, :head]).view(np.uint16)
+    return np.ascontiguousarray(blocks[:, :, head:]).reshape(n_out, -1), scales.reshape(n_out, -1)
+
+
+def stacked(device, weights):
+    """Matrices of one format as one, each above the next, in new memory."""
+    words = _joined(device, [weight.words for weight in weights])
+    scales = None if weights[0].scales is None else _joined(device, [weight.scales for weight in weights])
+    return CudaWeight(weights[0].format, (len(words), weights[0].shape[1]), words, scales)
+
+
+def _joined(device, parts):
+    whole, row = device.empty((sum(len(part) for part in parts), parts[0].shape[1]), parts[0].dtype), 0
+    for part in parts:
+        whole[row : row + len(part)] = part
+        row += len(part)
+    return whole
