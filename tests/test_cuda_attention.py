@@ -192,6 +192,116 @@ def test_prefill_window(device, rng, window, lengths):
     check_prefill(device, rng, lengths, 200, 1, 64, "half", window=window)
 
 
+class Scores:
+    """Queries and ragged rows on a device, and in float64 what each query gives to each row."""
+
+    def __init__(self, device, rng, lengths, n, group, head_dim, real16, *, window=0, size=1.0, splits=1):
+        self.device, self.real16, self.window, self.scale = device, real16, window, head_dim**-0.5
+        total, n_heads = sum(lengths), group * len(lengths)
+        seen = max(lengths)
+        q, keys = (to_words(rng.normal(size=(m, head_dim)) * size, real16) for m in (n_heads * n, total))
+        self.log_size = np.log(rng.integers(1, 50, total)).astype(np.float32)
+        self.pos = rng.integers(0, seen + n, total).astype(np.int32)
+        self.q_pos = np.arange(seen, seen + n, dtype=np.int32)
+        starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
+        upload = device.upload
+        self.rows = launch.Rows(
+            upload(keys), upload(self.log_size), upload(self.pos), upload(starts), int(max(lengths))
+        )
+        self.q, self.q_at = upload(q.reshape(n_heads, n, head_dim)), upload(self.q_pos)
+        self.lse = device.empty((splits, n_heads, n), np.float32)
+        self.p, self.exact_lse = np.zeros((group, n, total)), np.full((n_heads, n), -np.inf)
+        wide, keys = from_words(q, real16).astype(np.float64).reshape(n_heads, n, -1), from_words(keys, real16)
+        self.largest_logit = 1.0
+        for head in range(n_heads):
+            rows = slice(*starts[head // group : head // group + 2])
+            for i in range(n):
+                logits = keys[rows] @ wide[head, i] * self.scale + self.log_size[rows]
+                far = self.q_pos[i] - self.pos[rows]
+                seen_rows = (far >= 0) & (far < (window or 1 << 30))
+                if seen_rows.any():
+                    top = logits[seen_rows].max()
+                    self.exact_lse[head, i] = top + np.log(np.exp(logits[seen_rows] - top).sum())
+                    self.p[head % group, i, rows] = np.where(seen_rows, np.exp(logits - self.exact_lse[head, i]), 0)
+                    self.largest_logit = max(self.largest_logit, np.abs(logits).max())
+
+    @property
+    def rtol(self):
+        return 2**-20 * self.largest_logit + 4e-6
+
+    def find_lse(self):
+        launch.score_lse(self.device, self.q, self.rows, self.q_at, self.lse, self.scale, self.window, self.real16)
+
+    def check_lse(self):
+        top = self.lse.get().max(axis=0)
+        with np.errstate(invalid="ignore"):
+            found = top + np.log(np.exp(self.lse.get() - top).sum(axis=0))
+        found = np.where(top == -np.inf, -np.inf, found)
+        np.testing.assert_allclose(found, self.exact_lse, rtol=2e-6, atol=2e-5)
+
+    def check_window_scores(self):
+        out = self.device.empty(self.p.shape, np.float32)
+        launch.window_scores(
+            self.device, self.q, self.rows, self.q_at, self.lse, out, self.scale, self.window, self.real16
+        )
+        np.testing.assert_allclose(out.get(), self.p, rtol=self.rtol, atol=1e-30)
+        return out.get()
+
+    def check_column_scores(self, reduce, min_distance=0):
+        out = self.device.empty((len(self.p), self.p.shape[2]), np.float32)
+        arguments = self.scale, self.window, reduce is np.max, min_distance, self.real16
+        launch.column_scores(self.device, self.q, self.rows, self.q_at, self.lse, out, *arguments)
+        counts = self.pos <= self.q_pos[:, None] - min_distance
+        np.testing.assert_allclose(out.get(), reduce(self.p * counts, axis=1), rtol=self.rtol, atol=1e-30)
+        return out.get()
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("group, n", [(1, 1), (3, 50), (4, 32), (8, 5)])
+@pytest.mark.parametrize("lengths", [[1], [0, 64, 129], [200, 0, 7]])
+def test_scores(device, rng, lengths, group, n, real16):
+    case = Scores(device, rng, lengths, n, group, 64, real16)
+    case.find_lse()
+    case.check_lse()
+    case.check_window_scores()
+    case.check_column_scores(np.sum)
+    case.check_column_scores(np.max, min_distance=1)
+
+
+@pytest.mark.parametrize("window", [1, 50, 1000])
+@pytest.mark.parametrize("min_distance", [0, 40, 100_000])
+def test_scores_of_many_queries(device, rng, window, min_distance):
+    case = Scores(device, rng, [300, 130], 270, 1, 128, "bf16", window=window)
+    case.find_lse()
+    case.check_lse()
+    case.check_column_scores(np.sum, min_distance)
+    case.check_column_scores(np.max, min_distance)
+    case.check_window_scores()
+
+
+@pytest.mark.parametrize("size", [1e-3, 10.0])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_scores_in_splits(device, rng, splits, size):
+    case = Scores(device, rng, [260, 30, 0], 20, 2, 64, "half", size=size, splits=splits)
+    case.find_lse()
+    case.check_lse()
+    case.check_window_scores()
+    case.check_column_scores(np.sum)
+
+
+def test_scores_with_the_lse_of_prefill(device, rng):
+    """Fresh keys in order, causal: what prefill_attention returns is what the second pass needs."""
+    case = Scores(device, rng, [90, 90], 90, 2, 64, "half")
+    case.rows.pos.set(np.tile(case.q_pos, 2))
+    case.rows.log_size.fill(0)
+    none = Stored(device, rng, [[0, 0]], 64, "half", [90]).paged
+    case.find_lse()
+    k = case.rows.keys.reshape(2, 90, 64)
+    out, lse = device.empty((90, 4, 64), np.uint16), device.empty((4, 90), np.float32)
+    launch.prefill_attention(device, case.q, k, k, none, out, lse, case.scale, 0, "half")
+    np.testing.assert_allclose(lse.get(), case.lse.get()[0], rtol=2e-6, atol=2e-5)
+
+
 @pytest.fixture
 def thread_orders(device, monkeypatch):
     """What a function returns in each order in which the emulator can run threads."""
@@ -208,11 +318,14 @@ def thread_orders(device, monkeypatch):
 
 
 def test_the_order_of_threads_does_not_matter(device, thread_orders):
-    def both():
+    def all_kernels():
         decode = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half")
         prefill = check_prefill(device, np.random.default_rng(1), [70], 70, 1, 64, "half")
-        return np.concatenate([decode.reshape(-1), prefill.reshape(-1)])
+        case = Scores(device, np.random.default_rng(1), [70, 30], 40, 2, 64, "half")
+        case.find_lse()
+        scores = case.check_window_scores(), case.check_column_scores(np.sum)
+        return np.concatenate([part.reshape(-1) for part in (decode, prefill, *scores)])
 
-    first, *others = thread_orders(both)
+    first, *others = thread_orders(all_kernels)
     for other in others:
         np.testing.assert_array_equal(other, first)

@@ -94,6 +94,15 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// Wait until all copies of this thread have arrived. A barrier must follow.
+__device__ __forceinline__ void cp_async_wait_all() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    cuemu_cp_async_wait_all();
+#endif
+}
+
 // 2^x; 0 for -infinity.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(__CUDA_ARCH__)

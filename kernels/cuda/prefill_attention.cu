@@ -93,14 +93,12 @@ prefill_attention(const real16* q, const real16* k, const real16* v, const unsig
             past.fetch(tile * KEYS, bias[tile & 1]);
         } else
             fetch_new(k, tile, k_tile);
-        cp_async_commit();
     };
     auto fetch_values = [&](int tile) {
         if (tile < n_past)
             past.fetch(tile * KEYS, true, v_tile);
         else
             fetch_new(v, tile, v_tile);
-        cp_async_commit();
     };
 
     copy_rows<QUERIES, THREADS>(q_tile, q + (size_t)row0 * HEAD_DIM, n - row0, threadIdx.x);
@@ -108,12 +106,12 @@ prefill_attention(const real16* q, const real16* k, const real16* v, const unsig
     Rows<M> rows;
     rows.clear();
     for (int tile = 0; tile < n_tiles; ++tile) {
-        cp_async_wait<0>();
+        cp_async_wait_all();
         __syncthreads();  // K is there, and every warp is done with V of the tile before
         fetch_values(tile);
         float s[M][N][4];
         dot_products(s, q_tile + warp_row * HEAD_DIM, k_tile);
-        cp_async_wait<0>();
+        cp_async_wait_all();
         __syncthreads();  // V is there, and every warp is done with K
 
         // A key is visible to the rows first .. last; log s is added in the unit of the dot products.

@@ -79,6 +79,11 @@ def source(file, defines):
     return "".join(f"#define {name} {value}\n" for name, value in defines.items()) + _text(f"{file}.cu")
 
 
+def kernels(file):
+    """Names of the kernels of a file."""
+    return {name for name, _ in _SIGNATURE.findall(_text(f"{file}.cu"))}
+
+
 @functools.cache
 def parameters(file, kernel):
     """{name: (C type, whether it is a pointer)} of a kernel, in order."""
