@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from cuda_words import REAL16, from_words, to_words
 
-from minillm.ops import launch
+from minillm.ops import launch, numpy_ops
+from minillm.ops.cuda_ops import CudaOps
 
 PAGE = launch.PAGE_SIZE
 
@@ -300,6 +301,35 @@ def test_scores_with_the_lse_of_prefill(device, rng):
     out, lse = device.empty((90, 4, 64), np.uint16), device.empty((4, 90), np.float32)
     launch.prefill_attention(device, case.q, k, k, none, out, lse, case.scale, 0, "half")
     np.testing.assert_allclose(lse.get(), case.lse.get()[0], rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_scores_through_the_contract(device, rng, window, monkeypatch):
+    """CudaOps and NumPy on the same rounded inputs, heads of any lengths and rows enough for several splits."""
+    ops, lengths, n = CudaOps(device), np.array([1300, 0, 40]), 33
+    ops.real16 = "half"
+    monkeypatch.setattr(device, "processors", 8)
+    rounded = lambda *shape: from_words(to_words(rng.normal(size=shape), "half"), "half")  # noqa: E731
+    q, keys = rounded(6, n, 64), rounded(1340, 64)
+    log_size, pos = np.log(rng.integers(1, 9, 1340)).astype(np.float32), rng.integers(0, 1300, 1340).astype(np.int32)
+    arguments = q, keys, lengths, log_size, pos, np.arange(1280, 1280 + n), 0.125, window
+    close = {"rtol": 2e-5, "atol": 1e-7}
+    np.testing.assert_allclose(ops.window_scores(*arguments), numpy_ops.window_scores(*arguments), **close)
+    for how in ({"reduce": "sum"}, {"reduce": "max", "min_distance": 3}):
+        exact = numpy_ops.column_scores(*arguments, **how)
+        np.testing.assert_allclose(ops.column_scores(*arguments, **how), exact, **close)
+        lse = device.upload(rng.normal(size=(6, n)).astype(np.float32))
+        exact = numpy_ops.column_scores(*arguments, **how, lse=lse.get())
+        np.testing.assert_allclose(ops.column_scores(*arguments, **how, lse=lse), exact, **close)
+
+
+def test_scores_of_nothing(device):
+    ops, none, rows = CudaOps(device), np.zeros(0, np.int32), np.zeros((0, 64), np.float32)
+    ops.real16 = "half"
+    q = np.zeros((4, 3, 64), np.float32)
+    assert ops.window_scores(q, rows, [0, 0], none, none, np.arange(3), 1.0).shape == (2, 3, 0)
+    keys, five = np.zeros((5, 64), np.float32), np.zeros(5, np.int32)
+    assert not ops.column_scores(q[:, :0], keys, [5, 0], five, five, none, 1.0).any()
 
 
 @pytest.fixture

@@ -187,6 +187,40 @@ class CudaOps:
         launch.take(self.device, rows, self._indices(index), out)
         return out
 
+    def window_scores(self, q, keys, lengths, log_size, pos, q_pos, scale, window=None):
+        """Attention probabilities (G, w, R) of a few queries over the rows of a layer. q (Hq, w, d), keys (R, d): on
+        the device, or float32; the others on the host, q_pos ascending. See numpy_ops."""
+        rows, q, at = self._score_rows(q, keys, lengths, log_size, pos, q_pos)
+        lse = self._score_lse(q, rows, at, scale, window)
+        out = self.device.empty((len(q) // len(lengths), q.shape[1], len(pos)), np.float32)
+        launch.window_scores(self.device, q, rows, at, lse, out, scale, window or 0, self.real16)
+        return out.get()
+
+    def column_scores(
+        self, q, keys, lengths, log_size, pos, q_pos, scale, window=None, *, reduce="sum", min_distance=0, lse=None
+    ):
+        """The sum or the largest (G, R) of the probabilities that many queries give to each row. Arguments as in
+        window_scores; lse (Hq, n): on the device, as prefill attention returns it, where it is known. See numpy_ops."""
+        assert reduce in ("sum", "max")
+        rows, q, at = self._score_rows(q, keys, lengths, log_size, pos, q_pos)
+        lse = self._score_lse(q, rows, at, scale, window) if lse is None else lse.reshape(1, *q.shape[:2])
+        out = self.device.empty((len(q) // len(lengths), len(pos)), np.float32)
+        largest, common = reduce == "max", (scale, window or 0)
+        launch.column_scores(self.device, q, rows, at, lse, out, *common, largest, min_distance, self.real16)
+        return out.get()
+
+    def _score_rows(self, q, keys, lengths, log_size, pos, q_pos):
+        assert (np.diff(q_pos) >= 0).all()
+        log_size = self.device.upload(np.ascontiguousarray(log_size, np.float32))
+        longest = int(np.max(lengths, initial=0))
+        rows = launch.Rows(self._rows(keys), log_size, self._indices(pos), self._offsets(lengths), longest)
+        return rows, self._rows(q), self._indices(q_pos)
+
+    def _score_lse(self, q, rows, at, scale, window):
+        lse = self.device.empty((launch.score_splits(self.device, q, rows), *q.shape[:2]), np.float32)
+        launch.score_lse(self.device, q, rows, at, lse, scale, window or 0, self.real16)
+        return lse
+
     def GreedyClusters(self, keys, starts, lengths):
         return GreedyClusters(self.device, self.real16, keys, starts, lengths)
 

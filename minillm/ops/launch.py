@@ -456,7 +456,7 @@ def score_splits(device, q, rows):
     """Into how many parts score_lse should split the rows of a head to fill the card."""
     n_kv_heads = len(rows.starts) - 1
     blocks = n_kv_heads * _blocks(len(q) // n_kv_heads * q.shape[1], 128)
-    return max(1, min(2 * device.processors // blocks, rows.longest // 512))
+    return max(1, min(2 * device.processors // max(blocks, 1), rows.longest // 512))
 
 
 def score_lse(device, q, rows, q_pos, lse, scale, window, real16):
