@@ -28,7 +28,11 @@ extern "C" __global__ void divergent(float* y) {
     if (threadIdx.x < 32) { y[threadIdx.x] = 1.f; __syncthreads(); } else {
         __syncthreads(); }
 }
-extern "C" __global__ void early_exit(float* y) { if (threadIdx.x >= 40) return; __syncthreads(); y[threadIdx.x] = 1.f; }
+extern "C" __global__ void early_exit(float* y) {
+    if (threadIdx.x >= 40) return;
+    __syncthreads();
+    y[threadIdx.x] = 1.f;
+}
 extern "C" __global__ void half_a_warp(float* y) {
     float v = threadIdx.x;
     if (threadIdx.x < 16) v += __shfl_xor_sync(0xffffffffu, v, 8);

@@ -89,13 +89,13 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
 }
 
 // y (rows, n_out) float32 += x W^T: onto the residual stream
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 gemv_add(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows) {
     multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows);
 }
 
 // y (rows, n_out) Real16 = norm(x) W^T: q, k and v in one matrix
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 norm_gemv(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales, half* y_words,
           int n_in, int n_out, int rows) {
     extern __shared__ __align__(16) unsigned char normed[];  // (rows, n_in) Real16
@@ -105,7 +105,7 @@ norm_gemv(const float* x, const float* norm, float eps, const unsigned char* wor
 }
 
 // y (rows, n_out) float32 = norm(x) W^T: logits
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 norm_gemv_logits(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales, float* y,
                  int n_in, int n_out, int rows) {
     extern __shared__ __align__(16) unsigned char normed[];
@@ -115,7 +115,7 @@ norm_gemv_logits(const float* x, const float* norm, float eps, const unsigned ch
 }
 
 // y (rows, ffn) Real16 = silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu); W: Wg above Wu, (2 ffn, n_in); biases (2 ffn,) or null
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 norm_gemv_swiglu(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales,
                  const float* bias, half* y_words, int n_in, int ffn, int rows) {
     extern __shared__ __align__(16) unsigned char normed[];

@@ -1,0 +1,62 @@
+"""Every kernel in every variant through NVRTC, for Ampere and Hopper, with the options that cupy.RawModule uses: no GPU
+and no driver is needed. A kernel that spills registers to memory fails, and so does one that needs more of them than
+is written down here: that is a change to look at, for it may cost occupancy."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from minillm.ops import launch
+
+try:
+    import cupy
+    from cupy.cuda import nvrtc
+
+    nvrtc.getVersion()
+except (ImportError, RuntimeError) as error:
+    if os.environ.get("CI"):
+        raise
+    pytest.skip(f"no CuPy or no NVRTC ({error}): pip install 'minillm-engine[nvrtc]'", allow_module_level=True)
+
+ARCHS = (80, 90)
+LIMITS = {}
+VARIANTS = [(file, tuple(defines.items()), arch) for file in launch.files() for defines in launch.variants(file) for arch in ARCHS]
+
+
+def compiled(file, defines, arch):
+    """{kernel: (registers, bytes spilled)}"""
+    options = cupy._core.core.assemble_cupy_compiler_options(())
+    options += ("--device-as-default-execution-space", f"-arch=sm_{arch}", "--ptxas-options=-v")
+    program = nvrtc.createProgram(launch.source(file, dict(defines)), f"{file}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        assert nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise AssertionError(nvrtc.getProgramLog(program)) from error
+    finally:
+        log = nvrtc.getProgramLog(program)
+        nvrtc.destroyProgram(program)
+    out = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        kernel = part[: part.index("'")]
+        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()))
+        out[kernel] = int(re.search(r"Used (\d+) registers", part)[1]), spilled
+    return out
+
+
+@pytest.fixture(scope="module")
+def results():
+    """All of them; NVRTC works in several threads at once."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(VARIANTS, pool.map(lambda variant: compiled(*variant), VARIANTS), strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join([v[0], *(x for _, x in v[1]), f"sm{v[2]}"]))
+def test_compiles_without_spills(results, variant):
+    kernels = results[variant]
+    assert kernels.keys() >= launch.kernels(variant[0])
+    for kernel, (registers, spilled) in kernels.items():
+        assert spilled == 0, f"{kernel} spills {spilled} bytes"
+        assert registers <= LIMITS[kernel], f"{kernel} needs {registers} registers, {LIMITS[kernel]} are written down"
