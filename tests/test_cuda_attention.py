@@ -323,6 +323,20 @@ def test_scores_through_the_contract(device, rng, window, monkeypatch):
         np.testing.assert_allclose(ops.column_scores(*arguments, **how, lse=lse), exact, **close)
 
 
+@pytest.mark.parametrize("pos", [0, 126, 127, 128, 256])
+def test_queries_that_see_a_row_at_the_edges_of_tiles(device, rng, pos):
+    """One row gets 1 from every query that sees it: their number, for windows and distances around 128 queries."""
+    ops, one, q_pos = CudaOps(device), np.ones(1, np.float32), np.arange(257)
+    ops.real16 = "half"
+    q, key = rng.normal(size=(1, 257, 64)), rng.normal(size=(1, 64))
+    for window in (1, 2, 128, 129, 130):
+        for distance in (0, 1, 127, 128, 129):
+            arguments = q, key, [1], one, np.array([pos]), q_pos, 1.0, window
+            found = ops.column_scores(*arguments, min_distance=distance)[0, 0]
+            far = q_pos - pos
+            assert abs(found - np.count_nonzero((far >= distance) & (far >= 0) & (far < window))) < 1e-3
+
+
 def test_scores_of_nothing(device):
     ops, none, rows = CudaOps(device), np.zeros(0, np.int32), np.zeros((0, 64), np.float32)
     ops.real16 = "half"
