@@ -121,7 +121,7 @@ def _parser():
 
 def machine_flags(add):
     """The flags of every program that loads a model. add: add_argument of a group."""
-    add("--device", default="auto", help="auto or cpu")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--dtype", default="auto", choices=DTYPES, help="how weights are held: float32 (fast), stored (small), or auto")
     add("--quantize", choices=QUANTIZED, help="turn 16- and 32-bit weights into blocks at load; the head into q8_0")
     add("-t", "--threads", type=positive, metavar="N", help="threads (default: one a core)")

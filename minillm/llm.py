@@ -1,6 +1,7 @@
 """LLM: a model and its cache memory, from a name to text."""
 
 import hashlib
+import math
 import operator
 import reprlib
 import time
@@ -15,13 +16,12 @@ from minillm.compress.config import CacheConfig
 from minillm.config import read_config
 from minillm.errors import MinillmError, UsageError
 from minillm.gguf_file import read_gguf
-from minillm.memory import available_memory
 from minillm.model import MLP_ROWS, Model
 from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
 from minillm.tokenizer import Tokenizer
-from minillm.weights import QUANTIZED, load_weights, weight_bytes
+from minillm.weights import QUANTIZED, Weight, load_weights, tensor_shapes, weight_bytes
 
 DTYPES = ("auto", "float32", "stored")
 
@@ -96,17 +96,37 @@ class LLM:
         if chat_template is not None and tokenizer:
             tokenizer = tokenizer.with_chat_template(chat_template)
         if dtype == "auto":
-            free = available_memory()
+            free = backend.available_memory()
             fits = free is None or weight_bytes(files.path, config, "float32") < 0.9 * free
             dtype = "stored" if backend.READS_STORED or not fits else "float32"
         promised = {}  # a context that was asked for must fit; the model's own is only a limit
         if context is not None:
             cache_size = cache_bytes(config, cache, backend, context)
             promised = {"cache": cache_size, "workspace": workspace_bytes(config, context)}
-        require(files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
+        require(backend, files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
         weights = load_weights(files.path, config, dtype=dtype, progress=progress)
         stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
         llm = cls(config, Model(config, weights, backend), tokenizer, cache, context or config.context, dtype, stop_ids)
+        llm.load_seconds = time.perf_counter() - start
+        return llm
+
+    @classmethod
+    def random(cls, config, *, cache=None, device="auto", seed=0):
+        """A model of a ModelConfig with random bf16 weights, made on the device: what it says is noise, what it takes
+        of time and memory is what any such model takes. No tokenizer: prompts are token ids."""
+        start = time.perf_counter()
+        backend = ops.backend(device)
+        shapes = tensor_shapes(config)
+        require(backend, f"a random {config.name}", 0, weights=2 * sum(map(math.prod, shapes.values())))
+        weights = {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            if len(shape) == 1:
+                weights[name] = Weight("F32", np.full(shape, name.endswith("norm.weight"), np.float32), shape)
+            else:
+                words = backend.random_words(shape, seed * len(shapes) + number)
+                weights[name] = Weight("BF16", words, shape)
+        model = Model(config, weights, backend)
+        llm = cls(config, model, None, cache or CacheConfig(), config.context, "stored", frozenset(config.eos_ids))
         llm.load_seconds = time.perf_counter() - start
         return llm
 

@@ -2,7 +2,6 @@
 
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
-from minillm.memory import available_memory
 from minillm.model import MLP_ROWS
 
 
@@ -24,9 +23,10 @@ def workspace_bytes(config, n):
     return 4 * (attention + 3 * min(n, MLP_ROWS) * c.ffn_dim + c.vocab_size)
 
 
-def require(name, n, *, weights=0, cache=0, workspace=0):
-    """Raise MinillmError if these bytes do not fit into the free memory. n: the tokens that `cache` is for, or 0."""
-    free, needed = available_memory(), weights + cache + workspace
+def require(ops, name, n, *, weights=0, cache=0, workspace=0):
+    """Raise MinillmError if these bytes do not fit into the free memory of the backend's device. n: the tokens that
+    `cache` is for, or 0."""
+    free, needed = ops.available_memory(), weights + cache + workspace
     if free is None or needed <= free:
         return
     parts = [f"weights {gib(weights)}"] if weights else []

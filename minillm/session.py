@@ -148,7 +148,8 @@ class Session:
                 f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
             )
         more = max(0, llm.cache_bytes(n) - self.cache.bytes_in_use)
-        require("the prompt", n, cache=more, workspace=workspace_bytes(llm.config, len(self.unread)) + result)
+        workspace = workspace_bytes(llm.config, len(self.unread)) + result
+        require(llm.model.ops, "the prompt", n, cache=more, workspace=workspace)
 
     def stream(self, params, progress=None):
         """Read what was fed and answer: yields Pieces; `self.answer` and `self.timings` tell how it went. The state
@@ -225,7 +226,7 @@ class Session:
             **timings,
             "peak_bytes": peak_memory(),
             "model": llm.config.name,
-            "device": "cpu",
+            "device": llm.model.ops.DEVICE,
             "cache": {
                 "method": llm.cache_config.method,
                 "budget": llm.cache_config.as_dict()["budget"],

@@ -1,10 +1,16 @@
 """Each CUDA kernel against literal float64, on the emulator and, where there is one, on a GPU."""
 
+import emulator
+import gguf
 import numpy as np
 import pytest
-from cuda_words import REAL16, from_words
+from cuda_words import REAL16, from_words, to_words
+from emulator.module import Kernel
+from literal import rotated
 
-from minillm.ops import launch
+from minillm.ops import cuda_clusters, launch
+from minillm.ops.cuda_weights import FORMATS, CudaWeight
+from minillm.weights import Weight
 
 F32 = np.float32
 
@@ -24,3 +30,282 @@ def test_rms_norm(device, rng, real16, n, dim):
     wide = x.astype(np.float64)
     exact = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
     np.testing.assert_allclose(from_words(out.get(), real16), exact, rtol=REAL16[real16], atol=1e-7)
+
+
+# products with few rows
+
+
+def matrix(device, rng, kind, n_out, n_in):
+    """A random CudaWeight, its values in float64, and the type of what it meets."""
+    values, real16 = rng.normal(size=(n_out, n_in)).astype(F32), FORMATS[kind].real16
+    if kind in ("F16", "BF16"):
+        data = to_words(values, real16)
+        values = from_words(data, real16)
+    else:
+        quant = gguf.GGMLQuantizationType[kind]
+        data = gguf.quants.quantize(values, quant)
+        values = gguf.quants.dequantize(data, quant)
+    return CudaWeight.of(device, Weight(kind, data, values.shape), real16), np.float64(values), real16
+
+
+def normed(x, weight, real16):
+    """What the norm leaves, in float64, rounded as the kernels do."""
+    wide = np.float64(x)
+    out = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
+    return np.float64(from_words(to_words(out, real16), real16))
+
+
+def near(actual, exact, tolerance):
+    """|actual - exact| <= tolerance * the largest |exact| of the row"""
+    assert actual.shape == exact.shape
+    worst = np.abs(actual - exact) / np.abs(exact).max(axis=-1, keepdims=True)
+    assert worst.max(initial=0) <= tolerance, worst.max()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_in, n_out", [(32, 1), (96, 37), (1056, 66)])
+def test_gemv(device, rng, kind, rows, n_in, n_out):
+    weight, values, real16 = matrix(device, rng, kind, 2 * n_out, n_in)
+    x, norm = rng.normal(size=(rows, n_in)).astype(F32) * F32(3), rng.normal(size=n_in).astype(F32)
+    bias, y = rng.normal(size=2 * n_out).astype(F32), rng.normal(size=(rows, 2 * n_out)).astype(F32)
+    on_device = [device.upload(a) for a in (x, norm, bias, y)]
+    h, rounding = normed(x, norm, real16), REAL16[real16]
+
+    words = to_words(x, real16)
+    launch.gemv_add(device, device.upload(words), weight, on_device[3])
+    near(on_device[3].get(), y + from_words(words, real16) @ values.T, 1e-5)
+
+    out = device.empty(y.shape, np.float32)
+    launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, out)
+    near(out.get(), h @ values.T, 2 * rounding)  # a norm on the edge of two words may fall on either side
+    out = device.empty(y.shape, np.uint16)
+    launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, out)
+    near(from_words(out.get(), real16), h @ values.T, 3 * rounding)
+
+    for b in (None, on_device[2]):
+        out = device.empty((rows, n_out), np.uint16)
+        launch.norm_gemv_swiglu(device, on_device[0], on_device[1], 1e-5, weight, b, out)
+        gate, up = np.split(h @ values.T + (0 if b is None else bias), 2, axis=1)
+        near(from_words(out.get(), real16), gate / (1 + np.exp(-gate)) * up, 6 * rounding)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_of_a_matrix(device, rng, kind):
+    weight, values, real16 = matrix(device, rng, kind, 19, 1056)
+    ids, out = np.array([18, 0, 0, 7], np.int32), device.empty((4, 1056), np.float32)
+    launch.embed(device, weight, device.upload(ids), out)
+    np.testing.assert_allclose(out.get(), values[ids], rtol=1e-6, atol=1e-6)
+    out = device.empty((5, 1056), np.uint16)
+    launch.dequantize(device, weight, 3, out)
+    np.testing.assert_allclose(from_words(out.get(), real16), values[3:8], rtol=REAL16[real16], atol=1e-6)
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu(device, rng, real16, biased):
+    words = to_words(rng.normal(size=(3, 2 * 2056)) * 8, real16)
+    words[0, :6] = to_words([-1e4, 1e4, 0, -87, 89, -0.0], real16)
+    bias, out = rng.normal(size=2 * 2056).astype(F32) * biased, device.empty((3, 2056), np.uint16)
+    launch.swiglu(device, device.upload(words), device.upload(bias) if biased else None, out, real16)
+    gate, up = np.split(np.float64(from_words(words, real16)) + bias, 2, axis=1)
+    with np.errstate(over="ignore"):
+        exact = gate / (1 + np.exp(-gate)) * up
+    ours = from_words(out.get(), real16)
+    inside = np.abs(exact) < 60000
+    np.testing.assert_allclose(ours[inside], exact[inside], rtol=REAL16[real16] * 1.1, atol=1e-6)
+
+
+# rotation, pages
+
+
+def tables(rng, n, d, factor=1.0):
+    angle = rng.uniform(-9, 9, (n, d // 2))
+    return angle, (np.cos(angle) * factor).astype(F32), (np.sin(angle) * factor).astype(F32)
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("d, n_heads, n_kv_heads, biased", [(64, 3, 3, False), (128, 8, 2, True), (64, 1, 1, True)])
+def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased):
+    n, columns = 5, n_heads + 2 * n_kv_heads
+    qkv = to_words(rng.normal(size=(n, columns * d)), real16)
+    bias = rng.normal(size=columns * d).astype(F32)
+    angle, cos, sin = tables(rng, n, d, 1.2)
+    q, k, v = (device.empty((heads, n, d), np.uint16) for heads in (n_heads, n_kv_heads, n_kv_heads))
+    arguments = [device.upload(qkv), device.upload(bias) if biased else None, device.upload(cos), device.upload(sin)]
+    launch.rope_split(device, *arguments, q, k, v, real16)
+    x = np.float64(from_words(qkv, real16)) + biased * bias
+    x = x.reshape(n, columns, d).transpose(1, 0, 2)
+    turned = rotated(x, angle, 1.2)
+    expected = np.split(
+        np.concatenate([turned[: n_heads + n_kv_heads], x[n_heads + n_kv_heads :]]), [n_heads, -n_kv_heads]
+    )
+    for ours, exact in zip((q, k, v), expected, strict=True):
+        np.testing.assert_allclose(from_words(ours.get(), real16), exact, rtol=REAL16[real16], atol=2e-6)
+
+
+class Pages:
+    """Slabs on the device whose words the test reads and writes from the host, and page tables in no order."""
+
+    def __init__(self, device, rng, d, lengths, slab_pages=5):
+        lengths = np.asarray(lengths)  # (B, H)
+        held = -(-lengths // 32)
+        n_slabs = -(-(int(held.sum()) + 3) // slab_pages)
+        words = slab_pages * 32 * (2 * d + 4)
+        self.device, self.d, self.slab_pages = device, d, slab_pages
+        self.slabs = [device.upload(np.zeros(words, np.uint16)) for _ in range(n_slabs)]
+        self.table = np.full((*lengths.shape, max(1, held.max())), -1, np.int32)
+        ids = iter(rng.permutation(n_slabs * slab_pages))
+        for head in np.ndindex(lengths.shape):
+            self.table[head][: held[head]] = [next(ids) for _ in range(held[head])]
+        addresses = np.array([slab.data.ptr for slab in self.slabs], np.uint64)
+        self.seen = rng.integers(1000, 2000, len(lengths)).astype(np.int32)
+        self.paged = launch.Paged(
+            *(device.upload(addresses), slab_pages, device.upload(self.table)),
+            *(device.upload(lengths.astype(np.int32)), device.upload(self.seen)),
+        )
+
+    def entry(self, head, i):
+        """k, v words (d,), log s, position of entry i of a head (b, h)."""
+        slab, page = divmod(int(self.table[head][i // 32]), self.slab_pages)
+        words, at, n, d = self.slabs[slab].get(), page * 32 + i % 32, self.slab_pages * 32, self.d
+        k, v = words[: n * d].reshape(n, d)[at], words[n * d : 2 * n * d].reshape(n, d)[at]
+        log_size, pos = words[2 * n * d :].view(F32)[at], words[2 * n * d :].view(np.int32)[n + at]
+        return k, v, log_size, pos
+
+
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("d", [64, 128])
+def test_rope_append(device, rng, real16, d):
+    lengths, n_heads, n_kv_heads = np.array([[1, 33], [32, 70]]), 4, 2
+    pages = Pages(device, rng, d, lengths)
+    qkv = to_words(rng.normal(size=(2, 8 * d)), real16)
+    angle, cos, sin = tables(rng, 2, d)
+    q = device.empty((2, n_heads, d), np.uint16)
+    launch.rope_append(device, device.upload(qkv), None, device.upload(cos), device.upload(sin), q, pages.paged, real16)
+    x = from_words(qkv, real16).reshape(2, 8, d)
+    turned, close = rotated(x, angle[:, None]), {"rtol": REAL16[real16], "atol": 2e-6}
+    np.testing.assert_allclose(from_words(q.get(), real16), turned[:, :4], **close)
+    for b, h in np.ndindex(lengths.shape):
+        k, v, log_size, pos = pages.entry((b, h), lengths[b, h] - 1)
+        np.testing.assert_allclose(from_words(k, real16), turned[b, 4 + h], **close)
+        np.testing.assert_array_equal(from_words(v, real16), x[b, 6 + h])
+        assert log_size == 0 and pos == pages.seen[b]
+    touched = sum(np.count_nonzero(slab.get()) for slab in pages.slabs)
+    assert touched <= lengths.size * (2 * d + 2)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("start, lengths", [([0, 0, 0], [40, 0, 3]), ([31, 5, 64], [1, 32, 70]), ([0], [1])])
+def test_entries_in_and_out(device, rng, d, start, lengths):
+    start, lengths = np.array(start), np.array(lengths)
+    n, pages = int(lengths.sum()), Pages(device, rng, d, [start + lengths])
+    k, v = rng.integers(0, 1 << 16, (2, n, d)).astype(np.uint16)
+    log_size, pos = rng.normal(size=n).astype(F32), rng.integers(0, 9999, n).astype(np.int32)
+    first = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    at = pages.paged, device.upload(first), device.upload(start.astype(np.int32)), "half"
+    launch.write_entries(device, *(device.upload(a) for a in (k, v, log_size, pos)), *at)
+    for head in range(len(lengths)):
+        for i in range(lengths[head]):
+            row = first[head] + i
+            stored = pages.entry((0, head), start[head] + i)
+            for ours, given in zip(stored, (k[row], v[row], log_size[row], pos[row]), strict=True):
+                np.testing.assert_array_equal(ours, given)
+    back = [device.empty(a.shape, a.dtype) for a in (k, v, log_size, pos)]
+    launch.read_entries(device, *back, *at)
+    for ours, given in zip(back, (k, v, log_size, pos), strict=True):
+        np.testing.assert_array_equal(ours.get(), given)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("n_rows, n_entries", [(1, 1), (70, 9), (33, 33), (40, 100)])
+def test_merge(device, rng, d, n_rows, n_entries):
+    """Entries of no row, of one, of many; rows that go nowhere."""
+    words = to_words(rng.normal(size=(n_rows, d)), "bf16")
+    rows, dest = np.float64(from_words(words, "bf16")), rng.integers(-1, n_entries, n_rows)
+    weight, pos = rng.uniform(0.1, 1, n_rows).astype(F32), rng.integers(0, 50, n_rows).astype(np.int32)
+    entry_pos = rng.integers(0, 50, n_entries).astype(np.int32)
+    alone = np.flatnonzero((np.bincount(dest[dest >= 0], minlength=n_entries) == 1)[dest] & (dest >= 0))[::2]
+    weight[alone], pos[alone] = 1, entry_pos[dest[alone]]  # copied, bit for bit
+    order = np.argsort(np.where(dest < 0, n_entries, dest), kind="stable")[: (dest >= 0).sum()].astype(np.int32)
+    first = np.append(0, np.cumsum(np.bincount(dest[dest >= 0], minlength=n_entries))).astype(np.int32)
+    angle, cos, sin = tables(rng, 50, d, 1.1)
+    up = device.upload
+    out = device.empty((n_entries, d), np.uint16)
+    launch.merge(device, up(words), up(order), up(first), up(weight), out, "bf16")
+    exact = np.zeros((n_entries, d))
+    np.add.at(exact, dest[dest >= 0], (rows * weight[:, None])[dest >= 0])
+    np.testing.assert_allclose(from_words(out.get(), "bf16"), exact, rtol=REAL16["bf16"], atol=1e-5)
+
+    back = device.empty((n_rows, d), np.uint16)
+    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), 1.1**2, back, "bf16")
+    unrotated = rotated(rows, -angle[pos], 1 / 1.1)
+    np.testing.assert_allclose(from_words(back.get(), "bf16"), unrotated, rtol=REAL16["bf16"], atol=1e-5)
+    keys = up(words), back, up(pos), up(order), up(first), up(weight), up(entry_pos), up(cos), up(sin)
+    launch.merge_unrotated(device, *keys, out, "bf16")
+    exact = np.zeros((n_entries, d))
+    np.add.at(exact, dest[dest >= 0], (from_words(back.get(), "bf16") * weight[:, None])[dest >= 0])
+    near(
+        from_words(out.get(), "bf16")[first[1:] > first[:-1]],
+        rotated(exact, angle[entry_pos], 1.1)[first[1:] > first[:-1]],
+        0.01,
+    )
+    np.testing.assert_array_equal(out.get()[dest[alone]], words[alone])
+
+
+# clusters
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("kept", [512, 20, 0])  # rows of segments whose cosines are kept; longer ones go another way
+def test_greedy_clusters(device, rng, d, kept, monkeypatch):
+    monkeypatch.setattr(cuda_clusters, "KEPT_LENGTH", kept)
+    lengths = np.array([1, 3, 70, 0, 33, 31, 2, 32])
+    starts = np.cumsum(lengths) - lengths + np.arange(len(lengths))  # a row of no segment between two of them
+    n = int((starts + lengths).max()) + 1
+    words = to_words(rng.normal(size=(n, d)) + 1.2 * rng.normal(size=d), "bf16")
+    words[5] = 0
+    rows = np.float64(from_words(words, "bf16"))
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    taus = [-1.1, 0.5, 0.6, 0.7, 1.0]
+    clusters = cuda_clusters.GreedyClusters(device, "bf16", device.upload(words), starts, lengths)
+    counts = clusters.counts_of(taus)
+    for tau, count in zip(taus, counts, strict=True):
+        expected = np.arange(n)
+        for start, length in zip(starts, lengths, strict=True):  # algorithm 1, literally
+            free = list(range(start, start + length))
+            while free:
+                seed, *rest = free
+                cosines = unit[rest] @ unit[seed]
+                assert (np.abs(cosines - tau) > 1e-6).all()
+                expected[[r for r, c in zip(rest, cosines, strict=True) if c > tau]] = seed
+                free = [r for r, c in zip(rest, cosines, strict=True) if not c > tau]
+        seed, similarity = clusters.assign(tau)
+        np.testing.assert_array_equal(seed, expected)
+        inside = np.concatenate([np.arange(s, s + length) for s, length in zip(starts, lengths, strict=True)])
+        assert count == clusters.count(tau) == (expected == np.arange(n))[inside].sum()
+        alone = expected == np.arange(n)
+        np.testing.assert_allclose(similarity[~alone], (unit * unit[expected]).sum(axis=1)[~alone], atol=1e-5)
+        assert (similarity[alone] == 1).all()
+    assert counts[0] < counts[2] < counts[4]
+
+
+def test_the_order_of_threads_does_not_matter(rng, monkeypatch):
+    """Of the kernels whose threads work together; the emulator runs them forwards, backwards and shuffled."""
+    if emulator.available():
+        pytest.skip(emulator.available())
+    device, results = emulator.EmulatedDevice(), []
+    weight, _, real16 = matrix(device, rng, "Q4_0", 20, 96)
+    x, norm = device.upload(rng.normal(size=(2, 96)).astype(F32)), device.upload(np.ones(96, F32))
+    keys = device.upload(to_words(rng.normal(size=(60, 64)) + 1, "half"))
+    for order in (0, 1, 2):
+        monkeypatch.setattr(Kernel, "order", order)
+        y, h = device.empty((2, 20), np.float32), device.empty((2, 96), np.uint16)
+        launch.norm_gemv(device, x, norm, 1e-5, weight, y)
+        launch.rms_norm(device, x, norm, 1e-5, h, "half")
+        clusters = cuda_clusters.GreedyClusters(device, "half", keys, np.array([0, 33]), np.array([33, 27]))
+        results.append([y.get(), h.get(), *clusters.assign(0.5)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)

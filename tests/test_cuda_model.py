@@ -12,7 +12,7 @@ from model_files import CONFIG
 
 from minillm.cache import KVCache, PagePool
 from minillm.compress.compressor import Compressor
-from minillm.compress.methods import CacheConfig
+from minillm.compress.config import CacheConfig
 from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
@@ -52,7 +52,10 @@ class Twins:
         self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
         cache = CacheConfig(cache, **options)
-        self.compressors = [Compressor(cache, model.rope, model.ops, classes) for model in self.models]
+        self.compressors = [
+            Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
+            for model in self.models
+        ]
         self.config, self.share = config, SHARE[kind]
 
     def caches(self):

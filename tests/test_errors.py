@@ -41,22 +41,22 @@ def holds(text, *words):
 
 
 def test_weights_that_do_not_fit(tiny, fails, monkeypatch):
-    monkeypatch.setattr("minillm.preflight.available_memory", lambda: 5000)
+    monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: 5000)
     monkeypatch.setattr("minillm.llm.load_weights", None)  # computed before anything is allocated
     said = fails(tiny, "x")
     assert holds(said, "tiny needs 0.00 GiB (weights 0.00 GiB) and 0.00 GiB are free", "smaller or quantised model")
 
 
 def test_weights_and_a_promised_context_that_do_not_fit(tiny, fails, monkeypatch):
-    monkeypatch.setattr("minillm.preflight.available_memory", lambda: 5000)
+    monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: 5000)
     monkeypatch.setattr("minillm.llm.load_weights", None)
     said = fails(tiny, "x", "-c", "200")
     assert holds(said, "weights 0.00 GiB, cache 0.00 GiB at 200 tokens, workspace", "-c N", "--kv-budget")
 
 
 def test_prompt_that_does_not_fit(tiny, fails, monkeypatch):
-    free = iter([available_memory(), 5000])
-    monkeypatch.setattr("minillm.preflight.available_memory", lambda: next(free))
+    free = iter([available_memory(), available_memory(), 5000])  # for the choice of dtype, the weights, the prompt
+    monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: next(free))
     monkeypatch.setattr("minillm.model.Model.extend", None)
     said = fails(tiny, "x")
     assert holds(said, "the prompt needs", "(cache 0.00 GiB at 20 tokens, workspace", "are free", "--kv-budget")
@@ -212,7 +212,7 @@ def test_bad_values_come_before_the_model(flags, fails):
 
 
 def test_gpu_that_is_not_there(fails):
-    assert holds(fails("absent/model", "x", "--device", "cuda:0", status=2), "--device cpu")
+    assert holds(fails("absent/model", "x", "--device", "cuda:99", status=2), "--device cpu")
 
 
 # Session files

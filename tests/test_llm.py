@@ -45,7 +45,7 @@ def test_logits_of_nothing_of_too_much_and_without_memory(tiny, monkeypatch):
             llm.logits([])
         with pytest.raises(MinillmError, match="65 tokens and the context 64"):
             llm.logits([1] * 65)
-        monkeypatch.setattr("minillm.preflight.available_memory", lambda: 64 * 258 * 4)
+        monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: 64 * 258 * 4)
         with pytest.raises(MinillmError, match="cache .* at 64 tokens, workspace"):
             llm.logits([1] * 64)
 

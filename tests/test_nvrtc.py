@@ -22,7 +22,12 @@ except (ImportError, RuntimeError) as error:
 
 ARCHS = (80, 90)
 LIMITS = {}
-VARIANTS = [(file, tuple(defines.items()), arch) for file in launch.files() for defines in launch.variants(file) for arch in ARCHS]
+VARIANTS = [
+    (file, tuple(defines.items()), arch)
+    for file in launch.files()
+    for defines in launch.variants(file)
+    for arch in ARCHS
+]
 
 
 def compiled(file, defines, arch):

@@ -19,20 +19,22 @@ __device__ __forceinline__ void dots(float (&acc)[OUT][ROWS], const int (&output
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) acc[o][r] = 0.f;
     for (int c = threadIdx.x & 31; c < chunks; c += 32) {
-        float w[OUT][WEIGHT::CHUNK];
+        WEIGHT::Raw raw[OUT];
 #pragma unroll
-        for (int o = 0; o < OUT; ++o) WEIGHT::read(words, scales, (size_t)output[o] * chunks + c, w[o]);
+        for (int o = 0; o < OUT; ++o) raw[o] = WEIGHT::fetch(words, scales, (size_t)output[o] * chunks + c);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const Real16* row = x + (size_t)min(r, rows - 1) * n_in + c * WEIGHT::CHUNK;
+        for (int part = 0; part < WEIGHT::CHUNK / 8; ++part) {
+            float w[OUT][8];
 #pragma unroll
-            for (int part = 0; part < WEIGHT::CHUNK; part += 8) {
+            for (int o = 0; o < OUT; ++o) WEIGHT::decode(raw[o], part, w[o]);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
                 float a[8];
-                load(a, row + part);
+                load(a, x + (size_t)min(r, rows - 1) * n_in + c * WEIGHT::CHUNK + part * 8);
 #pragma unroll
                 for (int o = 0; o < OUT; ++o)
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) acc[o][r] = fmaf(w[o][part + i], a[i], acc[o][r]);
+                    for (int i = 0; i < 8; ++i) acc[o][r] = fmaf(w[o][i], a[i], acc[o][r]);
             }
         }
     }
@@ -88,8 +90,8 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
     }
 }
 
-// y (rows, n_out) float32 += x W^T: onto the residual stream
-extern "C" __global__ void __launch_bounds__(256, 2)
+// y (rows, n_out) float32 += x W^T: onto the residual stream. For 8 rows of 4-bit weights 128 registers are not enough.
+extern "C" __global__ void __launch_bounds__(256, ROWS == 8 ? 1 : 2)
 gemv_add(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows) {
     multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows);
 }

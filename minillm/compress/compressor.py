@@ -2,7 +2,6 @@
 in."""
 
 from collections import deque
-from functools import partial
 
 import numpy as np
 

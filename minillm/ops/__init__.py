@@ -24,7 +24,10 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     read_entries(layer, start)                           and out of them
     store_rows(stored, rows), stored_rows(stored)        K or V of entries into a slab's words, and back to float32
     prepare(weight)                                      a Weight as this backend reads it best
+    random_words(shape, seed)                            a matrix in bf16 words for LLM.random
     runner(model)                                        whole steps in a few calls; None: model.py's own pages
+    DEVICE                                               "cpu", "cuda:0", ...
+    available_memory()                                   bytes that can still be had on it, or None
     CACHE_DTYPE                                          of K and V in pages, by name
     READS_STORED                                         whether weights as they are stored are the fast ones
     trim()                                               memory that the backend keeps for itself goes back
@@ -38,14 +41,15 @@ positions are NumPy arrays everywhere.
 """
 
 import functools
+import re
 import sys
 
 from minillm.errors import UsageError
 
 
 def backend(device: str):
-    """The module that carries out the contract on `device` ("auto" or "cpu"): compiled kernels where they were built
-    (cpu_lib says which instructions they use), else NumPy."""
+    """What carries out the contract on `device`. "auto" and "cpu": compiled kernels where they were built (cpu_lib says
+    which instructions they use), else NumPy; "cuda", "cuda:1": a GPU, for one model. Raises MinillmError."""
     if device in ("auto", "cpu"):
         from minillm.ops import cpu_lib
 
@@ -61,7 +65,11 @@ def backend(device: str):
         from minillm.ops import numpy_ops
 
         return numpy_ops
-    raise UsageError(f"device {device!r} is not supported: this version runs on the CPU; use --device cpu")
+    if match := re.fullmatch(r"cuda(?::(\d+))?", device):
+        from minillm.ops import cuda_ops
+
+        return cuda_ops.open_ops(int(match[1] or 0))
+    raise UsageError(f"device {device!r} is not known: it is auto, cpu, cuda or cuda:1 (the second GPU)")
 
 
 @functools.cache

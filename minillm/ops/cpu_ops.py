@@ -16,7 +16,15 @@ from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
 from minillm.ops.cpu_pages import CACHE_DTYPE, new_slab, page_bytes, paged, slab_table, store_rows, stored_rows  # noqa: F401
 from minillm.ops.cpu_runner import Runner
-from minillm.ops.numpy_ops import concatenate, read_entries, take, write_entries  # noqa: F401
+from minillm.ops.numpy_ops import (  # noqa: F401
+    DEVICE,
+    available_memory,
+    concatenate,
+    random_words,
+    read_entries,
+    take,
+    write_entries,
+)
 
 _lib = cpu_lib.library()
 

@@ -38,7 +38,8 @@ class DecodeStep:
         self.space = launch.decode_space(device, batch * c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         self.x = device.empty((batch, c.dim), np.float32)
         self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
-        self.q, self.mixed = (device.empty((batch, c.n_heads, c.head_dim), np.uint16) for _ in range(2))
+        self.q = device.empty((c.n_layers, batch, c.n_heads, c.head_dim), np.uint16)
+        self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
         self.act = device.empty((batch, c.ffn_dim), np.uint16)
         self.logits = device.empty((batch, c.vocab_size), np.float32)
         self.graph, self.steps = None, 0
@@ -69,7 +70,10 @@ class DecodeStep:
             self._launch()
         self.steps += 1
         bad = int(self.control["bad"].get()[0])
-        return self.logits.get(), None if bad == FINE else bad
+        queries = None
+        if any(cache.queries is not None for cache in caches):
+            queries = self.runner.ops.stored_rows(self.q)
+        return self.logits.get(), None if bad == FINE else bad, queries
 
     def _update(self, token_ids, caches, cos, sin):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""
@@ -110,9 +114,9 @@ class DecodeStep:
             for rows in self._groups():
                 launch.norm_gemv(device, self.x[rows], layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
             turn = control["cos"], control["sin"]
-            launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q, past, real16)
+            launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q[index], past, real16)
             launch.decode_attention(
-                device, self.q, past, self.starts[index], self.space, self.mixed, scale, window, real16
+                device, self.q[index], past, self.starts[index], self.space, self.mixed, scale, window, real16
             )
             for rows in self._groups():
                 launch.gemv_add(device, mixed[rows], layer.wo, self.x[rows])

@@ -12,11 +12,11 @@ _PROBE = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
 
 
 def open_device(index):
-    """The CudaDevice `index`. Raises MinillmError with what is missing: CuPy, a driver, NVRTC, its headers, cuBLAS."""
+    """The CudaDevice `index`. Raises UsageError with what is missing: CuPy, a driver, NVRTC, its headers, cuBLAS."""
     try:
         import cupy
     except ImportError as error:
-        raise MinillmError(
+        raise UsageError(
             f"a GPU needs CuPy ({error}): pip install 'minillm-engine[cuda13]' (or [cuda12] for a driver of CUDA 12), "
             "or use --device cpu"
         ) from None
@@ -32,18 +32,18 @@ def _check_driver(cupy, index):
     except runtime.CUDARuntimeError as error:
         driver, package = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         if driver == 0:
-            raise MinillmError(
+            raise UsageError(
                 f"no NVIDIA driver answers ({error}): install one (nvidia-smi must show the GPU), or use --device cpu"
             ) from None
-        raise MinillmError(
+        raise UsageError(
             f"CuPy is built for CUDA {_version(package)} and the driver supports {_version(driver)} ({error}): pip "
             f"install 'minillm-engine[cuda{driver // 1000}]' in a fresh environment, or update the driver"
         ) from None
     if index >= count:
-        raise UsageError(f"device cuda:{index} is not there: this machine has {count} GPU(s), the first is cuda:0")
+        raise UsageError(f"device cuda:{index} is not there: this machine has {count} GPU(s); use --device cpu")
     arch = int(cupy.cuda.Device(index).compute_capability)
     if arch < MIN_ARCH:
-        raise MinillmError(
+        raise UsageError(
             f"GPU {index} is of compute capability {arch / 10}, and minillm needs {MIN_ARCH / 10} (A100, RTX 30 or "
             "later): use --device cpu"
         )
@@ -54,12 +54,12 @@ def _check_compiler(cupy):
     try:
         program = nvrtc.createProgram(_PROBE, "probe.cu", (), ())
     except (ImportError, RuntimeError, OSError) as error:
-        raise MinillmError(f"NVRTC cannot be loaded ({error}): pip install {_packages(cupy)}") from None
+        raise UsageError(f"NVRTC cannot be loaded ({error}): pip install {_packages(cupy)}") from None
     try:
         nvrtc.compileProgram(program, cupy._core.core.assemble_cupy_compiler_options(()))
     except nvrtc.NVRTCError:
         log = nvrtc.getProgramLog(program).strip().splitlines()
-        raise MinillmError(
+        raise UsageError(
             f"NVRTC does not find CUDA's headers ({log[0] if log else 'no log'}): pip install {_packages(cupy)}"
         ) from None
     finally:
@@ -143,6 +143,9 @@ class CudaDevice:
         """Bytes that are free, and all there are. What CuPy's pool keeps unused counts as free."""
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return free + self.cupy.get_default_memory_pool().free_bytes(), total
+
+    def trim(self):
+        self.cupy.get_default_memory_pool().free_all_blocks()
 
     def synchronize(self):
         self.stream.synchronize()

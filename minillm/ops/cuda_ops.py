@@ -38,6 +38,18 @@ class CudaOps:
     def CACHE_DTYPE(self):
         return {"half": "float16", "bf16": "bfloat16"}[self.real16]
 
+    @property
+    def DEVICE(self):
+        return self.device.name
+
+    def available_memory(self):
+        """Bytes of device memory that are free."""
+        return self.device.memory()[0]
+
+    def trim(self):
+        """Memory of arrays that are gone, which CuPy keeps, goes back to the device."""
+        self.device.trim()
+
     def set_threads(self, n):
         """Nothing to do: the work is on the device."""
 
@@ -48,6 +60,12 @@ class CudaOps:
         if self.real16 is None:
             self.real16 = "bf16" if weight.kind == "BF16" else "half"
         return CudaWeight.of(self.device, weight, self.real16)
+
+    def random_words(self, shape, seed):
+        """A random matrix (out, in) in bf16 words, made on the device."""
+        words = self.device.empty(shape, np.uint16)
+        launch.random_words(self.device, words, seed, (3 / shape[1]) ** 0.5, "bf16")
+        return words
 
     def runner(self, model):
         d = model.config.head_dim

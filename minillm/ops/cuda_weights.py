@@ -62,7 +62,9 @@ class CudaWeight:
             words, scales = _apart(weight)
         else:
             words, scales = weight.data, None
-        words = device.upload(np.ascontiguousarray(words).view(np.uint8))
+        if not device.owns(words):  # as random ones are
+            words = device.upload(np.ascontiguousarray(words))
+        words = words.view(np.uint8)
         return cls(kept, weight.shape, words, None if scales is None else device.upload(scales))
 
     @property

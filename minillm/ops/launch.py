@@ -230,6 +230,13 @@ def _gemv(device, kernel, weight, rows, n_out, arguments, normalised=False):
     run(device, "gemv", kernel, grid, (256,), arguments, defines=defines, shared=shared)
 
 
+def random_words(device, out, seed, bound, real16):
+    """out, real16, = uniform in [-bound, bound), by `seed`."""
+    grid = (min(_blocks(out.size, 256), 32 * device.processors),)
+    arguments = {"out": out, "n": out.size, "seed": seed, "bound": bound}
+    run(device, "random_words", "random_words", grid, (256,), arguments, defines={"real16": real16})
+
+
 def swiglu(device, gate_up, bias, out, real16):
     """out (n, ffn) real16 = silu(gate) * up; gate_up (n, 2 ffn) real16; bias (2 ffn,) float32 or None."""
     n, ffn = out.shape

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
@@ -324,8 +325,17 @@ def stored_rows(stored):
     return stored
 
 
+DEVICE = "cpu"
 CACHE_DTYPE = "float32"  # of K and V in pages
 READS_STORED = False  # they are widened again in every product
+
+
+def random_words(shape, seed):
+    """A random matrix (out, in) in bf16 words: uniform, of variance 1 / in, so that products keep the size of what they
+    meet."""
+    bound = np.float32((3 / shape[1]) ** 0.5)
+    values = np.random.default_rng(seed).random(shape, np.float32) * (2 * bound) - bound
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def prepare(weight):

@@ -139,5 +139,8 @@ class EmulatedDevice:
     def memory(self):
         return self.total - self.used, self.total
 
+    def trim(self):
+        pass
+
     def synchronize(self):
         pass

@@ -1,0 +1,171 @@
+"""Opening a GPU, what is said where that fails, and where the bytes go: with a CuPy made of nothing, and an LLM on the
+emulated device."""
+
+import builtins
+from dataclasses import replace
+from types import SimpleNamespace
+
+import emulator
+import numpy as np
+import pytest
+from model_files import CONFIG
+
+from minillm import LLM, CacheConfig, SamplingParams, ops
+from minillm.errors import MinillmError, UsageError
+from minillm.ops import cuda_device
+
+SMALL = replace(CONFIG, head_dim=64, dim=64, vocab_size=72, context=512)
+
+
+class FakeError(Exception):
+    pass
+
+
+def fake_cupy(driver=13000, package=13000, devices=1, arch="90", compiler=True, headers=True):
+    """As much of CuPy as opening a device asks for."""
+
+    def count():
+        if driver < package:
+            raise FakeError("cudaErrorInsufficientDriver")
+        return devices
+
+    def create(*_):
+        if not compiler:
+            raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+        return "program"
+
+    def compiled(*_):
+        if not headers:
+            raise FakeError("NVRTC_ERROR_COMPILATION")
+
+    runtime = SimpleNamespace(
+        CUDARuntimeError=FakeError,
+        getDeviceCount=count,
+        driverGetVersion=lambda: driver,
+        runtimeGetVersion=lambda: package,
+    )
+    log = 'probe.cu(1): error: could not open source file "cuda_fp16.h"'
+    nvrtc = SimpleNamespace(
+        NVRTCError=FakeError,
+        createProgram=create,
+        compileProgram=compiled,
+        destroyProgram=lambda _: None,
+        getProgramLog=lambda _: log,
+    )
+    core = SimpleNamespace(assemble_cupy_compiler_options=lambda options: options)
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=nvrtc, Device=lambda i: SimpleNamespace(compute_capability=arch))
+    return SimpleNamespace(cuda=cuda, _core=SimpleNamespace(core=core))
+
+
+@pytest.mark.parametrize(
+    "has, parts",
+    [
+        ({"driver": 0}, ["no NVIDIA driver", "--device cpu"]),
+        ({"driver": 12040}, ["built for CUDA 13.0", "driver supports 12.4", "minillm-engine[cuda12]"]),
+        ({"devices": 0}, ["cuda:0 is not there", "0 GPU"]),
+        ({"arch": "75"}, ["compute capability 7.5", "needs 8.0", "--device cpu"]),
+        ({"compiler": False}, ["NVRTC cannot be loaded", "nvidia-cuda-nvrtc==13.*"]),
+        ({"driver": 12040, "package": 12000, "compiler": False}, ["nvidia-cuda-nvrtc-cu12"]),
+        ({"headers": False}, ["CUDA's headers", "cuda_fp16.h", "nvidia-cuda-crt==13.*"]),
+    ],
+)
+def test_what_is_missing_is_said_with_what_to_do(monkeypatch, has, parts):
+    monkeypatch.setitem(__import__("sys").modules, "cupy", fake_cupy(**has))
+    with pytest.raises(MinillmError) as error:
+        ops.backend("cuda")
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_without_cupy(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "cupy":
+            raise ImportError("No module named 'cupy'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(MinillmError, match=r"CuPy.*minillm-engine\[cuda13\].*--device cpu"):
+        ops.backend("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA"])
+def test_a_device_that_is_not_known(name):
+    with pytest.raises(UsageError, match="auto, cpu, cuda or cuda:1"):
+        ops.backend(name)
+
+
+# an LLM
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    if emulator.available():
+        pytest.skip(emulator.available())
+    device = emulator.EmulatedDevice()
+    monkeypatch.setattr(cuda_device, "open_device", lambda index: device)
+    return device
+
+
+@pytest.fixture
+def prompts():
+    return np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 140)).tolist()
+
+
+def test_answers_of_a_random_model(emulated, prompts):
+    """Greedy answers do not depend on what else is in the batch, and repeat."""
+    params = SamplingParams(max_tokens=6)
+    with LLM.random(SMALL, device="cuda", cache=CacheConfig("full")) as llm:
+        alone = []
+        for prompt in prompts:
+            alone.append([piece.token_id for piece in llm.stream(prompt, params)])
+        assert llm.stats()["device"] == "emulator"
+        assert alone[0] != alone[1] and all(len(ids) == 6 for ids in alone)
+        again = [piece.token_id for piece in llm.stream(prompts[0], params)]
+        assert again == alone[0]
+
+
+def test_every_byte_comes_back(emulated, prompts):
+    """Weights are what they are counted as; pages come and go; after close nothing is left."""
+    llm = LLM.random(SMALL, device="cuda", cache=CacheConfig("semanticache", 0.3))
+    assert emulated.used >= llm.model.nbytes
+    loaded = emulated.used
+    session = llm.session()
+    session.feed(prompts[0])
+    session.read()
+    pages = llm.pool.bytes_held
+    assert pages == len(llm.pool.slabs) * llm.pool.slab_pages * llm.pool.page_bytes and session.cache.kept < 0.5
+    assert emulated.used >= loaded + pages
+    session.close()
+    assert llm.pool.bytes_held == 0
+    kept = emulated.used - loaded
+    assert 0 <= kept < 1 << 20  # tables of one pass and the slab table
+    list(llm.stream(prompts[1], SamplingParams(max_tokens=3)))
+    llm.close()
+    del llm, session
+    import gc
+
+    gc.collect()
+    assert emulated.used == 0
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(emulated, prompts):
+    emulated.total = 100_000
+    with pytest.raises(MinillmError, match="a random tiny needs .* are free"):
+        LLM.random(SMALL, device="cuda")
+    assert emulated.used == 0
+    emulated.total = 8 << 30
+    with LLM.random(SMALL, device="cuda") as llm:
+        emulated.total = emulated.used + 1000
+        with pytest.raises(MinillmError, match="the prompt needs"):
+            llm.generate(prompts[0])
+
+
+def test_random_weights_are_of_the_size_they_are_meant_to_be(emulated):
+    device_ops = ops.backend("cuda")
+    for random_ops in (device_ops, ops.backend("cpu")):
+        words, other = random_ops.random_words((60, 300), 1), random_ops.random_words((60, 300), 2)
+        words, other = (np.asarray(x.get() if random_ops is device_ops else x) for x in (words, other))
+        values = (words.astype(np.uint32) << 16).view(np.float32)
+        assert abs(values.std() * 300**0.5 - 1) < 0.03 and abs(values.mean()) * 300**0.5 < 0.03
+        assert (words == other).mean() < 0.02 and len(np.unique(words)) > 1000
