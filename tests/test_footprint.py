@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import NO_COMPILER
 
 from minillm.ops import cpu_lib
 
@@ -66,7 +67,7 @@ def test_a_compressed_prompt_takes_its_share_and_gives_it_back(share, backend):
     rows a Plan sums) and the activations of one layer; and after clear and trim the memory is the operating system's
     again."""
     if backend == "cpu_ops" and not cpu_lib.available_paths():
-        pytest.skip("the CPU kernels were not built: no C compiler")
+        pytest.skip(NO_COMPILER)
     found = run(PROMPT, "semanticache", str(share), backend)
     assert found["kept"] == pytest.approx(share, abs=1e-3)
     assert abs(found["in_use"] - share * found["full"]) <= 12 * 8 * found["page"]
