@@ -1,8 +1,9 @@
 """Who owns which page of key-value memory, how long each head is, and how many tokens were seen.
 
 A page holds `page_size` entries of one KV head of one layer: K, V, log s, position. Heads keep different numbers of
-entries and nothing is padded to the longest. `seen` (the position of the next token) and `lengths` (entries stored) are
-two numbers, and none is derived from the other. The cache knows nothing of compression methods.
+entries and nothing is padded to the longest. `seen` (tokens read), `position` (of the next token; the same but where a
+compression moves entries up) and `lengths` (entries stored) are three numbers. The cache knows nothing of compression
+methods.
 """
 
 import weakref
@@ -113,7 +114,7 @@ class PagedLayer:
     pool: PagePool
     pages: np.ndarray  # (H, capacity) int32
     lengths: np.ndarray  # (H,)
-    seen: int
+    seen: int  # the position of the next token
 
     def runs(self, head, start=0):
         """(k, v, log_size, pos) views of the head's entries from `start` on, a stretch of consecutive pages at a
@@ -153,13 +154,24 @@ class KVCache:
         self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
         self.queries = None  # [(L, Hq, d)] of the tokens generated since the last compression, if the next asks
         self.scores = None  # [(E,)] of each layer: what the last compression's entries scored, if the next asks
-        self.tau = None  # the threshold that the last compression came to, where it had one
+        self.thresholds = None  # (L,) float64 that the last compression came to (NaN: none), where it has such
+        self.shift = 0  # how much lower the position of the next token is than the number of tokens seen
         pool.caches.add(self)
 
     @property
     def seen(self):
-        """Tokens read: the position of the next one."""
+        """Tokens read."""
         return len(self.token_ids)
+
+    @property
+    def position(self):
+        """Of the next token: `seen`, but where a compression has moved the entries up."""
+        return self.seen - self.shift
+
+    @property
+    def tau(self):
+        """The mean of the thresholds, or None."""
+        return None if self.thresholds is None else float(np.nanmean(self.thresholds))
 
     def __del__(self):
         if hasattr(self, "pages"):
@@ -189,7 +201,7 @@ class KVCache:
         return self.entries / (self.lengths.size * self.seen) if self.seen else 1.0
 
     def layer(self, index):
-        return PagedLayer(self.pool, self.pages[index], self.lengths[index], self.seen)
+        return PagedLayer(self.pool, self.pages[index], self.lengths[index], self.position)
 
     def write(self, layer, entries, start=None):
         """Store Entries after the first `start` (H,) entries of each head (default: after all); what followed is
@@ -265,8 +277,8 @@ class KVCache:
         for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.release(row[:n])
         self.lengths[:] = 0
-        self.token_ids, self.tail = [], 0
-        self.queries = self.scores = self.tau = None
+        self.token_ids, self.tail, self.shift = [], 0, 0
+        self.queries = self.scores = self.thresholds = None
 
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
@@ -274,7 +286,7 @@ class KVCache:
         other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
         other.queries = None if self.queries is None else self.queries.copy()
-        other.scores, other.tau = self.scores, self.tau
+        other.scores, other.thresholds, other.shift = self.scores, self.thresholds, self.shift
         for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.share(row[:n])
         return other

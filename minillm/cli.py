@@ -8,7 +8,6 @@ from pathlib import Path
 from minillm import ops
 from minillm.chat_template import ChatTemplate, find_template
 from minillm.compress.config import TABLES, CacheConfig
-from minillm.compress.methods import METHODS
 from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
@@ -212,7 +211,7 @@ def cache_config(args):
         texts[name] = value
     chosen = {name: value for name, value in texts.items() if name in TABLES}
     options = dict(chosen)
-    if args.kv_method in METHODS and all(name in TABLES[part] for part, name in chosen.items()):
+    if all(name in TABLES[part] for part, name in chosen.items()):
         table = CacheConfig.option_table(args.kv_method, **chosen)
         for name in texts.keys() - chosen.keys():
             if name not in table:

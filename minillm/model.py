@@ -100,8 +100,8 @@ class Model:
         for cache, compressor in zip(caches, compressors, strict=True):
             compressions.append(compressor.begin(cache, token_ids) if compressor else None)
         reads = {compression.reads for compression in compressions if compression}
-        pos = np.arange(first.seen, first.seen + len(token_ids))
-        cos, sin = self.rope.tables(pos, first.seen + len(pos))
+        pos = np.arange(first.position, first.position + len(token_ids))
+        cos, sin = self.rope.tables(pos, first.position + len(pos))
         x = self.ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
         again = Rereading(self, token_ids, first) if "again" in reads else None
         for index, block in enumerate(self.blocks):
@@ -166,7 +166,7 @@ class Model:
     def _decode(self, token_ids, caches):
         """-> logits (B, vocab), and of every layer the rotated queries (B, Hq, d)."""
         ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
-        tables = [self.rope.tables(np.array([cache.seen]), cache.seen + 1) for cache in caches]
+        tables = [self.rope.tables(np.array([cache.position]), cache.position + 1) for cache in caches]
         cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
         if self.runner:
             for cache in caches:
@@ -180,7 +180,7 @@ class Model:
             q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)  # (B, heads, d)
             queries.append(q)
             for b, cache in enumerate(caches):
-                cache.append(index, k[b][:, None], v[b][:, None], [cache.seen])
+                cache.append(index, k[b][:, None], v[b][:, None], [cache.position])
             mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, window)
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
@@ -231,7 +231,7 @@ class Rereading:
 
     def __init__(self, model, token_ids, cache):
         self.model, self.cache, n = model, cache, len(token_ids)
-        self.seen = cache.seen + n
+        self.position = cache.position + n  # of the second reading's first token
         self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
         self.blocks = [slice(lo, min(lo + self.BLOCK, n)) for lo in range(0, n, self.BLOCK)]
         self.x = model.ops.embed(model.embedding, token_ids)
@@ -243,10 +243,10 @@ class Rereading:
         if self.cache.seen:
             text.write(0, self.cache.read(index))
         text.append(0, k, v, pos)
-        past = replace(text.layer(0), seen=self.seen)
+        past = replace(text.layer(0), seen=self.position)
         for rows in self.blocks:
-            x, pos = self.x[rows], self.seen + np.arange(rows.stop - rows.start)
-            tables = model.rope.tables(pos, self.seen + len(pos))
+            x, pos = self.x[rows], self.position + np.arange(rows.stop - rows.start)
+            tables = model.rope.tables(pos, int(pos[-1]) + 1)
             q, keys, _, mixed = model._attention(index, x, *tables, past, True)
             model._output(index, x, mixed)
             queries.append(Queries(q, pos, keys))

@@ -10,6 +10,8 @@ from minillm.cache import PagedLayer, PagePool
 from minillm.compress.plan import Layer
 from minillm.ops import numpy_ops
 
+NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by method
+
 
 def attend(q, entries, scale, query_pos, window=None):
     """softmax(q.k * scale + log s) v over the entries a query at `query_pos` sees. q (d,); entries: k (m, d), v (m, d),

@@ -3,7 +3,7 @@ attention against literal float64."""
 
 import numpy as np
 import pytest
-from literal import FakeRope, attend, check_entries, chunks_between_delimiters, make_layer, semanticache
+from literal import NEEDS, FakeRope, attend, check_entries, chunks_between_delimiters, make_layer, semanticache
 
 from minillm.cache import KVCache, PagePool
 from minillm.compress.cluster import MAX_CHUNK
@@ -297,7 +297,7 @@ def test_a_number_of_entries_is_met_exactly(method, entries):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_short_sequences_are_left_whole(method):
-    sequence = Sequence(CacheConfig(method, 0.2))
+    sequence = Sequence(CacheConfig(method, 0.2, **NEEDS.get(method, {})))
     for n in (SHORT - 40, 10, 30):
         sequence.read(n)
         assert (sequence.cache.lengths == sequence.cache.seen).all()
@@ -566,7 +566,7 @@ def test_seen_goes_on_after_compression():
         (("semanticash",), {}, "'semanticash'.*semanticache"),
         ((None,), {}, "None.*semanticache"),
         (("semanticache",), {"taau": 0.5}, "'taau'.*tau"),
-        (("streaming",), {"tau": 0.5}, "'tau'.*: score, allocate, merge"),
+        (("streaming",), {"tau": 0.5}, "'tau'.*: positions, score, allocate, merge"),
         (("full",), {"rope": "cached"}, "'rope'"),
         (("semanticache", 0.5), {"tau": 0.7}, "budget.*tau"),
         (("semanticache", "full"), {"tau": 0.7}, "budget.*tau"),
@@ -618,4 +618,4 @@ def test_the_table_names_every_method_option_and_paper():
     for name, method in METHODS.items():
         line = next(line for line in table.splitlines() if line.startswith(name + " "))
         assert method.summary in line and method.paper in line
-        assert all(f"    {option} = " in table for option in CacheConfig(name).options if option != "delimiters")
+        assert all(f"    {option} = " in table for option in CacheConfig.option_table(name) if option != "delimiters")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.compress import cluster
+from minillm.compress import cluster, retrieval
 from minillm.compress.ledger import split
 from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.score import QUERIES
@@ -17,12 +17,15 @@ from minillm.compress.score import QUERIES
 
 @dataclass(frozen=True)
 class Allocation:
-    """reads: whose queries it looks at, as in score.READS."""
+    """scored: it ranks rows by a score. joins: it says of rows that do not stay which row they join. reads: whose
+    queries it looks at, as of a Score."""
 
     summary: str
     heads: Part
     layers: Part
     reads: str | None = None
+    scored: bool = True
+    joins: bool = False
 
     @property
     def options(self):
@@ -114,6 +117,31 @@ def ranked(layer, scores, kept):
 def even(ledger, layer, scores):
     """The same for every layer."""
     return ledger.fixed(np.ones(len(ledger.rows)))
+
+
+def composites(ledger, layer, scores):
+    """KVCompose's structured form: the best rows of each head form the layer's first composite, the next ones its
+    second, and so on; a composite scores the mean of its rows. One cut through the composites of all layers, so that
+    the heads of a layer keep as many rows each."""
+    n_heads = len(layer.lengths)
+    free = layer.free[np.argsort(-scores[layer.free], kind="stable")]
+    free = free[np.argsort(layer.heads[free], kind="stable")]
+    n_free = np.bincount(layer.heads[free], minlength=n_heads)
+    rank = np.arange(len(free)) - np.repeat(np.cumsum(n_free) - n_free, n_free)
+    of_rank = np.bincount(rank, scores[free]) / np.maximum(np.bincount(rank), 1)
+    composite = np.zeros(len(scores), np.float32)
+    composite[free] = of_rank[rank]
+    return one_cut(ledger, layer, composite)
+
+
+def unlike(ledger, layer, scores):
+    """D2O: the more, the less the scores of its rows vary: in proportion to exp(-F), F the mean over the heads of the
+    variance of their rows' scores, which the least and the greatest of the heads bring to 0 and 1."""
+    ends = np.cumsum(layer.lengths)
+    variance = [np.float64(scores[end - n : end]).var() for n, end in zip(layer.lengths, ends, strict=True) if n]
+    spread = max(np.ptp(variance), np.finfo(np.float64).tiny)
+    ledger.weights.append(np.exp(-np.mean((variance - np.min(variance)) / spread)))
+    return ledger.shared(ledger.weights)
 
 
 def one_cut(ledger, layer, scores):
@@ -224,5 +252,23 @@ ALLOCATIONS = {
         "clusters of similar keys between delimiters, as many as fit at one threshold for all layers",
         Part(cluster.seeds, "one entry a cluster", cluster.OPTIONS),
         Part(cluster.spread, "what one threshold gives each", cluster.OPTIONS),
+        scored=False,
+        joins=True,
+    ),
+    "composites": Allocation(
+        "the same number in every head of a layer: one cut through the ranks of all layers",
+        PER_HEAD,
+        Part(composites, "the best ranks of all layers"),
+    ),
+    "unlike": Allocation(
+        "the same number in every head; more for layers whose scores vary less",
+        PER_HEAD,
+        Part(unlike, "more for layers whose scores vary less"),
+    ),
+    "retrieval": Allocation(
+        "everything in the retrieval heads, one entry for all that the others do not keep",
+        Part(retrieval.heads, "all, or the best and one entry for the rest", retrieval.OPTIONS),
+        Part(retrieval.layers, "what their retrieval heads hold, and a share", retrieval.OPTIONS),
+        joins=True,
     ),
 }

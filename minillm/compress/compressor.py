@@ -26,7 +26,7 @@ class Compressor:
     def due(self, cache):
         """Whether so much was generated that it is to be compressed."""
         config = self.config
-        if not config.spec.generates or config.recompress == 0 or cache.seen <= SHORT:
+        if not config.generates or config.recompress == 0 or cache.seen <= SHORT:
             return False
         return cache.tail - config.protect(cache.seen)[1] >= config.recompress
 
@@ -36,8 +36,8 @@ class Compressor:
         no delimiter has ended yet is left alone."""
         config, seen = self.config, cache.seen + len(new_ids)
         asked, cache.queries = cache.queries, None
-        if config.reads == "new" and config.spec.generates:
-            cache.queries = deque(maxlen=config.options.get("queries"))  # no more than are looked at
+        if config.reads == "new" and config.generates:
+            cache.queries = deque(maxlen=None if config.adds_up else config.options.get("queries"))  # that are looked at
         if config.method == "full" or seen <= SHORT:
             return None
         sinks, window = config.protect(seen)
@@ -50,7 +50,7 @@ class Compressor:
                 end = closed or end
         if end <= cache.seen - cache.tail and config.spec.settles:
             return None
-        return Compression(self, cache, new_ids, classes, sinks, end, asked if generated else None)
+        return Compression(self, cache, new_ids, classes, sinks, end, generated, asked if generated else None)
 
 
 class Compression:
@@ -60,11 +60,12 @@ class Compression:
     number of entries that they have used up. Rows are the tail (tokens stored one entry each), where nothing is settled
     all that is stored, and the new tokens."""
 
-    def __init__(self, compressor, cache, new_ids, classes, sinks, end, asked=None):
+    def __init__(self, compressor, cache, new_ids, classes, sinks, end, generated=False, asked=None):
         self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
         self.classes, self.sinks, self.end = classes, sinks, end
         self.seen = seen = len(classes)
-        self.cos, self.sin = compressor.rope.tables(np.arange(seen), seen)
+        self.generated = generated
+        self.cos, self.sin = compressor.rope.tables(np.arange(seen - cache.shift), seen - cache.shift)
         n_layers, n_heads = cache.lengths.shape
         self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
         if self.config.spec.settles:
@@ -80,7 +81,8 @@ class Compression:
             self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first))
         self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
         self.scores = []  # (E,) of the entries of each layer stored, where the method scores
-        self.taus = []
+        self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
+        self.next_pos = {}  # of each layer whose Plan says so
 
     @property
     def reads(self):
@@ -93,7 +95,8 @@ class Compression:
         rows = self._rows(index, self.settled[index], k, v)
         if self.asked:
             q = np.stack([q[index] for q in self.asked], axis=1)
-            queries = [Queries(q, np.arange(self.seen - q.shape[1], self.seen))]
+            next_pos = self.seen - self.cache.shift
+            queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
         if wo is not None and index not in self.compressor.outputs:
             heads, d = len(rows.lengths), rows.k.shape[1]
             self.compressor.outputs[index] = Output(wo, heads, d, self.compressor.ops)
@@ -115,7 +118,9 @@ class Compression:
         cache = self.cache
         cache.advance(self.new_ids, self.seen - self.end)
         cache.scores = self.scores if self.config.adds_up else None
-        cache.tau = float(np.mean(self.taus)) if self.taus else None
+        cache.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
+        if self.next_pos:
+            cache.shift = self.seen - max(self.next_pos.values())
 
     def _write(self, layer, scores, target):
         plan, stays = self.config.plan(layer, scores, target)
@@ -124,15 +129,16 @@ class Compression:
             self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
             self.scores[layer.index : layer.index + 1] = [scores[stays]]
-        if "tau" in layer.memo:
-            self.taus.append(layer.memo["tau"])
+        self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
+        if plan.next_pos is not None:
+            self.next_pos[layer.index] = plan.next_pos
 
     def _rows(self, index, settled, k, v):
         """The Entries after the first `settled` of each head, followed by the new tokens."""
         cache = self.cache
         n_heads, d = cache.lengths.shape[1], cache.pool.head_dim
         n = 0 if k is None else k.shape[1]
-        new_pos = np.arange(cache.seen, cache.seen + n, dtype=np.int32)
+        new_pos = np.arange(cache.position, cache.position + n, dtype=np.int32)
         if n and not (cache.lengths[index] - settled).any():  # a first prompt: nothing is copied
             k, v = k.reshape(-1, d), v.reshape(-1, d)
             return Entries(k, v, np.zeros(n_heads * n, np.float32), np.tile(new_pos, n_heads), np.full(n_heads, n))
@@ -154,21 +160,25 @@ class Compression:
         return _joined(rows.lengths - n_new, old, np.zeros((n_heads, n_new), np.float32))
 
     def _layer(self, index, rows, queries=(), history=None):
-        compressor = self.compressor
+        compressor, cache, threshold = self.compressor, self.cache, self.thresholds[index]
+        token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
+        known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
         return Layer(
             index=index,
             k=rows.k,
             v=rows.v,
             size=np.exp(rows.log_size),
             pos=rows.pos,
-            classes=np.where(rows.log_size > 0, 0, self.classes[rows.pos]).astype(np.uint8),
-            protected=(rows.pos < self.sinks) | (rows.pos >= self.end),
+            classes=np.where(known, self.classes[token * known], 0).astype(np.uint8),
+            protected=(rows.pos < self.sinks) | (token >= self.end),
             lengths=rows.lengths,
             cos=self.cos,
             sin=self.sin,
             ops=compressor.ops,
             queries=queries,
+            generated=self.generated,
             history=history,
+            threshold=None if np.isnan(threshold) else float(threshold),
             output=compressor.outputs.get(index),
             scale=compressor.scale,
             attention_window=compressor.window,

@@ -1,9 +1,11 @@
 """CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
 
-from minillm.compress.methods import ALLOCATIONS, MERGES, METHODS, SCORES, options_of, parts
+from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
+from minillm.compress.merge import MERGES
+from minillm.compress.methods import find_method, options_of, parts
 from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
-from minillm.compress.score import ADDS_UP, READS
+from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 
 WINDOW, SINKS = 32, 4  # tokens
@@ -27,16 +29,15 @@ class CacheConfig:
     UsageError."""
 
     def __init__(self, method="semanticache", budget=None, *, window=None, sinks=None, recompress=256, **options):
-        if method not in METHODS:
-            raise UsageError(f"cache method {method!r} is unknown; methods: {', '.join(METHODS)}")
+        self.spec = spec = find_method(method)
         self.method = method if budget != "full" else "full"
-        self.spec = spec = METHODS[method]
         self.chosen = {part: options.pop(part) for part in TABLES if part in options}
         for part, name in self.chosen.items():
             if name not in TABLES[part]:
                 raise UsageError(f"{part}: {name!r} is not one of {', '.join(TABLES[part])}")
+        if method == "full" and self.chosen:
+            raise UsageError(f"cache method 'full' keeps everything: leave {', '.join(self.chosen)} out")
         self.score, self.allocation, self.merge = parts(spec, **self.chosen)
-        self.score_name = self.chosen.get("score", spec.score)
         table = self.option_table(method, **self.chosen)
         for name in options:
             if name not in table:
@@ -49,8 +50,15 @@ class CacheConfig:
             setattr(self, name, self._checked(name, value, COMMON[name]))
         self.options = {name: spec.defaults.get(name, option.default) for name, option in table.items()}
         for name, value in options.items():
-            default = table[name].default
-            self.options[name] = default if value == default else self._checked(name, value, table[name].check)
+            if value != self.options[name]:
+                self.options[name] = self._checked(name, value, table[name].check)
+        for name, option in table.items():
+            if option.needed and self.options[name] is None:
+                raise UsageError(f"cache method {method!r} needs {name}: {option.meaning}")
+        if self.method != "full" and (reason := self._contradiction()):
+            named = {"score": spec.score, "allocate": spec.allocate, "merge": spec.merge} | self.chosen
+            shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
+            raise UsageError(f"cache method {method!r} with {shown} makes no sense: {reason}")
         tau = self.options.get("tau")
         if tau is not None and budget is not None:
             raise UsageError("a cache budget and tau exclude each other: with tau the kept share is the outcome")
@@ -65,18 +73,45 @@ class CacheConfig:
         """name -> Option of a method, some of its parts `chosen` by name."""
         if method == "full":
             return {}
-        table = options_of(METHODS[method], *parts(METHODS[method], **chosen))
+        spec = find_method(method)
+        table = options_of(spec, *parts(spec, **chosen))
         return table | {"delimiters": DELIMITERS} if "chunking" in table else table
 
     @property
     def reads(self):
-        """Whose queries the score or the allocation looks at: "new", "again" or None."""
-        return READS.get(self.score_name) or self.allocation.reads
+        """Whose queries the parts look at: "new", "again" or None."""
+        return (self.score and self.score.reads) or self.allocation.reads or self.merge.reads
+
+    @property
+    def generates(self):
+        """Whether what is generated is compressed as well; a second reading is of prompts only."""
+        return self.spec.generates and self.reads != "again"
 
     @property
     def adds_up(self):
         """How the score of an earlier compression and the new one make one, or None."""
-        return ADDS_UP.get(self.score_name)
+        return self.score and self.score.adds_up
+
+    def _contradiction(self):
+        """Why the three parts mean nothing together, or None."""
+        score, allocation, merge = self.score, self.allocation, self.merge
+        if allocation.scored and score is None:
+            return "the allocation ranks rows by a score, and there is none: name one, such as score='window'"
+        if score and not allocation.scored:
+            return "the allocation looks at no score: leave the score out, or take allocate='even'"
+        if merge.joined is True and not allocation.joins:
+            return "the merge is of rows that join another, and this allocation makes none join: take merge='average'"
+        if merge.joined is False and allocation.joins:
+            return "the allocation says already which row each joins: take merge='cores' or 'drop'"
+        if merge.compares and score.ranks_only:
+            return "the merge weighs rows by how much better they score, and this score says only which is better"
+        if len({part.reads for part in (score, allocation, merge) if part and part.reads}) > 1:
+            return "one part needs a second reading and another the queries of the first: take score='window'"
+        if merge.reads and allocation.layers is not EVEN:
+            return "a later layer may compress this one again, when the merge's queries are gone: take allocate='even'"
+        if self.options.get("positions") == "cache" and (allocation.heads, allocation.layers) != (PER_HEAD, EVEN):
+            return "positions in the cache need heads of one length: take allocate='even'"
+        return None
 
     @staticmethod
     def _checked(name, value, check):

@@ -1,15 +1,36 @@
-"""What becomes of the rows that do not stay: merge(layer, scores, into, **options) -> Plan. into (R,): see allocate."""
+"""What becomes of the rows that do not stay: a Merge(layer, scores, into, **options) -> Plan. into (R,): see allocate.
+
+Protected rows stay as they are: nothing is merged into them."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.compress.cluster import ROPE
-from minillm.compress.options import Option, Part, one_of
+from minillm.compress.cluster import OPTIONS, ROPE, parse_chunking
+from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.plan import Plan
 
+ROWS = 1024  # of a matrix of similarities that exist at a time
 
-def drop(layer, scores, into):
-    """They are gone (eviction)."""
-    return Plan.keep(layer, into == np.arange(len(into)))
+
+@dataclass(frozen=True)
+class Merge(Part):
+    """joined: whether it is for allocations whose rows join others (True), for those whose rows do not (False), or for
+    both (None). compares: it weighs rows by their scores. reads: as of a Score."""
+
+    joined: bool | None = False
+    compares: bool = False
+    reads: str | None = None
+
+
+def drop(layer, scores, into, positions):
+    """They are gone (eviction); with positions "cache" the others move up, and so does the next token (StreamingLLM):
+    positions never grow beyond the entries there are."""
+    plan = Plan.keep(layer, into == np.arange(len(into)))
+    if positions == "cache":
+        plan.pos = np.concatenate([np.arange(n, dtype=np.int32) for n in plan.lengths])
+        plan.unrotate, plan.next_pos = True, int(plan.lengths.max())
+    return plan
 
 
 def cores(layer, scores, into, rope, log_size):
@@ -27,9 +48,145 @@ def cores(layer, scores, into, rope, log_size):
     return Plan(places, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
 
 
-LOG_SIZE = Option(True, one_of(True, False), "count a core as often as it has tokens")
+def average(layer, scores, into, chunking, rope, log_size):
+    """Each joins the row that stays in its chunk whose key is most like its own, and they become cores; in a chunk of
+    which no row stays, and outside the chunks, it is dropped."""
+    rows, starts, lengths = parse_chunking(chunking).segments(layer)
+    units = _units(layer.k_unrotated if rope == "unrotated" else layer.k)
+    into = into.copy()
+    for chunk in np.split(rows, starts[1:]):
+        stays, gone = chunk[into[chunk] >= 0], chunk[into[chunk] < 0]
+        if len(stays) and len(gone):
+            into[gone] = stays[_most_alike(units[gone], units[stays])[0]]
+    return cores(layer, scores, into, rope, log_size)
+
+
+def fold(layer, scores, into, reach):
+    """The value of each is folded into that of the row of its head, of those that stay within `reach` positions, whose
+    key (RoPE undone) is most like its own; it counts for as much of a token as its score is of that row's. Keys stay as
+    they are. Where none is near it is dropped."""
+    place = (layer.heads.astype(np.int64) << 32) + layer.pos
+    stays, gone = np.flatnonzero((into >= 0) & ~layer.protected), np.flatnonzero(into < 0)
+    stays = stays[np.argsort(place[stays], kind="stable")]
+    target, best = np.full(len(gone), -1), np.full(len(gone), -np.inf)
+    units, after = _units(layer.k_unrotated), np.searchsorted(place[stays], place[gone])
+    for step in range(-reach, reach):  # of the rows that stay, in the order of their positions
+        near = (after + step >= 0) & (after + step < len(stays))
+        near[near] = abs(place[stays[after[near] + step]] - place[gone[near]]) <= reach
+        other = stays[after[near] + step]
+        alike = np.einsum("nd,nd->n", units[gone[near]], units[other])
+        better = alike > best[near]
+        at = np.flatnonzero(near)[better]
+        target[at], best[at] = other[better], alike[better]
+    gone, target = gone[target >= 0], target[target >= 0]
+    mass = layer.size.copy()
+    mass[gone] *= np.minimum(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 1)
+    plan = Plan.keep(layer, into >= 0)
+    plan.key_weight = plan.weight.copy()
+    plan.dest[gone], plan.key_weight[gone] = plan.dest[target], 0
+    folded = plan.dest >= 0
+    plan.size = np.bincount(plan.dest[folded], mass[folded]).astype(np.float32)
+    plan.weight[folded] = mass[folded] / plan.size[plan.dest[folded]]
+    return plan
+
+
+def nearest(layer, scores, into, weights, log_size):
+    """D2O (Wan et al. 2024): each looks for the row that stays in its head whose key, as it is stored, is most like its
+    own, and joins it where they are no less alike than the threshold: their mean, and of later compressions the mean of
+    that and the last threshold. Keys and values of a row and those that join it are averaged, weighted by exp(cosine)
+    ("exp"), or the joining ones multiplied by their cosines and averaged as they are ("code")."""
+    target, alike = np.full(len(into), -1), np.zeros(len(into), np.float32)
+    units = _units(layer.k)
+    for head in range(len(layer.lengths)):
+        mine = layer.heads == head
+        stays, gone = np.flatnonzero(mine & (into >= 0) & ~layer.protected), np.flatnonzero(mine & (into < 0))
+        if len(stays) and len(gone):
+            which, alike[gone] = _most_alike(units[gone], units[stays])
+            target[gone] = stays[which]
+    found = target >= 0
+    plan = Plan.keep(layer, into >= 0)
+    if not found.any():
+        return plan
+    mean = float(alike[found].mean())
+    threshold = mean if layer.threshold is None else 0.5 * (layer.threshold + mean)
+    layer.memo["tau"] = threshold
+    joins = found & (alike >= np.float32(threshold))
+    plan.dest[joins] = plan.dest[target[joins]]
+    kept = plan.dest >= 0
+    dest, n = plan.dest[kept], len(plan.size)
+    similarity = np.where(joins, alike, np.float32(1))[kept]
+    share = np.exp(similarity) if weights == "exp" else similarity
+    total = np.bincount(dest, share if weights == "exp" else None, n).astype(np.float32)
+    plan.weight[kept] = share / total[dest]
+    if log_size:
+        plan.size = np.bincount(dest, layer.size[kept], n).astype(np.float32)
+    return plan
+
+
+def pass_on(layer, scores, into, spread, expected, seed):
+    """CaM (Zhang et al. 2024): with a probability, the attention of the newest query to it over the mean of its
+    attention to the rows after it that stay (at most 1), its value is shared out in equal parts over the `spread` first
+    of them; its key is dropped. expected: the probability itself is the factor, not a throw."""
+    attention = layer.window_scores(1).mean(axis=(0, 1))
+    throws = np.random.default_rng((seed, layer.index, int(layer.pos.max()))).random(len(into))
+    v = layer.v.copy()
+    for end, n in zip(np.cumsum(layer.lengths), layer.lengths, strict=True):
+        rows = np.arange(end - n, end)
+        stays, gone = rows[into[rows] >= 0], rows[into[rows] < 0]
+        first = np.searchsorted(stays, gone)  # of those that stay after it
+        for gap in np.unique(first[first < len(stays)]):
+            between, after = gone[first == gap], stays[gap:]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                chance = np.clip(np.nan_to_num(attention[between] / attention[after].mean(), posinf=1), 0, 1)
+            factor = chance if expected else (throws[between] < chance).astype(np.float32)
+            receive = after[~layer.protected[after]][:spread]
+            v[receive] += factor @ layer.v[between] / np.float32(max(len(receive), 1))
+    plan = Plan.keep(layer, into >= 0)
+    plan.v = v
+    return plan
+
+
+def _units(keys):
+    """Keys (n, d) of length 1; 0 stays 0."""
+    return keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _most_alike(units, others):
+    """For each of units (n, d) the number of the one of `others` (m, d) with the greatest product, of equal ones the
+    first; and that product."""
+    which = np.empty(len(units), np.int64)
+    product = np.empty(len(units), np.float32)
+    for lo in range(0, len(units), ROWS):
+        products = units[lo : lo + ROWS] @ others.T
+        which[lo : lo + ROWS] = products.argmax(axis=1)
+        product[lo : lo + ROWS] = products.max(axis=1)
+    return which, product
+
+
+LOG_SIZE = Option(True, one_of(True, False), "count an entry as often as it has tokens")
+POSITIONS = Option("original", one_of("original", "cache"), "of keys: of their tokens, or their number in the cache")
+REACH = Option(16, number(1, 1 << 10, int), "positions between a row and the one it is folded into")
+WEIGHTS = Option("exp", one_of("exp", "code"), "exp(cosine), or the cosine as the authors' code has it")
+SPREAD = Option(32, number(1, 1 << 10, int), "rows that share a value that is passed on")
+EXPECTED = Option(False, one_of(True, False), "weigh by the probability in place of a throw")
+SEED = Option(0, number(0, 1 << 30, int), "of the throws")
 
 MERGES = {
-    "drop": Part(drop, "they are dropped"),
-    "cores": Part(cores, "averaged with the row they join", {"rope": ROPE, "log_size": LOG_SIZE}),
+    "drop": Merge(drop, "they are dropped", {"positions": POSITIONS}, joined=None),
+    "cores": Merge(cores, "averaged with the row they join", {"rope": ROPE, "log_size": LOG_SIZE}, joined=True),
+    "average": Merge(
+        average,
+        "averaged with the row of their chunk whose key is most like theirs",
+        {"chunking": OPTIONS["chunking"], "rope": ROPE, "log_size": LOG_SIZE},
+    ),
+    "fold": Merge(fold, "their values folded into a neighbour's, by score", {"reach": REACH}, compares=True),
+    "nearest": Merge(
+        nearest, "averaged with the row most like them, if it is alike", {"weights": WEIGHTS, "log_size": LOG_SIZE}
+    ),
+    "pass_on": Merge(
+        pass_on,
+        "their values shared out over the rows after them",
+        {"spread": SPREAD, "expected": EXPECTED, "seed": SEED},
+        reads="new",
+    ),
 }

@@ -1,24 +1,31 @@
 """The table of methods: each is a score, an allocation and a merge, with its defaults and its paper."""
 
+import runpy
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 
-from minillm.compress.allocate import ALLOCATIONS
-from minillm.compress.merge import MERGES
-from minillm.compress.score import SCORES
+from minillm.compress.allocate import ALLOCATIONS, Allocation
+from minillm.compress.merge import MERGES, Merge
+from minillm.compress.score import SCORES, Score
+from minillm.errors import UsageError
+
+ENTRY_POINTS = "minillm.methods"  # group in which other packages name Methods of theirs
 
 
 @dataclass(frozen=True)
 class Method:
-    """score, allocate and merge: names in SCORES, ALLOCATIONS and MERGES (score None: the allocation needs none).
+    """score, allocate and merge: names in SCORES, ALLOCATIONS and MERGES, or such parts (score None: the allocation
+    needs none).
     defaults: of common options (window, sinks) and of its parts', where they are not the tables'. generates: whether
     what is generated is compressed as well; settles: whether entries that a compression made are left alone by the
     next one."""
 
     summary: str
     paper: str = ""
-    score: str | None = None
-    allocate: str = "even"
-    merge: str = "drop"
+    score: str | Score | None = None
+    allocate: str | Allocation = "even"
+    merge: str | Merge = "drop"
     defaults: dict = field(default_factory=dict)
     generates: bool = False
     settles: bool = False
@@ -112,28 +119,99 @@ METHODS = {
         defaults={"pooling": "avg"},
     ),
     "random": Method("tokens by lot: the control", score="random", generates=True),
+    "kvcompose": Method(
+        "what a second reading attends to; the heads of a layer keep as many, layers compete for their composites",
+        "Akulov et al. 2025, arXiv 2509.05165",
+        "composite",
+        "composites",
+        defaults={"sinks": 0, "window": 0},
+    ),
+    "longflow": Method(
+        "what adds most to the newest query's output, the same tokens in every head",
+        "2026, arXiv 2603.11504",
+        "contribution",
+        defaults={"sinks": 0, "window": 0, "pool": 5, "pooling": "avg"},
+        generates=True,
+    ),
+    "d2o": Method(
+        "heavy hitters and the newest; evicted tokens alike enough join the nearest; layer budgets by variance",
+        "Wan et al. 2024, arXiv 2406.13035",
+        "columns",
+        "unlike",
+        "nearest",
+        defaults={"window": 0.5, "log_size": False},
+        generates=True,
+    ),
+    "cam": Method(
+        "StreamingLLM; the values of evicted tokens are passed on to those after them",
+        "Zhang et al. 2024, CaM, ICML",
+        "recency",
+        merge="pass_on",
+        defaults={"window": 0},
+        generates=True,
+    ),
+    "razor": Method(
+        "retrieval heads keep everything, others sinks, the newest and one entry for the rest (RazorAttention)",
+        "Tang et al. 2024, arXiv 2407.15891",
+        "recency",
+        "retrieval",
+        "cores",
+        defaults={"rope": "cached"},
+        generates=True,
+    ),
 }
 
 
 def parts(method, **chosen):
     """(score Part or None, Allocation, merge Part) of a Method, some of them `chosen` by name instead. KeyError for a
     name that no table has."""
-    names = {"score": method.score, "allocate": method.allocate, "merge": method.merge} | chosen
-    score = SCORES[names["score"]] if names["score"] else None
-    return score, ALLOCATIONS[names["allocate"]], MERGES[names["merge"]]
+    named = {"score": method.score, "allocate": method.allocate, "merge": method.merge} | chosen
+    tables = {"score": SCORES | {None: None}, "allocate": ALLOCATIONS, "merge": MERGES}
+    return [table[part] if isinstance(part := named[kind], str | None) else part for kind, table in tables.items()]
+
+
+def find_method(name):
+    """The Method of a name in METHODS, of "FILE.py:NAME" or of an entry point of other packages. Raises UsageError."""
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    path, _, attribute = str(name).rpartition(":")
+    if path.endswith(".py"):
+        method = _from_file(path, attribute)
+    else:
+        others = entry_points(group=ENTRY_POINTS)
+        if name not in others.names:
+            known = ", ".join([*METHODS, *sorted(others.names)])
+            raise UsageError(f"cache method {name!r} is unknown; methods: {known}, and your own: FILE.py:NAME")
+        method = others[name].load()
+    if not isinstance(method, Method):
+        raise UsageError(f"cache method {name}: {type(method).__name__} found, not a minillm.compress.methods.Method")
+    return method
+
+
+@cache
+def _from_file(path, attribute):
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:
+        raise UsageError(f"cache method {path}:{attribute}: {type(error).__name__}: {error}") from error
+    if attribute not in found:
+        raise UsageError(f"cache method {path}:{attribute}: the file has no {attribute!r}")
+    return found[attribute]
 
 
 def methods_table():
     """The methods as aligned text, a line each: name, what it keeps, paper; below it its three parts and options."""
-    width = max(map(len, METHODS))
+    methods = METHODS | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+    width = max(map(len, methods))
     lines = []
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         lines.append(f"{name:<{width}}  {method.summary}" + (f"  [{method.paper}]" if method.paper else ""))
         if name == "full":
             continue
         score, allocation, merge = parts(method)
-        scored = f"score {method.score}, " if score else ""
-        lines.append(f"{'':<{width}}    {scored}allocate {method.allocate}, merge {method.merge}")
+        named = {"score": method.score, "allocate": method.allocate, "merge": method.merge}
+        named = {kind: part if isinstance(part, str) else part.summary for kind, part in named.items() if part}
+        lines.append(f"{'':<{width}}    " + ", ".join(f"{kind} {part}" for kind, part in named.items()))
         for option, spec in options_of(method, score, allocation, merge).items():
             lines.append(f"{'':<{width}}    {option} = {method.defaults.get(option, spec.default)}: {spec.meaning}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ class Option:
     default: object
     check: Callable  # value -> value; raises ValueError with what is allowed
     meaning: str
+    needed: bool = False  # it has no default
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ class Layer:
     sin: np.ndarray
     ops: object  # the backend
     queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
+    generated: bool = False  # whether the new tokens were generated, not read
     history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
+    threshold: float | None = None  # that an earlier compression came to
     output: Output | None = None  # the layer's W_O
     scale: float = 1.0  # of the logits
     attention_window: int | None = None  # the model's sliding window
@@ -112,6 +114,8 @@ class Plan:
     lengths: np.ndarray  # (H,) entries of each head; the sum is E
     unrotate: bool = False
     key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
+    v: np.ndarray | None = None  # (R, d) values in place of the layer's
+    next_pos: int | None = None  # position of the token that comes next, where it is not the number of tokens seen
 
     @classmethod
     def keep(cls, layer, kept):
@@ -123,7 +127,7 @@ class Plan:
     def apply(self, layer):
         """The Entries of the Plan."""
         ops, n = layer.ops, len(self.size)
-        v = ops.merge(layer.v, self.dest, self.weight, n)
+        v = ops.merge(layer.v if self.v is None else self.v, self.dest, self.weight, n)
         weight = self.weight if self.key_weight is None else self.key_weight
         if self.unrotate:
             keys = layer.k, layer.k_unrotated, layer.pos

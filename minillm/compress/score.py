@@ -1,10 +1,24 @@
-"""How much each row of a layer matters: score(layer, **options) -> (R,) float32, more is kept longer.
+"""How much each row of a layer matters: a Score(layer, **options) -> (R,) float32, more is kept longer.
 
-`layer.queries` are those of the tokens read since the last compression; a score of the table `READS` looks at them."""
+`layer.queries` are those of the tokens read since the last compression, where the Score reads them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from minillm.compress.options import Option, Part, number, one_of
+
+
+@dataclass(frozen=True)
+class Score(Part):
+    """reads: whose queries it looks at: those of the "new" tokens, of a second reading of them ("again"), or None.
+    adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
+    ranks_only: it says which row is better and not by how much."""
+
+    reads: str | None = None
+    adds_up: Callable | None = None
+    ranks_only: bool = False
 
 
 def recency(layer):
@@ -67,6 +81,34 @@ def column_row(layer, queries, pool, pooling, gqa, norm):
     return scores / max(scores[layer.free].sum(), np.finfo(np.float32).tiny) if norm else scores
 
 
+def composite(layer, queries_agree, heads_agree, v_norm):
+    """KVCompose (2025): the largest (or mean) attention that each query head of a second reading gives to a row,
+    averaged over the group, and the mean over the heads of the layer added."""
+    if queries_agree == "max":
+        scores = layer.column_scores("max").mean(axis=0)
+    else:
+        n_queries = sum(queries.q.shape[1] for queries in layer.queries)
+        scores = layer.column_scores("sum").mean(axis=0) / np.float32(n_queries)
+    if v_norm:
+        scores = scores * np.linalg.norm(layer.v, axis=1)
+    return scores + over_heads(layer, scores) / np.float32(len(layer.lengths)) if heads_agree else scores
+
+
+def contribution(layer, queries, pool, pooling):
+    """LongFlow (2026): the newest generated query's attention to a row, summed over all query heads, each times the
+    1-norm of the row's value; for a prompt SnapKV's attention of the newest `queries`, pooled, summed over all heads.
+    Rows of one token score alike in every head: one index set a layer."""
+    if layer.generated:
+        attention = layer.window_scores(1).sum(axis=(0, 1))
+        return over_heads(layer, attention * np.abs(layer.v).sum(axis=1))
+    return over_heads(layer, pooled(layer, layer.window_scores(queries).mean(axis=1).sum(axis=0), pool, pooling))
+
+
+def over_heads(layer, scores):
+    """(R,) for each row the sum of the scores (R,) of the rows that the heads have of its token."""
+    return np.bincount(layer.pos, scores)[layer.pos].astype(np.float32)
+
+
 def pooled(layer, scores, width, kind):
     """Of the scores (R,), the maximum ("max") or mean ("avg": zeros beyond the ends count) of `width` neighbours, for
     the rows of each head that are not protected, and among these."""
@@ -83,14 +125,31 @@ def pooled(layer, scores, width, kind):
 QUERIES = Option(32, number(1, 1 << 20, int), "how many of the newest queries are looked at")
 POOL = Option(7, number(1, 1 << 10, int), "neighbours whose scores are pooled")
 POOLING = Option("max", one_of("max", "avg"), "max or avg")
+WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
+QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
+HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
+V_NORM = Option(False, one_of(True, False), "times the 2-norm of the value")
 
 SCORES = {
-    "recency": Part(recency, "the newest"),
-    "random": Part(chance, "by lot"),
-    "window": Part(window, "attention of the newest queries", {"queries": QUERIES, "pool": POOL, "pooling": POOLING}),
-    "columns": Part(columns, "attention of all queries, summed"),
-    "reread": Part(reread, "the largest attention when the text is read a second time"),
-    "mean_variance": Part(
+    "recency": Score(recency, "the newest", ranks_only=True),
+    "random": Score(chance, "by lot", ranks_only=True),
+    "window": Score(window, "attention of the newest queries", WINDOW, "new"),
+    "columns": Score(columns, "attention of all queries, summed", {}, "new", np.add),
+    "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", np.maximum),
+    "composite": Score(
+        composite,
+        "attention when the text is read a second time, with the mean of the layer's heads added",
+        {"queries_agree": QUERIES_AGREE, "heads_agree": HEADS_AGREE, "v_norm": V_NORM},
+        "again",
+        np.maximum,
+    ),
+    "contribution": Score(
+        contribution,
+        "what rows add to the newest query's output, of all heads together",
+        WINDOW,
+        "new",
+    ),
+    "mean_variance": Score(
         mean_variance,
         "attention of the newest queries and its variance",
         {
@@ -98,13 +157,15 @@ SCORES = {
             "gamma": Option(200.0, number(0, 1e9), "weight of the variance"),
             "pool": POOL,
         },
+        "new",
     ),
-    "value_scaled": Part(
+    "value_scaled": Score(
         value_scaled,
         "attention of the newest queries times the head's largest value",
         {"queries": QUERIES, "pool": POOL},
+        "new",
     ),
-    "column_row": Part(
+    "column_row": Score(
         column_row,
         "attention of the newest queries times what the value adds through W_O",
         {
@@ -118,14 +179,6 @@ SCORES = {
             ),
             "norm": Option(True, one_of(True, False), "as a share of the layer's"),
         },
+        "new",
     ),
 }
-READS = {  # whose queries: the new tokens', or a second reading's
-    "window": "new",
-    "columns": "new",
-    "reread": "again",
-    "mean_variance": "new",
-    "value_scaled": "new",
-    "column_row": "new",
-}
-ADDS_UP = {"columns": np.add, "reread": np.maximum}  # how an earlier compression's score and the new one make one
