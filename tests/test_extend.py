@@ -48,7 +48,8 @@ def new_cache(model, page_size=4):
 
 
 def compressor_of(model, method="semanticache", budget=None, **options):
-    return Compressor(CacheConfig(method, budget, **options), model.rope, numpy_ops, CLASSES)
+    config = CacheConfig(method, budget, **options)
+    return Compressor(config, model.rope, numpy_ops, CLASSES, model.scale, model.config.sliding_window)
 
 
 def ids_of(n, seed=0):
