@@ -300,7 +300,23 @@ class KVCache:
             "lengths": self.lengths.copy(),
             "token_ids": np.array(self.token_ids, np.int64),
             "tail": np.array(self.tail),
+            "shift": np.array(self.shift),
+            **self._left(),
         }
+
+    def _left(self):
+        """What the last compression left for the next one, as plain arrays."""
+        n_layers, n_heads, d = *self.lengths.shape, self.pool.head_dim
+        left = {}
+        if self.queries is not None:
+            left["queries"] = (
+                np.stack(self.queries) if self.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
+            )
+        if self.scores is not None:
+            left["scores"] = np.concatenate(self.scores)
+        if self.thresholds is not None:
+            left["thresholds"] = self.thresholds.copy()
+        return left
 
     def restore(self, arrays):
         """Take the arrays of `state` over in place of what is stored. Arrays that do not fit this model or one
@@ -314,21 +330,48 @@ class KVCache:
             rows = slice(end - lengths[layer].sum(), end)
             self.write(layer, Entries(*(arrays[name][rows] for name in ("k", "v", "log_size", "pos")), lengths[layer]))
         self.advance(arrays["token_ids"].tolist(), int(arrays["tail"]))
+        self.shift, self.thresholds = int(arrays["shift"]), arrays.get("thresholds")
+        self.queries = list(arrays["queries"]) if "queries" in arrays else None
+        if "scores" in arrays:
+            since = (int(lengths.sum()) - len(arrays["scores"])) // lengths.size
+            scored = (lengths - since).sum(axis=1)
+            self.scores = np.split(arrays["scores"], np.cumsum(scored)[:-1])
 
     def _fits(self, arrays):
-        names = ("k", "v", "log_size", "pos", "lengths", "token_ids", "tail")
-        if any(name not in arrays for name in names):
+        whole = ("pos", "lengths", "token_ids", "tail", "shift")
+        fractions = ("k", "v", "log_size", *(arrays.keys() & {"queries", "scores", "thresholds"}))
+        if any(name not in arrays for name in (*whole, *fractions)):
             return False
-        if any(arrays[name].dtype.kind != ("f" if name in ("k", "v", "log_size") else "i") for name in names):
+        if any(arrays[name].dtype.kind != ("f" if name in fractions else "i") for name in (*whole, *fractions)):
             return False
         lengths, token_ids, tail = arrays["lengths"], arrays["token_ids"], arrays["tail"]
-        if lengths.shape != self.lengths.shape or token_ids.ndim != 1 or tail.ndim or (lengths < 0).any():
+        shift = arrays["shift"]
+        if lengths.shape != self.lengths.shape or token_ids.ndim != 1 or tail.ndim or shift.ndim or (lengths < 0).any():
             return False
         total, d, seen = int(lengths.sum()), self.pool.head_dim, len(token_ids)
         shapes = {"k": (total, d), "v": (total, d), "log_size": (total,), "pos": (total,)}
         if any(arrays[name].shape != shape for name, shape in shapes.items()):
             return False
-        if not all(np.isfinite(arrays[name]).all() for name in ("k", "v", "log_size")):
+        if not all(np.isfinite(arrays[name]).all() for name in fractions if name != "thresholds"):
             return False
         pos = arrays["pos"]
-        return 0 <= tail <= min(lengths.min(), seen) and ((pos >= 0) & (pos < seen)).all() and (token_ids >= 0).all()
+        if not (0 <= tail <= min(lengths.min(), seen) and 0 <= shift <= seen and (token_ids >= 0).all()):
+            return False
+        return ((pos >= 0) & (pos < seen - shift)).all() and self._left_fits(arrays, lengths, int(tail))
+
+    def _left_fits(self, arrays, lengths, tail):
+        """Whether what a compression left (see `_left`) fits the tokens since then, of which there are `tail` at
+        most."""
+        n_layers, n_heads = lengths.shape
+        queries, scores, thresholds = (arrays.get(name) for name in ("queries", "scores", "thresholds"))
+        if thresholds is not None and thresholds.shape != (n_layers,):
+            return False
+        if queries is not None:
+            if queries.ndim != 4 or queries.shape[1::2] != (n_layers, self.pool.head_dim):
+                return False
+            if queries.shape[2] % n_heads or not queries.shape[2] or len(queries) > tail:
+                return False
+        if scores is not None:
+            since, rest = divmod(int(lengths.sum()) - len(scores.ravel()), lengths.size)
+            return scores.ndim == 1 and not rest and 0 <= since <= tail and (queries is None or since == len(queries))
+        return True

@@ -19,7 +19,7 @@ from minillm.preflight import require, workspace_bytes
 from minillm.sampling import Sampler
 from minillm.stream import StreamDecoder
 
-SESSION_FORMAT = 1
+SESSION_FORMAT = 2
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
 
 
@@ -72,7 +72,7 @@ class Answer:
         self.text += text
         if self.decoder and self.decoder.stopped:
             self.stop_reason = "stop"
-        elif len(self.token_ids) == self.params.max_tokens or session.seen_soon >= session.llm.context:
+        elif len(self.token_ids) == self.params.max_tokens or session.position_soon >= session.llm.context:
             self.stop_reason = "length"
         return Piece(token, text)
 
@@ -118,6 +118,11 @@ class Session:
     def seen_soon(self):
         return self.cache.seen + len(self.unread)
 
+    @property
+    def position_soon(self):
+        """Of the next token, which is what the context limits."""
+        return self.cache.position + len(self.unread)
+
     def feed(self, prompt):
         """Add a prompt: text (special tokens in it are recognised), token ids, or chat messages (list of dicts)."""
         self.unread += self.llm.encode(prompt, bos=self.seen_soon == 0)
@@ -142,7 +147,7 @@ class Session:
         llm, n = self.llm, self.seen_soon
         if not self.unread:
             raise MinillmError("the prompt is empty: give some text")
-        if n > llm.context:
+        if self.position_soon > llm.context:
             raise MinillmError(
                 f"the prompt has {n} tokens and the context {llm.context}: shorten it, raise "
                 f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
@@ -286,6 +291,7 @@ class Session:
         try:
             unread, messages, rendered = self._checked(state)
             self.llm.encode(arrays["token_ids"].tolist())
+            self.llm.compressor.check_left(arrays, self.llm.config.n_heads)
             self.cache.restore(arrays)
         except (KeyError, TypeError, ValueError, MinillmError) as error:
             raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None

@@ -30,6 +30,19 @@ class Compressor:
             return False
         return cache.tail - config.protect(cache.seen)[1] >= config.recompress
 
+    def check_left(self, arrays, n_heads):
+        """Raise ValueError where the arrays of a cache's `state` lack what this method's last compression must have
+        left for the next one, or its queries are not those of n_heads heads."""
+        config, cut = self.config, arrays["lengths"].sum() < arrays["lengths"].size * len(arrays["token_ids"])
+        needed = {"scores"} if config.adds_up and cut else set()
+        if config.reads == "new" and config.generates and len(arrays["token_ids"]):
+            needed.add("queries")
+        if missing := sorted(needed - arrays.keys()):
+            raise ValueError(f"it lacks {missing[0]}")
+        queries = arrays.get("queries")
+        if queries is not None and len(queries) and queries.shape[2:3] != (n_heads,):
+            raise ValueError("its queries are of another model")
+
     def begin(self, cache, new_ids, generated=False):
         """The Compression that stores the layers of `new_ids`, read after what `cache` has seen; None where nothing is
         to be compressed. generated: no new ids, but those that were generated; of a method that settles, a chunk that

@@ -80,7 +80,7 @@ def fold(layer, scores, into, reach):
         target[at], best[at] = other[better], alike[better]
     gone, target = gone[target >= 0], target[target >= 0]
     mass = layer.size.copy()
-    mass[gone] *= np.minimum(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 1)
+    mass[gone] *= np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
     plan = Plan.keep(layer, into >= 0)
     plan.key_weight = plan.weight.copy()
     plan.dest[gone], plan.key_weight[gone] = plan.dest[target], 0
