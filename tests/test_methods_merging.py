@@ -357,7 +357,7 @@ def test_longflow_scores_what_a_row_adds_to_the_output(group):
     for case in range(25):
         n, n_heads = int(rng.integers(1, 30)), int(rng.integers(1, 4))
         layer, _ = layer_of(rng, [n] * n_heads, group=group, ties=case % 2 == 0)
-        layer.generated = True
+        layer.generated, layer.protected[:] = True, False
         p = attention(layer, layer.queries[0])
         expected = np.zeros(n)
         for (query_head, i, row), share in p.items():
