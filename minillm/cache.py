@@ -310,7 +310,7 @@ class KVCache:
         left = {}
         if self.queries is not None:
             left["queries"] = (
-                np.stack(self.queries) if self.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
+                np.stack(list(self.queries)) if self.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
             )
         if self.scores is not None:
             left["scores"] = np.concatenate(self.scores)

@@ -50,7 +50,9 @@ class Compressor:
         config, seen = self.config, cache.seen + len(new_ids)
         asked, cache.queries = cache.queries, None
         if config.reads == "new" and config.generates:
-            cache.queries = deque(maxlen=None if config.adds_up else config.options.get("queries"))  # that are looked at
+            cache.queries = deque(
+                maxlen=None if config.adds_up else config.options.get("queries")
+            )  # that are looked at
         if config.method == "full" or seen <= SHORT:
             return None
         sinks, window = config.protect(seen)
