@@ -144,6 +144,13 @@ class CudaDevice:
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return free + self.cupy.get_default_memory_pool().free_bytes(), total
 
+    def description(self):
+        """The card's name and memory, driver and runtime."""
+        runtime = self.cupy.cuda.runtime
+        name = runtime.getDeviceProperties(self.index)["name"].decode()
+        driver, package = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
+        return f"{name}, {self.memory()[1] / (1 << 30):.0f} GiB, driver for CUDA {driver}, CuPy for CUDA {package}"
+
     def trim(self):
         self.cupy.get_default_memory_pool().free_all_blocks()
 

@@ -1,0 +1,441 @@
+"""Everything there is to ask of a GPU, in one call of less than nine minutes: are the kernels right, how fast are they
+against what the card can do, and what does a model of Llama-3-8B's shape take in time and memory.
+
+    python tools/gpu_check.py [--out gpu.json] [--device 0] [--seconds 520]
+
+It needs minillm with the extra cuda12 or cuda13, and pytest; compute-sanitizer, torch and transformers are used where
+they are. A part that fails or finds no time left is reported as such, and the others go on. The file is written after
+every part; a table comes last."""
+
+import argparse
+import gc
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+from minillm import LLM, CacheConfig
+from minillm.cache import Entries, KVCache, PagePool
+from minillm.config import ModelConfig, RopeConfig
+from minillm.errors import MinillmError
+from minillm.ops import launch
+from minillm.ops.cuda_ops import CudaOps, open_ops
+from minillm.ops.cuda_weights import CudaWeight
+from minillm.session import Session
+from minillm.weights import Weight
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA_3_8B = ModelConfig(
+    name="Llama-3-8B",
+    architecture="LlamaForCausalLM",
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    dim=4096,
+    ffn_dim=14336,
+    vocab_size=128256,
+    context=131072,
+    rms_eps=1e-5,
+    rope=RopeConfig(theta=500000.0),
+)
+CACHES = {
+    "full": lambda: CacheConfig("full"),
+    "semanticache 50 %": lambda: CacheConfig("semanticache", 0.5),
+    "semanticache 35 %": lambda: CacheConfig("semanticache", 0.35),
+    "semanticache 20 %": lambda: CacheConfig("semanticache", 0.2),
+    "streaming 20 %": lambda: CacheConfig("streaming", 0.2),
+}
+GIB = 1 << 30
+
+
+class Report:
+    """Results by part, written to a file after each; and how much time is left."""
+
+    def __init__(self, path, seconds):
+        self.path, self.end, self.results = path, time.monotonic() + seconds, {}
+
+    @property
+    def left(self):
+        return self.end - time.monotonic()
+
+    def part(self, name, needs, run, *arguments):
+        """results[name] = run(*arguments); why not, where it fails or less than `needs` seconds are left."""
+        start = time.monotonic()
+        if self.left < needs:
+            self.results[name] = {"skipped": f"{self.left:.0f} s left, {needs} needed"}
+        else:
+            try:
+                self.results[name] = run(*arguments)
+            except Exception as error:
+                traceback.print_exc()
+                self.results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        self.path.write_text(json.dumps(self.results, indent=1))
+        gc.collect()
+
+
+# (a) right or wrong
+
+
+def kernel_tests(seconds):
+    """The kernel and model tests on the device."""
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "gpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    return {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-15:]}
+
+
+def sanitizers(seconds):
+    """compute-sanitizer on a few tests."""
+    if not shutil.which("compute-sanitizer"):
+        return {"skipped": "no compute-sanitizer on PATH"}
+    tests = [str(ROOT / "tests" / name) for name in ("test_cuda_kernels.py", "test_cuda_attention.py")]
+    chosen = "gpu and (merge or entries or append or clusters or decode)"
+    out = {}
+    for tool in ("memcheck", "racecheck"):
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+        ]
+        try:
+            done = subprocess.run(
+                [*command, "-k", chosen, *tests], cwd=ROOT, capture_output=True, text=True, timeout=seconds / 2
+            )
+            out[tool] = {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-8:]}
+        except subprocess.TimeoutExpired:
+            out[tool] = {"skipped": f"more than {seconds / 2:.0f} s"}
+    return out
+
+
+# (b) what the card can do
+
+
+def timed(device, repeats, function, *arguments):
+    """Seconds of function(device, *arguments), which only launches kernels: repeated in a graph, the best of five."""
+
+    def run():
+        for _ in range(repeats):
+            function(device, *arguments)
+
+    function(device, *arguments)  # compiles
+    try:
+        run = device.capture(run).launch
+    except MinillmError:  # cuBLAS is not captured; such products are long
+        pass
+    seconds = []
+    for _ in range(5):
+        device.synchronize()
+        start = time.perf_counter()
+        run()
+        device.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / repeats
+
+
+def ceilings(device, n_bytes=4 * GIB, size=8192):
+    """Bytes a second that a kernel reads, and operations a second of a large bf16 product."""
+    words, bad = device.empty(n_bytes // 4, np.float32), device.upload(np.zeros(1, np.int32))
+    words.fill(0)
+    read = n_bytes / timed(device, 4, launch.not_finite, words, 0, bad)
+    del words
+    a, b, y = (device.empty((size, size), np.uint16) for _ in range(3))
+    launch.random_words(device, a, 1, 1.0, "bf16")
+    launch.random_words(device, b, 2, 1.0, "bf16")
+    product = 2 * size**3 / timed(device, 5, type(device).gemm, a, b, y, "bf16", False)
+    return {"read_bytes_per_s": read, "bf16_flop_per_s": product}
+
+
+# (c) each kernel
+
+
+class Kernels:
+    """Times of single kernels at a model's shapes: microseconds, and how near they are to their floor, which is bytes /
+    bandwidth or operations / the speed of a large product."""
+
+    def __init__(self, device, config, ceiling):
+        self.device, self.c, self.ceiling, self.rows = device, config, ceiling, {}
+        self.ops = CudaOps(device)
+        self.ops.real16 = "bf16"
+
+    def add(self, name, n_bytes, flop, function, *arguments):
+        seconds = timed(self.device, 3 if flop else 20, function, *arguments)
+        floor = max(n_bytes / self.ceiling["read_bytes_per_s"], flop / self.ceiling["bf16_flop_per_s"])
+        self.rows[name] = {"us": seconds * 1e6, "share_of_floor": floor / seconds}
+
+    def matrix(self, n_out, n_in):
+        words = self.ops.random_words((n_out, n_in), 1)
+        return CudaWeight.of(self.device, Weight("BF16", words, (n_out, n_in)), "bf16")
+
+    def random(self, *shape):
+        return self.ops.random_words(shape, 3)
+
+    def products(self, batches=(1, 8)):
+        """What a decode step reads of the weights of a layer."""
+        c, d = self.c, self.c.head_dim
+        wqkv, wo = self.matrix((c.n_heads + 2 * c.n_kv_heads) * d, c.dim), self.matrix(c.dim, c.n_heads * d)
+        w_gate_up, w_down = self.matrix(2 * c.ffn_dim, c.dim), self.matrix(c.dim, c.ffn_dim)
+        norm = self.device.upload(np.ones(c.dim, np.float32))
+        for rows in batches:
+            x = self.device.upload(np.ones((rows, c.dim), np.float32))
+            qkv, act, mixed = (self.random(rows, n) for n in (wqkv.shape[0], c.ffn_dim, c.n_heads * d))
+            self.add(f"norm_gemv qkv x {rows}", wqkv.nbytes, 0, launch.norm_gemv, x, norm, 1e-5, wqkv, qkv)
+            self.add(f"gemv_add o x {rows}", wo.nbytes, 0, launch.gemv_add, mixed, wo, x)
+            mlp = x, norm, 1e-5, w_gate_up, None, act
+            self.add(f"norm_gemv_swiglu x {rows}", w_gate_up.nbytes, 0, launch.norm_gemv_swiglu, *mlp)
+            self.add(f"gemv_add down x {rows}", w_down.nbytes, 0, launch.gemv_add, act, w_down, x)
+
+    def attention(self, context=32768, prompt=8192):
+        c, d, heads, device = self.c, self.c.head_dim, self.c.n_kv_heads, self.device
+        pool, scale = PagePool(self.ops, d), self.c.head_dim**-0.5
+        cache = filled(self.ops, pool, replace(c, n_layers=1), context)
+        past = self.ops.paged(cache.layer(0))
+        starts, space = (
+            device.empty((1, heads + 1), np.int32),
+            launch.decode_space(device, heads, c.n_heads // heads, d),
+        )
+        launch.decode_plan(device, past.lengths.reshape(1, 1, heads), starts)
+        q, out = self.random(1, c.n_heads, d), device.empty((1, c.n_heads, d), np.uint16)
+        step = q, past, starts[0], space, out, scale, 0, "bf16"
+        self.add(f"decode_attention {context}", cache.bytes_in_use, 0, launch.decode_attention, *step)
+        n, empty = prompt, self.ops.paged(KVCache(pool, 1, heads).layer(0))
+        q, k, v = self.random(c.n_heads, n, d), self.random(heads, n, d), self.random(heads, n, d)
+        mixed, lse = device.empty((n, c.n_heads, d), np.uint16), device.empty((c.n_heads, n), np.float32)
+        flop = 2 * n * n * d * c.n_heads
+        step = q, k, v, empty, mixed, lse, scale, 0, "bf16"
+        self.add(f"prefill_attention {n}", 0, flop, launch.prefill_attention, *step)
+
+    def norm(self, n=8192):
+        x, h = self.device.empty((n, self.c.dim), np.float32), self.device.empty((n, self.c.dim), np.uint16)
+        x.fill(1)
+        norm = self.device.upload(np.ones(self.c.dim, np.float32))
+        self.add(f"rms_norm x {n}", x.nbytes + h.nbytes, 0, launch.rms_norm, x, norm, 1e-5, h, "bf16")
+
+
+def kernels(device, config, ceiling):
+    timing = Kernels(device, config, ceiling)
+    for part in (timing.products, timing.attention, timing.norm):
+        part()
+    return timing.rows
+
+
+def filled(ops, pool, config, n):
+    """A cache of n random entries in every head."""
+    cache, heads, d = KVCache(pool, config.n_layers, config.n_kv_heads), config.n_kv_heads, config.head_dim
+    k, v = ops.random_words((heads * n, d), 1), ops.random_words((heads * n, d), 2)
+    pos, zeros = np.tile(np.arange(n, dtype=np.int32), heads), np.zeros(heads * n, np.float32)
+    for layer in range(config.n_layers):
+        cache.write(layer, Entries(k, v, zeros, pos, np.full(heads, n)))
+    cache.advance(range(n))
+    return cache
+
+
+# (d) a model
+
+
+def model(device_number, config, bandwidth, contexts, batches, report, tokens=24):
+    """TTFT, TPOT and memory for each context, cache and batch; a list of rows."""
+    rows = []
+    rng, before = np.random.default_rng(0), memory_used(open_ops(device_number))
+    with LLM.random(config, device=f"cuda:{device_number}") as llm:
+        loaded = memory_used(llm.model.ops)
+        delimiters = (rng.random(config.vocab_size) < 1 / 12).astype(np.uint8) * 2  # as often as in prose
+        for context in contexts:
+            ids = rng.integers(0, config.vocab_size, context).tolist()
+            for name, make in CACHES.items():
+                if report.left < 20:
+                    return rows
+                llm.set_cache(make())
+                llm.compressor.classes = delimiters
+                rows += one_cache(llm, name, ids, batches, bandwidth, tokens)
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        after = memory_used(llm.model.ops)
+    gc.collect()
+    rows.append(
+        {"memory_gib": {"before": before / GIB, "weights": (loaded - before) / GIB, "caches_gone": after / GIB}}
+    )
+    return rows
+
+
+def memory_used(ops):
+    """Bytes of the card that are in use, by cudaMemGetInfo."""
+    ops.trim()
+    free, total = ops.device.memory()
+    return total - free
+
+
+def one_cache(llm, name, ids, batches, bandwidth, tokens):
+    session, rows = Session(llm), []
+    ttft = []
+    for attempt in range(2):  # the first compiles
+        session.cache.clear()
+        session.feed(ids)
+        start = time.perf_counter()
+        session.read()
+        ttft.append(time.perf_counter() - start)
+        if attempt == 0 and len(ids) > 16384 and ttft[0] > 20:
+            break
+    for batch in batches:
+        caches = [session.cache] + [copied(session.cache) for _ in range(batch - 1)]
+        bytes_read = llm.model.nbytes + sum(cache.bytes_in_use for cache in caches)
+        peak = memory_used(llm.model.ops)
+        for _ in range(3):
+            llm.model.decode([1] * batch, caches)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            llm.model.decode([1] * batch, caches)
+        tpot = (time.perf_counter() - start) / tokens
+        rows.append(
+            {
+                "context": len(ids),
+                "cache": name,
+                "batch": batch,
+                "ttft_s": min(ttft),
+                "tpot_ms": tpot * 1e3,
+                "tpot_over_floor": tpot / (bytes_read / bandwidth),
+                "tokens_per_s": batch / tpot,
+                "cache_gib": caches[0].bytes_in_use / GIB,
+                "kept": caches[0].kept,
+                "used_gib": peak / GIB,
+                "graph": llm.model.runner.step.graph is not None,
+            }
+        )
+        for cache in caches[1:]:
+            cache.clear()
+    session.close()
+    return rows
+
+
+def copied(cache):
+    """Another sequence with the same entries, on pages of its own."""
+    other = KVCache(cache.pool, *cache.lengths.shape)
+    for layer in range(len(cache.lengths)):
+        other.write(layer, cache.read(layer))
+    other.advance(cache.token_ids, cache.tail)
+    return other
+
+
+# (e) the peer
+
+
+def peer(config, contexts, tokens=16):
+    """The same shape with transformers and torch SDPA: TTFT and TPOT at batch 1."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        return {"skipped": "no torch or no transformers"}
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = config
+    shape = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        intermediate_size=c.ffn_dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        max_position_embeddings=c.context,
+        rope_theta=c.rope.theta,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"), torch.inference_mode():
+        llama, rows = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa").eval(), []
+        for context in contexts:
+            ids, ttft = torch.randint(c.vocab_size, (1, context)), []
+            for _ in range(2):
+                past = None
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                out = llama(ids, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                ttft.append(time.perf_counter() - start)
+                past = out.past_key_values
+            token = ids[:, :1]
+            for step in range(tokens + 3):
+                if step == 3:
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                out = llama(token, past_key_values=past, use_cache=True)
+            torch.cuda.synchronize()
+            tpot = (time.perf_counter() - start) / tokens
+            rows.append({"context": context, "ttft_s": min(ttft), "tpot_ms": tpot * 1e3})
+        return rows
+
+
+def table(results):
+    """The short table: what a README would show."""
+    lines = [f"{key}: {value}" for key, value in results["run"].items()]
+    for name in ("tests", "sanitizers"):
+        lines.append(f"{name}: {json.dumps(results.get(name))[:300]}")
+    if "read_bytes_per_s" in results.get("ceilings", {}):
+        ceiling = results["ceilings"]
+        lines.append(
+            f"reads {ceiling['read_bytes_per_s'] / 1e9:.0f} GB/s, bf16 {ceiling['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s"
+        )
+    for name, row in results.get("kernels", {}).items():
+        if isinstance(row, dict):
+            lines.append(f"{name:<36}{row['us']:>10.1f} us {100 * row['share_of_floor']:>5.0f} % of the floor")
+    lines.append(
+        f"{'cache':<20}{'context':>8}{'batch':>6}{'TTFT s':>8}{'TPOT ms':>9}{'/floor':>7}{'tok/s':>8}{'cache GiB':>10}"
+    )
+    models = results.get("model", [])
+    for row in models if isinstance(models, list) else []:
+        if "cache" in row:
+            numbers = (
+                f"{row['ttft_s']:>8.2f}{row['tpot_ms']:>9.2f}{row['tpot_over_floor']:>7.2f}{row['tokens_per_s']:>8.1f}"
+            )
+            lines.append(f"{row['cache']:<20}{row['context']:>8}{row['batch']:>6}{numbers}{row['cache_gib']:>10.3f}")
+    peers = results.get("peer", [])
+    for row in peers if isinstance(peers, list) else []:
+        lines.append(f"{'torch SDPA':<20}{row['context']:>8}{1:>6}{row['ttft_s']:>8.2f}{row['tpot_ms']:>9.2f}")
+    for name, value in results.items():
+        if isinstance(value, dict) and {"failed", "skipped"} & value.keys():
+            lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=520)
+    args = parser.parse_args()
+    report = Report(args.out, args.seconds)
+    ops = open_ops(args.device)
+    device = ops.device
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    report.results["run"] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "card": device.description(),
+        "commit": commit.strip(),
+    }
+    report.part("ceilings", 10, ceilings, device)
+    ceiling = report.results["ceilings"]
+    if "failed" not in ceiling:
+        report.part("kernels", 30, kernels, device, LLAMA_3_8B, ceiling)
+        del ops, device
+        bandwidth = ceiling["read_bytes_per_s"]
+        report.part("model", 60, model, args.device, LLAMA_3_8B, bandwidth, (8192, 32768), (1, 8), report)
+    report.part("peer", 40, peer, LLAMA_3_8B, (8192, 32768))
+    report.part("tests", 60, kernel_tests, max(60, report.left - 40))
+    report.part("sanitizers", 40, sanitizers, max(20, report.left - 10))
+    print(table(report.results))
+
+
+if __name__ == "__main__":
+    main()
