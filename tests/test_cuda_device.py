@@ -2,12 +2,17 @@
 emulated device."""
 
 import builtins
+import ctypes
+import gc
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import emulator
 import numpy as np
 import pytest
+from cuda_words import from_words, to_words
 from model_files import CONFIG
 
 from minillm import LLM, CacheConfig, SamplingParams, ops
@@ -70,7 +75,7 @@ def fake_cupy(driver=13000, package=13000, devices=1, arch="90", compiler=True, 
     ],
 )
 def test_what_is_missing_is_said_with_what_to_do(monkeypatch, has, parts):
-    monkeypatch.setitem(__import__("sys").modules, "cupy", fake_cupy(**has))
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**has))
     with pytest.raises(MinillmError) as error:
         ops.backend("cuda")
     assert all(part in str(error.value) for part in parts), error.value
@@ -93,6 +98,49 @@ def test_without_cupy(monkeypatch):
 def test_a_device_that_is_not_known(name):
     with pytest.raises(UsageError, match="auto, cpu, cuda or cuda:1"):
         ops.backend(name)
+
+
+@pytest.mark.parametrize("real16", ["half", "bf16"])
+@pytest.mark.parametrize("wide", [False, True])  # y in float32
+@pytest.mark.parametrize("add", [False, True])
+def test_what_cublas_is_asked_for(real16, wide, add):
+    """gemmEx as its manual has it, column-major, on what the pointers point to; y is a stretch of the columns of a
+    larger matrix."""
+    types = {2: "half", 14: "bf16", 0: None}
+
+    def matrix(pointer, kind, rows, cols, leading):
+        words = (ctypes.c_uint8 * (leading * cols * (2 if types[kind] else 4))).from_address(pointer)
+        words = np.frombuffer(words, np.uint16 if types[kind] else np.float32)
+        return np.lib.stride_tricks.as_strided(words, (rows, cols), (words.itemsize, leading * words.itemsize))
+
+    def values(words, kind):
+        return from_words(words, types[kind]) if types[kind] else words
+
+    def gemm_ex(
+        handle, op_a, op_b, m, n, k, alpha, a, a_kind, lda, b, b_kind, ldb, beta, c, c_kind, ldc, compute, algo
+    ):
+        assert (handle, op_a, op_b, how) == ("handle", "T", "N", ("32F", "default"))
+        alpha, beta = (ctypes.c_float.from_address(p).value for p in (alpha, beta))
+        product = values(matrix(a, a_kind, k, m, lda), a_kind).T @ values(matrix(b, b_kind, k, n, ldb), b_kind)
+        out = matrix(c, c_kind, m, n, ldc)
+        total = alpha * product + beta * (values(out, c_kind) if beta else 0)
+        out[...] = to_words(total, types[c_kind]) if types[c_kind] else total
+
+    cublas = SimpleNamespace(gemmEx=gemm_ex, CUBLAS_OP_T="T", CUBLAS_OP_N="N", CUBLAS_COMPUTE_32F="32F")
+    cublas.CUBLAS_GEMM_DEFAULT = "default"
+    device = object.__new__(cuda_device.CudaDevice)
+    runtime = SimpleNamespace(CUDA_R_16F=2, CUDA_R_16BF=14, CUDA_R_32F=0)
+    device.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    device.cublas, device.stream, device.device = cublas, nullcontext(), SimpleNamespace(cublas_handle="handle")
+    rng, host = np.random.default_rng(0), emulator.EmulatedDevice()
+    x, w = (to_words(rng.normal(size=shape), real16) for shape in ((3, 16), (5, 16)))
+    before = rng.normal(size=(3, 9)).astype(np.float32)
+    y = host.upload(before if wide else to_words(before, real16))
+    device.gemm(host.upload(x), host.upload(w), y[:, 2:7], real16, add)
+    after = y.get() if wide else from_words(y.get(), real16)
+    exact = from_words(x, real16) @ from_words(w, real16).T + add * before[:, 2:7]
+    np.testing.assert_allclose(after[:, 2:7], exact, atol=1e-5 if wide else 0.1)
+    np.testing.assert_allclose(after[:, [0, 1, 7, 8]], before[:, [0, 1, 7, 8]], atol=0 if wide else 0.02)
 
 
 # an LLM
@@ -143,8 +191,6 @@ def test_every_byte_comes_back(emulated, prompts):
     list(llm.stream(prompts[1], SamplingParams(max_tokens=3)))
     llm.close()
     del llm, session
-    import gc
-
     gc.collect()
     assert emulated.used == 0
 

@@ -22,7 +22,7 @@ def open_device(index):
         ) from None
     _check_driver(cupy, index)
     _check_compiler(cupy)
-    return CudaDevice(cupy, index)
+    return CudaDevice(cupy, _cublas(cupy), index)
 
 
 def _check_driver(cupy, index):
@@ -66,6 +66,18 @@ def _check_compiler(cupy):
         nvrtc.destroyProgram(program)
 
 
+def _cublas(cupy):
+    """CuPy's binding of cuBLAS, which is no public part of it: used in CudaDevice.gemm alone."""
+    try:
+        from cupy_backends.cuda.libs import cublas
+    except ImportError as error:
+        major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        package = "nvidia-cublas-cu12" if major == 12 else f"'nvidia-cublas=={major}.*'"
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"cuBLAS cannot be loaded ({reason}): pip install {package}, or use --device cpu") from None
+    return cublas
+
+
 def _packages(cupy):
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
     if major == 12:
@@ -78,10 +90,11 @@ def _version(number):
 
 
 class CudaDevice:
-    """Arrays are cupy.ndarray; 16-bit floats are uint16 words. Everything runs on one stream, in order."""
+    """Arrays are cupy.ndarray; 16-bit floats are uint16 words. Everything runs on one stream, in order: that of the
+    thread that opened the device, which is the one to use it."""
 
-    def __init__(self, cupy, index):
-        self.cupy, self.index, self.name = cupy, index, f"cuda:{index}"
+    def __init__(self, cupy, cublas, index):
+        self.cupy, self.cublas, self.index, self.name = cupy, cublas, index, f"cuda:{index}"
         self.device = cupy.cuda.Device(index)
         self.device.use()
         self.arch = int(self.device.compute_capability)
@@ -109,7 +122,7 @@ class CudaDevice:
         return isinstance(array, self.cupy.ndarray) and array.device.id == self.index
 
     def module(self, source):
-        return self.cupy.RawModule(code=source)
+        return self.cupy.RawModule(code=source, options=("--std=c++17",))
 
     def gemm(self, x, w, y, real16, add):
         """y (n, out) = x (n, in) W^T, or += with `add`; x and W (out, in) real16, y real16 or float32; sums in float32.
@@ -117,7 +130,7 @@ class CudaDevice:
         runtime, cublas = self.cupy.cuda.runtime, self.cublas
         kind = {"half": runtime.CUDA_R_16F, "bf16": runtime.CUDA_R_16BF}[real16]
         kind_of_y = runtime.CUDA_R_32F if y.dtype == np.float32 else kind
-        one, beta = np.float32(1), np.float32(add)
+        one, beta = np.array(1, np.float32), np.array(add, np.float32)
         (n, n_in), n_out, stride = x.shape, len(w), y.strides[0] // y.dtype.itemsize
         with self.stream:
             cublas.gemmEx(  # column-major: y^T (out, n) = W (out, in) x^T
