@@ -119,7 +119,7 @@ def test_what_cublas_is_asked_for(real16, wide, add):
     def gemm_ex(
         handle, op_a, op_b, m, n, k, alpha, a, a_kind, lda, b, b_kind, ldb, beta, c, c_kind, ldc, compute, algo
     ):
-        assert (handle, op_a, op_b, how) == ("handle", "T", "N", ("32F", "default"))
+        assert (handle, op_a, op_b, compute, algo) == ("handle", "T", "N", "32F", "default")
         alpha, beta = (ctypes.c_float.from_address(p).value for p in (alpha, beta))
         product = values(matrix(a, a_kind, k, m, lda), a_kind).T @ values(matrix(b, b_kind, k, n, ldb), b_kind)
         out = matrix(c, c_kind, m, n, ldc)
