@@ -292,6 +292,7 @@ def spent(scores, total, allocation, protected=0):
     ledger = Ledger(total, [n_heads * n] * len(scores), n_heads * protected)
     for layer, s in zip(layers, scores, strict=True):
         ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options={})
+        ledger.held.append(ledger.targets[-1])
     kept = []
     for layer, s, target in zip(layers, scores, ledger.targets, strict=True):
         into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options={})
