@@ -1,6 +1,8 @@
 """Plans, budgets and configurations, and what becomes of a sequence as it is read and generated: counts, bits and
 attention against literal float64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from literal import NEEDS, FakeRope, attend, check_entries, chunks_between_delimiters, make_layer, semanticache
@@ -9,7 +11,7 @@ from minillm.cache import KVCache, PagePool
 from minillm.compress.cluster import MAX_CHUNK
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
-from minillm.compress.methods import METHODS, methods_table
+from minillm.compress.methods import METHODS, methods_markdown, methods_table
 from minillm.compress.plan import SHORT, Budget, Plan, Queries
 from minillm.errors import UsageError
 from minillm.ops import numpy_ops
@@ -611,6 +613,11 @@ def test_options_of_two_configurations_are_apart():
     one, two = CacheConfig("semanticache", 0.2, rope="cached"), CacheConfig("semanticache", 0.2)
     assert one.as_dict() != two.as_dict() and two.options["rope"] == "unrotated"
     assert "0.2" in repr(one) and "'cached'" in repr(one) and repr(one).startswith("CacheConfig('semanticache'")
+
+
+def test_the_table_of_the_readme_is_made_from_the_methods():
+    readme = Path(__file__).parents[1] / "README.md"
+    assert f"\n{methods_markdown()}\n" in readme.read_text(encoding="utf-8")
 
 
 def test_the_table_names_every_method_option_and_paper():

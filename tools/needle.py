@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("haystack", type=Path, help="a folder of .txt files, or one")
     parser.add_argument("--model")
-    parser.add_argument("--kv-method", default="semanticache")
+    parser.add_argument("--kv-method", nargs="+", default=["semanticache"])
     parser.add_argument("--kv-budget", nargs="+", default=["full", "0.5", "0.35", "0.2"])
     parser.add_argument("--set", nargs="+", action="append", help="OPTION=VALUE ...: one configuration each")
     parser.add_argument("--tokens", type=int, default=1000)
@@ -68,7 +68,9 @@ def main():
     text = " ".join(" ".join(file.read_text(encoding="utf-8").split()) for file in files[-8:])
     sentences = [s.strip() + "." for s in text.split(".") if len(s.split()) > 3]
     llm = LLM.load(args.model, cache=CacheConfig("full"), progress=True)
-    configurations = [(options, budget) for options in args.set or [[]] for budget in args.kv_budget]
+    budgets = [budget for budget in args.kv_budget if budget != "full"]
+    configurations = [("full", [], "full")] if "full" in args.kv_budget else []
+    configurations += [(m, options, b) for m in args.kv_method for options in args.set or [[]] for b in budgets]
     print("| keys | method | options | budget | kept | accuracy | NLL |\n|---|---|---|---|---|---|---|")
     for n_keys in args.keys:
         rows = [[] for _ in configurations]
@@ -76,21 +78,20 @@ def main():
             prompt, answer = sample(llm, sentences, seed, args.tokens, n_keys)
             caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in configurations]
             compressors = []
-            for options, budget in configurations:
-                llm.set_cache(configuration(args.kv_method, budget, options))
+            for configuration in configurations:
+                llm.set_cache(cache_config(*configuration))
                 compressors.append(llm.compressor)
             first = llm.model.logits(llm.model.extend_each(prompt, caches, compressors)[-1:])
             for row, cache in zip(rows, caches, strict=True):
                 row.append(score(llm, cache, first, answer))
-        for row, (options, budget) in zip(rows, configurations, strict=True):
+        for row, (method, options, budget) in zip(rows, configurations, strict=True):
             accuracy, nll, kept = np.mean(row, axis=0)
-            method = "full" if budget == "full" else args.kv_method
             cells = (n_keys, method, " ".join(options), budget, f"{kept:.3f}", f"{accuracy:.3f}", f"{nll:.3f}")
             print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
-def configuration(method, budget, options):
-    if budget == "full":
+def cache_config(method, options, budget):
+    if method == "full":
         return CacheConfig("full")
     named = dict(option.split("=", 1) for option in options)
     return CacheConfig(

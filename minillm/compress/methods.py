@@ -121,7 +121,7 @@ METHODS = {
     "random": Method("tokens by lot: the control", score="random", generates=True),
     "kvcompose": Method(
         "what a second reading attends to; the heads of a layer keep as many, layers compete for their composites",
-        "Akulov et al. 2025, arXiv 2509.05165",
+        "2025, arXiv 2509.05165",
         "composite",
         "composites",
         defaults={"sinks": 0, "window": 0},
@@ -214,6 +214,16 @@ def methods_table():
         lines.append(f"{'':<{width}}    " + ", ".join(f"{kind} {part}" for kind, part in named.items()))
         for option, spec in options_of(method, score, allocation, merge).items():
             lines.append(f"{'':<{width}}    {option} = {method.defaults.get(option, spec.default)}: {spec.meaning}")
+    return "\n".join(lines)
+
+
+def methods_markdown():
+    """The table of README.md: name, what it keeps, its three parts, paper."""
+    lines = ["| method | what it keeps | score, allocation, merge | paper |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        named = [part for part in (method.score, method.allocate, method.merge) if part] if name != "full" else []
+        year = method.paper.replace("arXiv ", "")
+        lines.append(f"| `{name}` | {method.summary} | {', '.join(named)} | {year} |")
     return "\n".join(lines)
 
 
