@@ -65,6 +65,11 @@ class Layer:
         """(R, d) keys with the rotation undone: what RoPE was applied to."""
         return self.ops.unrotated(self.k, self.pos, self.cos, self.sin)
 
+    @cached_property
+    def values(self):
+        """(R, d) float32: v as a NumPy array, which a GPU has to hand over."""
+        return self.ops.stored_rows(self.v)
+
     def window_scores(self, w):
         """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
         key = "window_scores", w
@@ -78,7 +83,7 @@ class Layer:
 
     def output_norms(self, order):
         """(G, R) float32: |v W_O^h| of each row for the query heads of its group; order: "l1" or "l2"."""
-        return self.output.norms(self.v, self.lengths, order)
+        return self.output.norms(self.values, self.lengths, order)
 
     def column_scores(self, reduce, min_distance=0):
         """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;
@@ -92,7 +97,7 @@ class Layer:
         if queries.keys is not None:  # a head's rows, and after them the keys of the second reading
             n_heads, m, d = queries.keys.shape
             order = np.argsort(np.append(self.heads, np.repeat(np.arange(n_heads), m)), kind="stable")
-            k = np.concatenate([k, queries.keys.reshape(-1, d)])[order]
+            k = self.ops.take(self.ops.concatenate([k, queries.keys.reshape(-1, d)]), order)
             log_size = np.append(log_size, np.zeros(n_heads * m, np.float32))[order]
             pos, own = np.append(pos, np.tile(queries.pos, n_heads))[order], order < len(own)
             lengths = lengths + m

@@ -60,7 +60,7 @@ def value_scaled(layer, queries, pool):
     the largest L1 norm of a value in the head."""
     scores = pooled(layer, layer.window_scores(queries).mean(axis=1).max(axis=0), pool, "max")
     largest, heads = np.zeros(len(layer.lengths), np.float32), layer.heads[layer.free]
-    np.maximum.at(largest, heads, np.abs(layer.v[layer.free]).sum(axis=1))
+    np.maximum.at(largest, heads, np.abs(layer.values[layer.free]).sum(axis=1))
     return scores * largest[layer.heads]
 
 
@@ -70,7 +70,7 @@ def column_row(layer, queries, pool, pooling, gqa, norm):
     attention = layer.window_scores(queries)  # (G, m, R)
     if gqa == "frobenius":
         products = np.einsum("gmr,hmr->ghr", attention, attention)
-        products *= layer.output.inner(layer.v, layer.lengths)
+        products *= layer.output.inner(layer.values, layer.lengths)
         scores = np.sqrt(np.maximum(products.sum(axis=(0, 1)), 0))
     else:
         if gqa == "mean_attn":

@@ -11,7 +11,7 @@ from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_clusters import GreedyClusters
-from minillm.ops.cuda_runner import Runner
+from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
 from minillm.ops.numpy_ops import Slab
 
@@ -75,6 +75,13 @@ class CudaOps:
                 f"{' and '.join(map(str, HEAD_DIMS))}: use --device cpu"
             )
         return Runner(model)
+
+    def linear(self, x, weight):
+        """x (n, in) float32 times the transpose of a CudaWeight (out, in) -> (n, out) float32; both on the host, x
+        rounded to 16 bits."""
+        y = self.device.empty((len(x), weight.shape[0]), np.float32)
+        product(self.device, self._rows(x), weight, y, self.real16)
+        return y.get()
 
     def embed(self, table, ids):
         """Rows `ids` (n,) of the embedding table -> (n, dim) float32 on the device."""
@@ -155,7 +162,13 @@ class CudaOps:
         return self.device.upload(np.append(0, np.cumsum(lengths)).astype(np.int32))
 
     def _rows(self, rows):
-        return rows if self.device.owns(rows) else self.device.upload(to_words(rows, self.real16))
+        if not self.device.owns(rows):
+            return self.device.upload(to_words(rows, self.real16))
+        if rows.flags.c_contiguous:
+            return rows
+        together = self.device.empty(rows.shape, rows.dtype)
+        together[:] = rows
+        return together
 
     def stored_rows(self, rows):
         """Rows of the device -> float32 (n, d) on the host."""

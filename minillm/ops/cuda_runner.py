@@ -118,15 +118,7 @@ class Runner:
             launch.add_bias(self.device, x, bias)
 
     def _product(self, h, weight, y, add=False):
-        """y (n, out) = or += h (n, in) W^T with cuBLAS; y float32 or 16-bit."""
-        if weight.scales is None:
-            self.device.gemm(h, weight.words.view(np.uint16), y, self.real16, add)
-            return
-        step = max(1, PRODUCT_BYTES // (2 * weight.shape[1]))
-        for lo in range(0, weight.shape[0], step):
-            words = self.device.empty((min(step, weight.shape[0] - lo), weight.shape[1]), np.uint16)
-            launch.dequantize(self.device, weight, lo, words)
-            self.device.gemm(h, words, y[:, lo : lo + len(words)], self.real16, add)
+        product(self.device, h, weight, y, self.real16, add)
 
     # a token of each sequence
 
@@ -138,3 +130,15 @@ class Runner:
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)
         return self.step.run(token_ids, caches, cos, sin)
+
+
+def product(device, h, weight, y, real16, add=False):
+    """y (n, out) = or += h (n, in) W^T with cuBLAS; h real16, y float32 or real16. Blocks are widened in tiles."""
+    if weight.scales is None:
+        device.gemm(h, weight.words.view(np.uint16), y, real16, add)
+        return
+    step = max(1, PRODUCT_BYTES // (2 * weight.shape[1]))
+    for lo in range(0, weight.shape[0], step):
+        words = device.empty((min(step, weight.shape[0] - lo), weight.shape[1]), np.uint16)
+        launch.dequantize(device, weight, lo, words)
+        device.gemm(h, words, y[:, lo : lo + len(words)], real16, add)
