@@ -13,7 +13,6 @@ from minillm.hub import resolve
 os.environ.setdefault("MINILLM_CPU", "numpy")
 
 NO_COMPILER = "there is no C compiler, and so no compiled kernels"
-MAY_LACK = (NO_COMPILER, "no GPU: ", "no CuPy or no NVRTC")
 DATA = Path(__file__).parent / "data"
 TINY = sorted(path.name for path in (DATA / "tiny").iterdir() if path.is_dir())
 

@@ -1,0 +1,103 @@
+"""Needle in a haystack: a grid of prompt lengths and depths.
+
+    noise   one number in five short sentences repeated        prose   one number in prose
+    keys2, keys4   as many numbers in prose, one is asked for   sandwich   the classic sentence in prose, free answer
+
+Numbers are read teacher-forced after the beginning of the answer, which is exact for greedy decoding: the answer is
+right where each of its tokens is the most likely one. The sandwich is generated, and scored by containment and by the
+share of the answer's words that appear: not by the judge (a GPT) that the original uses."""
+
+import random
+import re
+
+from minillm.errors import UsageError
+from minillm.evaluate.prompt import Prompt, chat, encode, largest
+
+NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
+CITIES = "Lisbon Oslo Quito Nairobi Hanoi Lima Dublin Cairo Prague Accra Havana Riga Kyoto Turin Bergen Cusco".split()
+THINGS = (
+    "elephant violin pyramid volcano umbrella bicycle telescope penguin cathedral hammock lighthouse tractor".split()
+)
+INTRO = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n"
+)
+NEEDLE = "One of the special magic numbers for {} is: {}."
+QUESTION = "\n\nWhat is the special magic number for {} mentioned in the provided text?"
+PREFIX = "The special magic number for {} mentioned in the provided text is:"
+
+SANDWICH = "eat a sandwich and sit in Dolores Park on a sunny day"
+SANDWICH_NEEDLE = f"The best thing to do in San Francisco is {SANDWICH}."
+SANDWICH_QUESTION = "\n\nWhat is the best thing to do in San Francisco?"
+SANDWICH_PREFIX = "The best thing to do in San Francisco is"
+SANDWICH_TOKENS = 32
+
+KINDS = {"noise": 1, "prose": 1, "keys2": 2, "keys4": 4, "sandwich": 1}  # and how many needles each hides
+
+
+def samples(kinds, lengths, depths, seeds, text):
+    """What decides each sample. depths: 0 (the beginning) to 1, or [None]: drawn by lot."""
+    return [
+        {"kind": kind, "length": length, "depth": depth, "seed": seed}
+        | ({} if kind == "noise" else {"text": text.digest})
+        for length in lengths
+        for kind in kinds
+        for seed in seeds
+        for depth in depths
+    ]
+
+
+def prompt(llm, sample, text):
+    """The Prompt of a sample: as much of the haystack as makes it at most `length` tokens long."""
+    kind, length = sample["kind"], sample["length"]
+    rng = random.Random(f"{kind}/{length}/{sample['seed']}")
+    intro, n = "", KINDS[kind]
+    if kind == "sandwich":
+        needles, question, prefix, answer = [SANDWICH_NEEDLE], SANDWICH_QUESTION, SANDWICH_PREFIX, SANDWICH
+    else:
+        intro = INTRO if n > 1 else ""
+        keys = rng.sample(THINGS if n > 1 else CITIES, n)  # cities are too much alike for a small model
+        values = [str(rng.randrange(1_000_000, 10_000_000)) for _ in keys]
+        needles = [NEEDLE.format(key, value) for key, value in zip(keys, values, strict=True)]
+        question, prefix, answer = QUESTION.format(keys[0]), PREFIX.format(keys[0]), values[0]
+    depths = [rng.random() for _ in needles]
+    if sample["depth"] is not None:
+        depths[0] = sample["depth"]
+    sentences = NOISE if kind == "noise" else text.sentences
+    start = 0 if kind == "noise" else rng.randrange(len(sentences))
+
+    def texts(n):
+        hay = [sentences[(start + i) % len(sentences)] for i in range(n)]
+        return chat(llm.tokenizer, intro + hide(hay, needles, depths), question, prefix)
+
+    def fits(n):
+        return sum(map(len, encode(llm, *texts(n)))) <= length
+
+    if not fits(1):
+        raise UsageError(f"--length {length} is too short for a needle and its question: give at least 256")
+    context, tail = encode(llm, *texts(largest(fits, 1, length)))
+    wanted = llm.encode(" " + answer, bos=False)
+    if kind == "sandwich":
+        return Prompt(context, tail, wanted, SANDWICH_TOKENS, grade=grade)
+    return Prompt(context, tail, wanted)
+
+
+def hide(hay, needles, depths):
+    """The sentences of `hay` as one text with each needle at its depth (a share of the characters), moved back to the
+    end of a sentence."""
+    total, begun, ends = sum(map(len, hay)), 0, []
+    for sentence in hay:
+        ends.append(begun)
+        begun += len(sentence)
+    places = [sum(end <= depth * total for end in ends) - 1 if depth < 1 else len(hay) for depth in depths]
+    hay = list(hay)
+    for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
+        hay.insert(place, needle)
+    return " ".join(hay)
+
+
+def grade(prediction):
+    """Scores of what was said after "The best thing to do in San Francisco is"."""
+    said = set(re.findall(r"\w+", prediction.lower()))
+    words = set(re.findall(r"\w+", SANDWICH.lower()))
+    return {"contained": float(SANDWICH.lower() in prediction.lower()), "words": len(words & said) / len(words)}
