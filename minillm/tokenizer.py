@@ -34,6 +34,7 @@ class Tokenizer:
         self.adds_bos = vocabulary.adds_bos
         self.strips_space = vocabulary.strips_space  # `decode` drops one leading space
         self._library = vocabulary.library
+        self._classes = {}  # reading -> what delimiter_classes made of it
         self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
         self.vocab_size = max([self._library.get_vocab_size() - 1, *self._added]) + 1
 
@@ -140,6 +141,11 @@ class Tokenizer:
 
     def delimiter_classes(self, reading: str = "default") -> np.ndarray:
         """uint8 (vocab_size,) of delimiters.DelimiterClass; for `reading` see there."""
+        if reading not in self._classes:
+            self._classes[reading] = self._classify(reading)
+        return self._classes[reading]
+
+    def _classify(self, reading):
         pieces = map(self._library.id_to_token, range(self.vocab_size))
         # What ends in an ASCII letter or digit is no delimiter in any spelling: nine tokens of ten need no look.
         tokens = [

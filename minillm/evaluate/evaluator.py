@@ -1,0 +1,133 @@
+"""One process's share of an evaluation: a model, and samples that become rows."""
+
+import hashlib
+import platform
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from minillm import hub
+from minillm.compress.config import CacheConfig
+from minillm.evaluate import continuation, longbench, needles, ruler
+from minillm.evaluate.scoring import score
+from minillm.evaluate.text import read_text
+from minillm.llm import LLM
+
+HASHED = 1 << 20  # bytes of the beginning and of the end of each file of weights
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every worker needs to know. None: the default model, the texts that come with minillm."""
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    offline: bool = False
+    haystack: str | None = None
+    text: str | None = None
+    data: str | None = None  # LongBench's
+    processes: int = 1  # that share this machine's memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sample, and the configurations that are still to be scored on it; they share its prefill."""
+
+    task: str
+    sample: dict
+    protocol: str
+    model: dict = field(repr=False)
+    configs: tuple[CacheConfig, ...]
+
+    def row(self, config):
+        """What decides the row of a configuration (store.KEY)."""
+        return {
+            "task": self.task,
+            "sample": self.sample,
+            "protocol": self.protocol,
+            "model": self.model,
+            "cache": config.as_dict(),
+        }
+
+
+def identify(setup):
+    """{"name", "sha256", "dtype"} of the model, from its files: their sizes, the first and the last MiB of weights, and
+    all of the other files."""
+    files = hub.resolve(setup.model, offline=setup.offline)
+    digest = hashlib.sha256()
+    paths = [files.path] if files.kind == "gguf" else sorted(path for path in files.path.iterdir() if path.is_file())
+    for path in paths:
+        if path.suffix in (".safetensors", ".gguf", ".json", ".jinja", ".model"):
+            digest.update(f"{path.name if len(paths) > 1 else ''} {path.stat().st_size}\n".encode())
+            digest.update(_ends(path))
+    return {"name": files.name, "sha256": digest.hexdigest()[:16], "dtype": setup.dtype}
+
+
+def _ends(path: Path):
+    whole = path.suffix not in (".safetensors", ".gguf")
+    with open(path, "rb") as file:
+        data = file.read(-1 if whole else HASHED)
+        if not whole and path.stat().st_size > HASHED:
+            file.seek(-HASHED, 2)
+            data += file.read()
+    return data
+
+
+class Evaluator:
+    def __init__(self, setup):
+        self.setup = setup
+        self.llm = LLM.load(
+            setup.model,
+            cache=CacheConfig("full"),
+            device=setup.device,
+            dtype=setup.dtype,
+            threads=setup.threads,
+            offline=setup.offline,
+        )
+        ops = self.llm.model.ops
+        self.versions = {
+            "minillm": version("minillm-engine"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "backend": ops.__name__.rpartition(".")[2],
+            "cache_dtype": ops.CACHE_DTYPE,
+        }
+
+    def run(self, job):
+        """The rows of a Job. Raises MinillmError."""
+        prompt = self.prompt(job.task, job.sample)
+        results = score(self.llm, prompt, job.configs, job.protocol, self.setup.processes)
+        sizes = {
+            "context": len(prompt.context),
+            "question": len(prompt.question),
+            "answer": len(prompt.answer),
+        }
+        return [
+            job.row(config) | {"kept": round(result["kept"], 6), "tokens": sizes} | self._found(job, prompt, result)
+            for config, result in zip(job.configs, results, strict=True)
+        ]
+
+    def _found(self, job, prompt, result):
+        found = {"scores": {name: round(value, 6) for name, value in result["scores"].items()}}
+        if "prediction" in result:
+            found["prediction"] = result["prediction"]
+        if "layers" in result:
+            share = result["lengths"] / (len(prompt.context) + len(prompt.question))
+            found |= {"layers": np.round(result["layers"], 6).tolist(), "heads": np.round(share, 4).tolist()}
+        return found | {"versions": self.versions}
+
+    def prompt(self, task, sample):
+        setup = self.setup
+        make = {
+            "needle": partial(needles.prompt, text=read_text(setup.haystack)),
+            "ruler": partial(ruler.prompt, text=read_text(setup.haystack)),
+            "longbench": partial(longbench.prompt, data=setup.data, offline=setup.offline),
+            "perplexity": partial(continuation.prompt, text=read_text(setup.text, "heldout.txt")),
+            "fidelity": partial(continuation.prompt, text=read_text(setup.text, "heldout.txt"), fidelity=True),
+        }
+        return make[task](self.llm, sample)

@@ -1,0 +1,152 @@
+"""From a Prompt and cache configurations to scores: one prefill for all of them, a teacher-forced reading of the answer
+where there is one right answer, greedy generation where there are many."""
+
+import numpy as np
+
+from minillm.cache import KVCache
+from minillm.compress.config import CacheConfig
+from minillm.errors import MinillmError
+from minillm.evaluate.continuation import local_errors
+from minillm.memory import available_memory
+from minillm.preflight import cache_bytes
+
+LOGIT_ROWS = 64  # rows of logits that exist at a time
+FREE_SHARE = 0.5  # of the free memory that the caches of one prefill may take
+
+
+def compressor_of(llm, config):
+    llm.set_cache(config)
+    return None if config.method == "full" else llm.compressor
+
+
+def score(llm, prompt, configs, protocol, processes=1):
+    """-> for each CacheConfig {"kept", "lengths" (L, H), "scores": {name: number}}, and what the Prompt asks for:
+    "prediction" (text generated), "layers" (L,) local errors. kept, lengths: entries when the prompt's compression is
+    over, as a share and a head. processes: that share this machine's memory."""
+    if prompt.length > llm.context:
+        raise MinillmError(
+            f"a prompt of {prompt.length} tokens with its answer, and the context is {llm.context}: a smaller --length"
+        )
+    results = []
+    for group in groups(llm, prompt, configs, processes):
+        results += _score_group(llm, prompt, group, protocol)
+    return results
+
+
+def groups(llm, prompt, configs, processes):
+    """Lists of configurations whose caches fit into memory together with the full one: those share a prefill."""
+
+    def size(config):
+        return cache_bytes(llm.config, config, llm.model.ops, prompt.length)
+
+    room, free = float("inf"), available_memory()
+    if free is not None:
+        room = FREE_SHARE * free / processes - size(CacheConfig("full"))
+    group, taken = [], 0
+    for config in configs:
+        if group and taken + size(config) > room:
+            yield group
+            group, taken = [], 0
+        group.append(config)
+        taken += size(config)
+    if group:
+        yield group
+
+
+def _score_group(llm, prompt, configs, protocol):
+    """The first cache is the full one, which the others are compared with."""
+    compressors = [None, *(compressor_of(llm, config) for config in configs)]
+    caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in compressors]
+    try:
+        first = prompt.context + (prompt.question if protocol == "aware" else [])
+        hidden = llm.model.extend_each(first, caches, compressors)
+        last = [hidden[-1:]] * len(caches)  # the state after which the answer begins
+        del hidden
+        results = [{"kept": cache.kept, "lengths": cache.lengths.copy(), "scores": {}} for cache in caches[1:]]
+        if protocol == "agnostic" and prompt.question:
+            last = [llm.model.extend(prompt.question, cache)[-1:] for cache in caches]
+        if prompt.answer:
+            full = None
+            for cache, state, result in zip(caches, last, [None, *results], strict=True):
+                found = read_answer(llm, cache, state, prompt.answer)
+                if result is None:
+                    full = found
+                else:
+                    result["scores"] |= forced_scores(llm, found, full, prompt.answer)
+        if prompt.fidelity:
+            errors = local_errors(llm, caches[0], caches[1:], prompt.answer)
+            for result, layers in zip(results, errors, strict=True):
+                result["layers"] = layers
+                result["scores"]["error"] = float(layers.mean())
+        if prompt.max_tokens:
+            texts = generate(llm, prompt, caches[1:], compressors[1:], last[1:])
+            for result, text in zip(results, texts, strict=True):
+                result["prediction"] = text
+                result["scores"] |= prompt.grade(text)
+        return results
+    finally:
+        for cache in caches:
+            cache.clear()
+        llm.pool.trim()
+
+
+def read_answer(llm, cache, last, answer):
+    """The states (n, dim) that predict each of the n tokens of an answer. The cache is left as it is."""
+    if len(answer) == 1:
+        return last
+    fork = cache.fork()
+    try:
+        return np.concatenate([last, llm.model.extend(answer[:-1], fork)])
+    finally:
+        fork.clear()
+
+
+def forced_scores(llm, states, full, answer):
+    """em: whether every answer token is the most likely one, so that greedy decoding would say it; accuracy: the share
+    of those that are; nll: nats a token; kl: nats a token from the full cache's distribution to this one's.
+
+    states, full (n, dim): what `read_answer` gives for the compressed and for the full cache."""
+    right, nll, kl = [], [], []
+    for lo in range(0, len(answer), LOGIT_ROWS):
+        rows = slice(lo, lo + LOGIT_ROWS)
+        log_p, log_q = (log_softmax(llm.model.logits(x[rows])) for x in (full, states))
+        wanted = np.asarray(answer[rows])
+        right += (log_q.argmax(axis=1) == wanted).tolist()
+        nll += (-log_q[np.arange(len(wanted)), wanted]).tolist()
+        kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
+    means = {"accuracy": np.mean(right), "nll": np.mean(nll), "kl": max(np.mean(kl), 0.0)}
+    return {"em": float(all(right))} | {name: float(value) for name, value in means.items()}
+
+
+def log_softmax(logits):
+    """(n, vocab) float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def generate(llm, prompt, caches, compressors, last):
+    """Greedy texts after the prompt, decoded together; what is generated is compressed as the configurations say."""
+    stop_ids = llm.stop_ids | prompt.stop_ids
+    tokens = [[] for _ in caches]
+    logits = llm.model.logits(np.concatenate(last))
+    active = list(range(len(caches)))
+    while True:
+        going = []
+        for i, row in zip(active, logits, strict=True):
+            if len(tokens[i]) < prompt.min_tokens:
+                row = row.copy()
+                row[list(stop_ids)] = -np.inf
+            token = int(row.argmax())
+            if token in stop_ids:
+                continue
+            tokens[i].append(token)
+            if len(tokens[i]) < prompt.max_tokens:
+                going.append(i)
+        active = going
+        if not active:
+            return [llm.tokenizer.decode(ids) for ids in tokens]
+        logits = llm.model.decode([tokens[i][-1] for i in active], [caches[i] for i in active])
+        for i in active:
+            if compressors[i] and compressors[i].due(caches[i]):
+                llm.model.recompress(caches[i], compressors[i])
