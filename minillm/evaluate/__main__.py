@@ -1,0 +1,5 @@
+import sys
+
+from minillm.evaluate.cli import main
+
+sys.exit(main())

@@ -1,0 +1,410 @@
+"""The command line of the evaluation: flags -> samples and configurations -> rows in a file -> tables and plots."""
+
+import argparse
+import copy
+import itertools
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minillm import cli, ops
+from minillm.bench import n_cores
+from minillm.compress.config import TABLES, CacheConfig
+from minillm.compress.methods import METHODS, methods_table
+from minillm.errors import UsageError
+from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables
+from minillm.evaluate.evaluator import Job, Setup, identify
+from minillm.evaluate.prompt import PROTOCOLS
+from minillm.evaluate.store import Store, read_rows
+from minillm.evaluate.text import read_text
+from minillm.evaluate.workers import here, on_ray, processes
+from minillm.hub import DEFAULT_MODEL
+from minillm.run import guarded
+
+DESCRIPTION = """\
+How much of what a model has read survives in a compressed key-value cache.
+
+Results go to a file, a line a sample; what is in it already is not computed again. Lists are comma-separated; flags may
+also be repeated."""
+
+EPILOG = """\
+examples:
+  python -m minillm.evaluate suite --out results.jsonl
+  python -m minillm.evaluate needle --length 1024,4096 --kv-method semanticache,streaming --kv-budget 0.5,0.2
+  python -m minillm.evaluate needle --kv-set chunking=delimiter,fixed:64,none       (a configuration for each value)
+  python -m minillm.evaluate ruler --task vt,niah_multikey_1 --tau 0.9,0.8,0.7 --protocol agnostic
+  python -m minillm.evaluate longbench --task hotpotqa --data data.zip -m meta-llama/Meta-Llama-3-8B-Instruct
+  python -m minillm.evaluate table results.jsonl --out tables
+  python -m minillm.evaluate plot results.jsonl --out plots
+
+exit status: 0 done, 1 it failed, 2 bad arguments, 130 ended by Ctrl-C; what is done is kept"""
+
+BUDGETS = (0.5, 0.35, 0.2)
+SUITE_SAMPLES, SUITE_LENGTH = 24, 1024
+FILE = "results.jsonl"
+
+
+def main(argv=None):
+    """Runs the command line; -> exit status."""
+    return guarded(_run, argv)
+
+
+def _run(argv):
+    args = _parser().parse_args(argv)
+    if args.command in ("table", "plot"):
+        return _show(args)
+    if args.kv_method == ["list"]:
+        print(methods_table())
+        return 0
+    ops.backend(args.device)
+    setup, configs, cells = _setup(args), _configs(args), CELLS[args.command](args)
+    for _, sample, _ in cells:
+        if sample["length"] is not None and sample["length"] < 1:
+            raise UsageError(f"--length {sample['length']} is no number of tokens")
+    model = identify(setup)
+    with Store(args.out, _say) as store:
+        jobs, n_done = [], 0
+        for task, sample, protocol in cells:
+            job = Job(task, sample, protocol, model, tuple(configs))
+            left = tuple(config for config in configs if job.row(config) not in store)
+            n_done += len(configs) - len(left)
+            if left:
+                jobs.append(Job(task, sample, protocol, model, left))
+        _compute(args, setup, jobs, store, n_done)
+        rows = [row for row in store.rows if row["model"] == model]
+    print(tables.markdown(rows))
+    return 0
+
+
+def _compute(args, setup, jobs, store, n_done):
+    n_left = sum(len(job.configs) for job in jobs)
+    if n_done:
+        _say(f"{store.path}: {n_done} results are there, {n_left} are to be computed")
+    if not jobs:
+        return
+    with tqdm(total=n_done + n_left, initial=n_done, unit="result", disable=None, smoothing=0.1) as bar:
+        for rows in _working(args, setup, jobs):
+            for row in rows:
+                store.add(row)
+            bar.update(len(rows))
+
+
+def _working(args, setup, jobs):
+    if args.command == "efficiency":
+        return (efficiency.run(setup, job) for job in jobs)
+    if args.ray:
+        return on_ray(setup, jobs, args.ray, args.workers, args.worker_cpus, args.worker_gpus)
+    if (args.workers or 1) > 1:
+        return processes(setup, jobs, args.workers, _say)
+    return here(setup, jobs)
+
+
+def _say(text):
+    tqdm.write(f"minillm: {text}", file=sys.stderr)
+
+
+def _show(args):
+    rows = [row for path in args.file or [FILE] for row in read_rows(path)[0]]
+    if not rows:
+        raise UsageError(f"{', '.join(map(str, args.file or [FILE]))}: there are no results in it yet")
+    if args.command == "plot":
+        from minillm.evaluate import plots
+
+        made = plots.draw(rows, args.out or Path("plots"))
+        print("\n".join(map(str, made)) or "nothing to draw: see --help for what each picture needs")
+        return 0
+    print(tables.markdown(rows))
+    if args.out:
+        tables.write(rows, args.out)
+    return 0
+
+
+# Flags
+
+
+def _parser():
+    parser = cli.Parser(
+        prog="minillm.evaluate",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUMMARIES.items():
+        _command(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False), name)
+    for name, summary in (
+        ("table", "tables of results, as Markdown; with --out also as files, Markdown and CSV"),
+        ("plot", "pictures of results, as PNG (needs the extra eval)"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument("file", nargs="*", type=Path, help=f"of results (default: {FILE})")
+        command.add_argument("--out", type=Path, metavar="FOLDER", help="where files go")
+        command.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _command(parser, name):
+    add = parser.add_argument_group("task").add_argument
+    if name in TASKS:
+        several, default = TASKS[name]
+        add(
+            "--task",
+            type=_several(_one_of(several)),
+            action="extend",
+            metavar="NAME,...",
+            help=f"of {', '.join(several)}; default {', '.join(default) if default != several else 'all'}",
+        )
+    if name != "suite":
+        add("--length", type=_several(cli.positive), action="extend", metavar="N,...", help=LENGTHS[name])
+    if name == "needle":
+        add(
+            "--depth",
+            type=_several(_share),
+            action="extend",
+            metavar="D,...",
+            help="of the needle, 0 (first) to 1 (last); default: by lot, one a sample",
+        )
+    if name == "perplexity":
+        add("--following", type=cli.positive, default=256, metavar="N", help="tokens that are scored (default 256)")
+    if name == "efficiency":
+        add("-r", "--repetitions", type=cli.positive, default=3, metavar="N", help="after one to warm up (default 3)")
+    else:
+        default = SUITE_SAMPLES if name == "suite" else {"longbench": None}.get(name, 24)
+        add(
+            "-n",
+            "--samples",
+            type=cli.positive,
+            default=default,
+            metavar="N",
+            help=f"in every cell of a table (default {default or 'all'})",
+        )
+        add(
+            "--protocol",
+            type=_several(_one_of(PROTOCOLS)),
+            action="extend",
+            metavar="NAME,...",
+            help="; ".join(f"{p}: {meaning}" for p, meaning in PROTOCOLS.items()) + "; default aware",
+        )
+    if name not in ("longbench", "efficiency"):
+        add("-s", "--seed", type=_natural, default=0, metavar="N", help="of the first sample (default 0)")
+    if name in ("needle", "ruler", "suite"):
+        add("--haystack", metavar="FILE", help="a text or a folder of .txt files in place of minillm's own")
+    if name in ("perplexity", "fidelity", "suite"):
+        add("--text", metavar="FILE", help="held-out text in place of minillm's own")
+    if name == "longbench":
+        add("--data", metavar="FILE", help="LongBench's data.zip, or the folder it was unpacked to (default: the Hub)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
+    cli.machine_flags(add)
+
+    add = parser.add_argument_group("key-value cache (the full one is always there to compare with)").add_argument
+    add(
+        "--kv-method",
+        type=_several(str),
+        action="extend",
+        metavar="NAME,...",
+        help=f"default: {'all' if name == 'suite' else 'semanticache'}; list: all, with their options and papers",
+    )
+    add(
+        "--kv-budget",
+        type=_several(cli.budget),
+        action="extend",
+        metavar="B,...",
+        help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
+    )
+    add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
+    cli.cache_flags(add)
+
+    add = parser.add_argument_group("work").add_argument
+    add("--out", default=FILE, metavar="FILE", help=f"the results, one JSON object a line (default {FILE})")
+    if name != "efficiency":
+        add(
+            "--workers",
+            type=cli.positive,
+            metavar="N",
+            help=f"processes, each with a model of its own (default {'one a core' if name == 'suite' else 1})",
+        )
+        add("--ray", metavar="ADDRESS", help="spread the work over a Ray cluster; local: one on this machine")
+        add("--worker-cpus", type=cli.positive, default=1, metavar="N", help="of a worker on Ray (default 1)")
+        add("--worker-gpus", type=float, default=0, metavar="X", help="of a worker on Ray (default 0)")
+    add("-v", "--verbose", action="store_true", help="show where an error came from")
+
+
+def _several(kind):
+    def convert(text):
+        return [kind(part) for part in text.split(",")]
+
+    convert.__name__ = "comma-separated"  # argparse: "invalid comma-separated value: '1,x'"
+    return convert
+
+
+def _one_of(names):
+    def convert(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return convert
+
+
+def _share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def _natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def _setup(args):
+    if args.command == "suite" and args.workers is None and not args.ray:
+        args.workers = n_cores()
+    workers = getattr(args, "workers", None) or 1
+    threads = args.threads
+    if workers > 1 and threads is None:
+        threads = args.worker_cpus if args.ray else max(1, n_cores() // workers)
+    return Setup(
+        args.model,
+        args.device,
+        args.dtype,
+        threads,
+        args.offline,
+        *(getattr(args, name, None) for name in ("haystack", "text", "data")),
+        processes=workers,
+    )
+
+
+def _configs(args):
+    """CacheConfigs: the full cache, and every method with every budget or tau and every value of --kv-set. An option
+    goes to the methods that have it."""
+    methods = args.kv_method or (list(METHODS) if args.command == "suite" else ["semanticache"])
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise UsageError(f"cache method {unknown[0]!r} is unknown; methods: {', '.join(METHODS)}")
+    settings = [(name, value.split(",")) for name, _, value in (text.partition("=") for text in args.kv_set)]
+    configs, used = {repr(CacheConfig("full")): CacheConfig("full")}, set()
+    for method in methods:
+        for values in itertools.product(*(values for _, values in settings)) if method != "full" else ():
+            chosen = {name: value for (name, _), value in zip(settings, values, strict=True) if name in TABLES}
+            options = CacheConfig.option_table(method, **chosen) if _known(chosen) else {}
+            named = {name: value for (name, _), value in zip(settings, values, strict=True) if name in options}
+            used |= {*chosen, *named}
+            taus = args.tau if args.tau and "tau" in options else []
+            kept = [("kv_budget", budget) for budget in args.kv_budget or ([] if taus else BUDGETS)]
+            for name, value in kept + [("tau", tau) for tau in taus]:
+                one = copy.copy(args)
+                one.kv_method, one.kv_budget, one.tau = method, None, None
+                one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
+                setattr(one, name, value)
+                config = cli.cache_config(one)
+                configs[repr(config)] = config
+    if unused := [name for name, _ in settings if name not in used]:
+        raise UsageError(f"--kv-set {unused[0]}: write OPTION=VALUE,... with an option of a method (--kv-method list)")
+    return list(configs.values())
+
+
+def _known(chosen):
+    return all(value in TABLES[part] for part, value in chosen.items())
+
+
+# What each command computes: (task, sample, protocol)
+
+
+def _seeds(args):
+    return range(args.seed, args.seed + args.samples)
+
+
+def _protocols(args, task, samples):
+    return [(task, sample, protocol) for sample in samples for protocol in args.protocol or ["aware"]]
+
+
+def _needle(args):
+    lengths, kinds = args.length or [1024], args.task or TASKS["needle"][1]
+    text = read_text(args.haystack)
+    return _protocols(args, "needle", needles.samples(kinds, lengths, args.depth or [None], _seeds(args), text))
+
+
+def _ruler(args):
+    ruler.words("noun")  # says at once where they are not there
+    kinds, text = args.task or ruler.TASKS, read_text(args.haystack)
+    return _protocols(args, "ruler", ruler.samples(kinds, args.length or [4096], _seeds(args), text))
+
+
+def _longbench(args):
+    lengths = args.length or [None]
+    kinds = args.task or list(longbench.SETS)
+    found = [longbench.samples(kinds, args.samples, length, args.data, args.offline) for length in lengths]
+    return _protocols(args, "longbench", itertools.chain(*found))
+
+
+def _perplexity(args):
+    text = read_text(args.text, "heldout.txt")
+    return [
+        ("perplexity", sample, "agnostic")
+        for sample in continuation.samples(args.length or [1024], args.following, _seeds(args), text)
+    ]
+
+
+def _fidelity(args):
+    text, n = read_text(args.text, "heldout.txt"), continuation.FIDELITY_TOKENS
+    return [
+        ("fidelity", sample, "agnostic")
+        for sample in continuation.samples(args.length or [1024], n, _seeds(args), text)
+    ]
+
+
+def _efficiency(args):
+    return [
+        ("efficiency", sample, "agnostic")
+        for sample in efficiency.samples(args.length or [1024, 4096], args.repetitions)
+    ]
+
+
+def _suite(args):
+    """Small enough for ten minutes on two cores with the default model, and tasks it can do with the full cache."""
+    length, seeds = SUITE_LENGTH, _seeds(args)
+    hay, text = read_text(args.haystack), read_text(args.text, "heldout.txt")
+    found = _protocols(args, "needle", needles.samples(["prose", "keys4"], [length], [None], seeds, hay))
+    found += [("perplexity", sample, "agnostic") for sample in continuation.samples([length // 2], 128, seeds, text)]
+    few, n = seeds[:4], continuation.FIDELITY_TOKENS
+    return found + [("fidelity", sample, "agnostic") for sample in continuation.samples([length // 2], n, few, text)]
+
+
+CELLS = {
+    "needle": _needle,
+    "ruler": _ruler,
+    "longbench": _longbench,
+    "perplexity": _perplexity,
+    "fidelity": _fidelity,
+    "efficiency": _efficiency,
+    "suite": _suite,
+}
+SUMMARIES = {
+    "needle": "find numbers hidden in a text, at every length and depth",
+    "ruler": "the synthetic tasks of RULER",
+    "longbench": "the 21 sets of LongBench",
+    "perplexity": "held-out text, continued over a compressed context",
+    "fidelity": "how far the attention output of each layer moves, and the distribution of the next token",
+    "efficiency": "time to the first token, time a token, memory (minillm.bench)",
+    "suite": "small tasks, all methods: under ten minutes on two cores with the default model",
+}
+TASKS = {  # all, and those that are the default
+    "needle": (tuple(needles.KINDS), ("noise", "prose", "keys4")),
+    "ruler": (ruler.TASKS, ruler.TASKS),
+    "longbench": (tuple(longbench.SETS), tuple(longbench.SETS)),
+}
+LENGTHS = {
+    "needle": "tokens of a prompt (default 1024)",
+    "ruler": "tokens of a prompt with its answer (default 4096)",
+    "longbench": "tokens that longer prompts are cut to (default: the model's context less 500 and what is over 1000s)",
+    "perplexity": "tokens that are compressed (default 1024)",
+    "fidelity": "tokens that are compressed (default 1024)",
+    "efficiency": "tokens of a prompt (default 1024,4096)",
+}

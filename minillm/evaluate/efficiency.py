@@ -1,0 +1,66 @@
+"""What a cache costs and saves in time and memory: minillm.bench on the same configurations."""
+
+import json
+import subprocess
+import sys
+
+from minillm.compress.config import CacheConfig
+from minillm.errors import MinillmError
+
+GENERATED = 64  # tokens a repetition
+
+
+def samples(lengths, repetitions):
+    return [
+        {"kind": "bench", "length": length, "generated": GENERATED, "repetitions": repetitions} for length in lengths
+    ]
+
+
+def run(setup, job):
+    """The rows of a Job: ttft, seconds to read the prompt, and tpot, seconds a token generated after it, of each
+    repetition; bytes of the cache and of the process at its peak. Raises MinillmError."""
+    return [job.row(config) | _measure(setup, job.sample, config) for config in job.configs]
+
+
+def _measure(setup, sample, config):
+    n, depth = sample["generated"], sample["length"]
+    (prompt,) = bench(setup, sample, config, "-p", depth, "-n", 0)
+    (token,) = bench(setup, sample, config, "-p", 0, "-n", n, "-d", depth)
+    times = {
+        "ttft": [depth / rate for rate in prompt["samples_ts"]],
+        "tpot": [1 / rate for rate in token["samples_ts"]],
+    }
+    scores = {name: sum(values) / len(values) for name, values in times.items()}
+    scores |= {"cache_bytes": prompt["cache_bytes"], "peak_bytes": max(prompt["peak_bytes"], token["peak_bytes"])}
+    machine = {name: prompt[name] for name in ("backend", "dtype", "cpu_info", "n_threads")}
+    return {"kept": prompt["kept"], "scores": scores, "times": times, "versions": machine}
+
+
+def bench(setup, sample, config, *flags):
+    """The rows that python -m minillm.bench prints as JSON."""
+    command = [sys.executable, "-m", "minillm.bench", "-o", "json", "-r", sample["repetitions"], *flags]
+    command += ["--device", setup.device, "--dtype", setup.dtype, *cache_flags(config)]
+    command += ["-m", setup.model] if setup.model else []
+    command += ["-t", setup.threads] if setup.threads else []
+    command += ["--offline"] if setup.offline else []
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise MinillmError(f"minillm.bench ended with status {done.returncode}: what it said is above")
+    return json.loads(done.stdout)
+
+
+def cache_flags(config):
+    """A CacheConfig as flags."""
+    if config.method == "full":
+        return ["--kv-budget", "full"]
+    values, usual = config.as_dict(), CacheConfig(config.method).as_dict()
+    method, budget, tau = values.pop("method"), values.pop("budget"), values.pop("tau", None)
+    flags = ["--kv-method", method, *(["--tau", tau] if tau is not None else ["--kv-budget", budget])]
+    for name, value in values.items():
+        if value == usual.get(name):
+            continue
+        if name in ("window", "sinks", "recompress"):
+            flags += [f"--kv-{name}", value]
+        else:
+            flags += ["--kv-set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    return flags
