@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("MINILLM_CPU", "numpy")
 
 from minillm import LLM, CacheConfig  # noqa: E402
-from minillm.compress.methods import METHODS  # noqa: E402
+from minillm.compress.config import ready_methods  # noqa: E402
 from minillm.evaluate import continuation, needles  # noqa: E402
 from minillm.evaluate.scoring import score  # noqa: E402
 from minillm.evaluate.text import read_text  # noqa: E402
@@ -20,7 +20,7 @@ from minillm.evaluate.text import read_text  # noqa: E402
 GOLDEN = Path(__file__).parent / "data" / "fidelity_golden.json"
 LAYERS = (2, 14, 27)
 TOKENS, BUDGET = 448, 0.35
-CONFIGS = {name: CacheConfig(name, BUDGET) for name in METHODS if name != "full"}
+CONFIGS = {name: CacheConfig(name, BUDGET) for name in ready_methods() if name != "full"}
 
 
 @pytest.fixture(scope="module")

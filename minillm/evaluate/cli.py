@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from minillm import cli, ops
 from minillm.bench import n_cores
-from minillm.compress.config import TABLES, CacheConfig
+from minillm.compress.config import TABLES, CacheConfig, ready_methods
 from minillm.compress.methods import METHODS, methods_table
 from minillm.errors import UsageError
 from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables
@@ -285,7 +285,7 @@ def _setup(args):
 def _configs(args):
     """CacheConfigs: the full cache, and every method with every budget or tau and every value of --kv-set. An option
     goes to the methods that have it."""
-    methods = args.kv_method or (list(METHODS) if args.command == "suite" else ["semanticache"])
+    methods = args.kv_method or (ready_methods() if args.command == "suite" else ["semanticache"])
     if unknown := [name for name in methods if name not in METHODS]:
         raise UsageError(f"cache method {unknown[0]!r} is unknown; methods: {', '.join(METHODS)}")
     settings = [(name, value.split(",")) for name, _, value in (text.partition("=") for text in args.kv_set)]
