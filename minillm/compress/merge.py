@@ -52,7 +52,7 @@ def average(layer, scores, into, chunking, rope, log_size):
     """Each joins the row that stays in its chunk whose key is most like its own, and they become cores; in a chunk of
     which no row stays, and outside the chunks, it is dropped."""
     rows, starts, lengths = parse_chunking(chunking).segments(layer)
-    units = _units(layer.k_unrotated if rope == "unrotated" else layer.k)
+    units = _units(layer.ops.stored_rows(layer.k_unrotated if rope == "unrotated" else layer.k))
     into = into.copy()
     for chunk in np.split(rows, starts[1:]):
         stays, gone = chunk[into[chunk] >= 0], chunk[into[chunk] < 0]
@@ -96,7 +96,7 @@ def nearest(layer, scores, into, weights, log_size):
     that and the last threshold. Keys and values of a row and those that join it are averaged, weighted by exp(cosine)
     ("exp"), or the joining ones multiplied by their cosines and averaged as they are ("code")."""
     target, alike = np.full(len(into), -1), np.zeros(len(into), np.float32)
-    units = _units(layer.k)
+    units = _units(layer.ops.stored_rows(layer.k))
     for head in range(len(layer.lengths)):
         mine = layer.heads == head
         stays, gone = np.flatnonzero(mine & (into >= 0) & ~layer.protected), np.flatnonzero(mine & (into < 0))
@@ -129,7 +129,7 @@ def pass_on(layer, scores, into, spread, expected, seed):
     of them; its key is dropped. expected: the probability itself is the factor, not a throw."""
     attention = layer.window_scores(1).mean(axis=(0, 1))
     throws = np.random.default_rng((seed, layer.index, int(layer.pos.max()))).random(len(into))
-    v = layer.v.copy()
+    v = layer.values.copy()
     for end, n in zip(np.cumsum(layer.lengths), layer.lengths, strict=True):
         rows = np.arange(end - n, end)
         stays, gone = rows[into[rows] >= 0], rows[into[rows] < 0]
@@ -140,7 +140,7 @@ def pass_on(layer, scores, into, spread, expected, seed):
                 chance = np.clip(np.nan_to_num(attention[between] / attention[after].mean(), posinf=1), 0, 1)
             factor = chance if expected else (throws[between] < chance).astype(np.float32)
             receive = after[~layer.protected[after]][:spread]
-            v[receive] += factor @ layer.v[between] / np.float32(max(len(receive), 1))
+            v[receive] += factor @ layer.values[between] / np.float32(max(len(receive), 1))
     plan = Plan.keep(layer, into >= 0)
     plan.v = v
     return plan

@@ -90,7 +90,7 @@ def composite(layer, queries_agree, heads_agree, v_norm):
         n_queries = sum(queries.q.shape[1] for queries in layer.queries)
         scores = layer.column_scores("sum").mean(axis=0) / np.float32(n_queries)
     if v_norm:
-        scores = scores * np.linalg.norm(layer.v, axis=1)
+        scores = scores * np.linalg.norm(layer.values, axis=1)
     return scores + over_heads(layer, scores) / np.float32(len(layer.lengths)) if heads_agree else scores
 
 
@@ -100,7 +100,7 @@ def contribution(layer, queries, pool, pooling):
     Rows of one token score alike in every head: one index set a layer."""
     if layer.generated:
         attention = layer.window_scores(1).sum(axis=(0, 1))
-        return over_heads(layer, attention * np.abs(layer.v).sum(axis=1))
+        return over_heads(layer, attention * np.abs(layer.values).sum(axis=1))
     return over_heads(layer, pooled(layer, layer.window_scores(queries).mean(axis=1).sum(axis=0), pool, pooling))
 
 

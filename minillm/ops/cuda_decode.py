@@ -81,7 +81,7 @@ class DecodeStep:
         host["ids"][:], host["bad"][:] = token_ids, FINE
         host["cos"][:], host["sin"][:] = cos[:, 0], sin[:, 0]
         for b, cache in enumerate(caches):
-            host["seen"][b], host["lengths"][:, b] = cache.seen, cache.lengths
+            host["seen"][b], host["lengths"][:, b] = cache.position, cache.lengths
             newest = ((cache.lengths - 1) // page_size)[:, :, None]
             host["last_pages"][:, b] = np.take_along_axis(cache.pages, newest, axis=2)[:, :, 0]
             held, table = min(cache.pages.shape[2], self.capacity), self.tables[:, b]

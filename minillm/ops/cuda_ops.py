@@ -197,7 +197,7 @@ class CudaOps:
         """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. -> (n_entries, d)."""
         out = self.device.empty((n_entries, rows.shape[1]), np.uint16)
         order, first = self._by_entry(dest, n_entries)
-        launch.merge(self.device, rows, order, first, self.device.upload(weight), out, self.real16)
+        launch.merge(self.device, self._rows(rows), order, first, self.device.upload(weight), out, self.real16)
         return out
 
     def merge_unrotated(self, rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin):
