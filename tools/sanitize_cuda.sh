@@ -10,7 +10,7 @@ export OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
 run() { "$python" -m pytest -x -q -s -p no:cacheprovider -k "not gpu" "$@"; }
 
-MINILLM_EMULATOR=address ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(library asan) $(library ubsan)" \
+MINILLM_EMULATOR=address ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 LD_PRELOAD="$(library asan) $(library ubsan)" \
     run tests/test_cuda_kernels.py tests/test_cuda_attention.py
 # Each thread of a block is a thread to TSan, which costs 50 times the plain run: the small shapes.
 MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
