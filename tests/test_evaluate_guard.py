@@ -12,8 +12,8 @@ import pytest
 os.environ.setdefault("MINILLM_CPU", "numpy")
 
 from minillm import LLM, CacheConfig  # noqa: E402
-from minillm.compress.config import ready_methods  # noqa: E402
 from minillm.evaluate import continuation, needles  # noqa: E402
+from minillm.evaluate.evaluator import ready_methods  # noqa: E402
 from minillm.evaluate.scoring import score  # noqa: E402
 from minillm.evaluate.text import read_text  # noqa: E402
 

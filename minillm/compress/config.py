@@ -2,7 +2,7 @@
 
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
-from minillm.compress.methods import METHODS, find_method, options_of, parts
+from minillm.compress.methods import find_method, options_of, parts
 from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
 from minillm.compress.score import SCORES
@@ -160,9 +160,3 @@ class CacheConfig:
     def __repr__(self):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items() if name != "method")
         return f"CacheConfig({self.method!r}, {shown})"
-
-
-def ready_methods():
-    """Names of the methods that need nothing but a budget."""
-    tables = {name: CacheConfig.option_table(name).values() for name in METHODS}
-    return [name for name, options in tables.items() if not any(option.needed for option in options)]

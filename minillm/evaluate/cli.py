@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from minillm import cli, ops
 from minillm.bench import n_cores
-from minillm.compress.config import TABLES, CacheConfig, ready_methods
-from minillm.compress.methods import METHODS, methods_table
+from minillm.compress.config import TABLES, CacheConfig
+from minillm.compress.methods import find_method, methods_table
 from minillm.errors import UsageError
 from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables
-from minillm.evaluate.evaluator import Job, Setup, identify
+from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import Store, read_rows
 from minillm.evaluate.text import read_text
@@ -206,7 +206,7 @@ def _command(parser, name):
         type=_several(str),
         action="extend",
         metavar="NAME,...",
-        help=f"default: {'all' if name == 'suite' else 'semanticache'}; list: all, with their options and papers",
+        help=f"default: {'all that need no option' if name == 'suite' else 'semanticache'}; list: all of them",
     )
     add(
         "--kv-budget",
@@ -286,11 +286,10 @@ def _configs(args):
     """CacheConfigs: the full cache, and every method with every budget or tau and every value of --kv-set. An option
     goes to the methods that have it."""
     methods = args.kv_method or (ready_methods() if args.command == "suite" else ["semanticache"])
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise UsageError(f"cache method {unknown[0]!r} is unknown; methods: {', '.join(METHODS)}")
     settings = [(name, value.split(",")) for name, _, value in (text.partition("=") for text in args.kv_set)]
     configs, used = {repr(CacheConfig("full")): CacheConfig("full")}, set()
     for method in methods:
+        find_method(method)
         for values in itertools.product(*(values for _, values in settings)) if method != "full" else ():
             chosen = {name: value for (name, _), value in zip(settings, values, strict=True) if name in TABLES}
             options = CacheConfig.option_table(method, **chosen) if _known(chosen) else {}
@@ -369,12 +368,11 @@ def _efficiency(args):
 
 def _suite(args):
     """Small enough for ten minutes on two cores with the default model, and tasks it can do with the full cache."""
-    length, seeds = SUITE_LENGTH, _seeds(args)
+    seeds, n = _seeds(args), continuation.FIDELITY_TOKENS
     hay, text = read_text(args.haystack), read_text(args.text, "heldout.txt")
-    found = _protocols(args, "needle", needles.samples(["prose", "keys4"], [length], [None], seeds, hay))
-    found += [("perplexity", sample, "agnostic") for sample in continuation.samples([length // 2], 128, seeds, text)]
-    few, n = seeds[:4], continuation.FIDELITY_TOKENS
-    return found + [("fidelity", sample, "agnostic") for sample in continuation.samples([length // 2], n, few, text)]
+    found = _protocols(args, "needle", needles.samples(["prose"], [SUITE_LENGTH], [None], seeds, hay))
+    stretches = continuation.samples([SUITE_LENGTH // 2], n, seeds, text)
+    return found + [("fidelity", sample, "agnostic") for sample in stretches]
 
 
 CELLS = {
@@ -391,7 +389,7 @@ SUMMARIES = {
     "ruler": "the synthetic tasks of RULER",
     "longbench": "the 21 sets of LongBench",
     "perplexity": "held-out text, continued over a compressed context",
-    "fidelity": "how far the attention output of each layer moves, and the distribution of the next token",
+    "fidelity": "how far the attention output of each layer moves, and the distribution of the next tokens",
     "efficiency": "time to the first token, time a token, memory (minillm.bench)",
     "suite": "small tasks, all methods: under ten minutes on two cores with the default model",
 }

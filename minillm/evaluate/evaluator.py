@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -11,6 +12,8 @@ import numpy as np
 
 from minillm import hub
 from minillm.compress.config import CacheConfig
+from minillm.compress.methods import METHODS
+from minillm.errors import UsageError
 from minillm.evaluate import continuation, longbench, needles, ruler
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_text
@@ -76,6 +79,16 @@ def _ends(path: Path):
             file.seek(-HASHED, 2)
             data += file.read()
     return data
+
+
+def ready_methods():
+    """The methods of the table that need no option, the full cache among them."""
+    ready = []
+    for name in METHODS:
+        with suppress(UsageError):
+            CacheConfig(name)
+            ready.append(name)
+    return ready
 
 
 class Evaluator:

@@ -2,13 +2,14 @@
 samples in every cell."""
 
 import csv
+import functools
 import json
 import math
 from collections import defaultdict
 from pathlib import Path
 
 from minillm.compress.config import CacheConfig
-from minillm.compress.methods import METHODS
+from minillm.errors import UsageError
 from minillm.evaluate.statistics import mean_of, mean_of_groups
 
 # The scores of a task that tables show, the first of which decides; those that are better when they are small.
@@ -17,7 +18,7 @@ SHOWN = {
     "ruler": ("score",),
     "longbench": ("score",),
     "perplexity": ("nll", "kl"),
-    "fidelity": ("error", "kl"),
+    "fidelity": ("kl", "nll", "error"),  # an error compares a method with itself alone
 }
 LESS_IS_MORE = ("nll", "kl", "error")
 PERCENT = ("ruler", "longbench")  # whose scores are shown times 100, as their papers do
@@ -37,13 +38,22 @@ def label(cache):
     """A configuration's method and what is unusual about it, without its budget."""
     if cache["method"] == "full":
         return "full"
-    usual = CacheConfig(cache["method"]).as_dict() if cache["method"] in METHODS else {}
+    usual = _usual(cache["method"])
     named = (
         f"{name}={value}"
         for name, value in cache.items()
         if name not in ("method", "budget", "tau") and value != usual.get(name)
     )
     return " ".join([cache["method"], *named])
+
+
+@functools.cache
+def _usual(method):
+    """The options of a method that is not told any; none of one that is not here, or needs some."""
+    try:
+        return CacheConfig(method).as_dict()
+    except UsageError:
+        return {}
 
 
 def asked(cache):
