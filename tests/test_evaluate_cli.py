@@ -52,7 +52,7 @@ def test_methods_times_budgets_times_options():
     chunks = configs("--kv-budget", "0.2", "--kv-set", "chunking=delimiter,fixed:64,none")
     assert [c[2]["chunking"] for c in chunks[1:]] == ["delimiter", "fixed:64", "none"]
     assert {c[0] for c in configs(command="suite")} == set(ready_methods())
-    assert len(configs("--kv-budget", "0.5,0.5")) == 2
+    assert len(configs("--kv-budget", "0.5,0.5,full")) == 2
 
 
 @pytest.mark.parametrize(

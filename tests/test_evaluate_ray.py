@@ -19,9 +19,9 @@ pytestmark = pytest.mark.ray
 
 
 def jobs(n, length=900):
-    configs = CacheConfig("full"), CacheConfig("streaming", 0.5)
+    caches = CacheConfig("full").as_dict(), CacheConfig("streaming", 0.5).as_dict()
     return [
-        Job("needle", {"kind": "noise", "length": length, "depth": None, "seed": seed}, "aware", {}, configs)
+        Job("needle", {"kind": "noise", "length": length, "depth": None, "seed": seed}, "aware", {}, caches)
         for seed in range(n)
     ]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tiny_chat
 from minillm.compress.config import CacheConfig
 from minillm.errors import MinillmError, UsageError
 from minillm.evaluate import workers
-from minillm.evaluate.evaluator import Evaluator, Job, Setup, identify
+from minillm.evaluate.evaluator import Evaluator, Job, Setup, identify, ready_methods
 
 # 900 bytes and two configurations: some milliseconds a job.
 NEEDLES = "needle --task noise --length 900 --kv-method streaming --kv-budget 0.5 -s 5".split()
@@ -95,7 +96,13 @@ def test_an_evaluation_goes_on_where_it_was_killed(model, tmp_path):
 def test_an_error_in_a_worker_is_the_error(model):
     """Not a broken pool: what was wrong, in one line."""
     setup = Setup(model, threads=1)
-    job = Job("needle", {"kind": "noise", "length": 90, "depth": None, "seed": 0}, "aware", {}, (CacheConfig("full"),))
+    job = Job(
+        "needle",
+        {"kind": "noise", "length": 90, "depth": None, "seed": 0},
+        "aware",
+        {},
+        (CacheConfig("full").as_dict(),),
+    )
     with pytest.raises(UsageError, match="too short for a needle"):
         list(workers.here(setup, [job]))
     with pytest.raises(UsageError, match="too short for a needle"):
@@ -122,13 +129,20 @@ class Suicide(Job):
 def test_a_row_has_what_it_takes_to_repeat_it(model):
     setup, config = Setup(model, threads=1), CacheConfig("semanticache", 0.3)
     sample = {"kind": "noise", "length": 900, "depth": 0.5, "seed": 3}
-    row = Evaluator(setup).run(Job("needle", sample, "agnostic", identify(setup), (config,)))[0]
+    row = Evaluator(setup).run(Job("needle", sample, "agnostic", identify(setup), (config.as_dict(),)))[0]
     assert row["cache"] == config.as_dict() and row["sample"] == sample and row["protocol"] == "agnostic"
     assert row["model"]["name"] == "model" and len(row["model"]["sha256"]) == 16
     assert row["kept"] == pytest.approx(0.3, abs=0.01)
     assert set(row["versions"]) == {"minillm", "python", "numpy", "backend", "cache_dtype"}
     assert row["tokens"]["context"] + row["tokens"]["question"] > 850
     json.dumps(row)
+
+
+@pytest.mark.parametrize("name", ready_methods())
+def test_a_job_of_any_method_reaches_a_worker(name):
+    cache = CacheConfig(name).as_dict()
+    job = pickle.loads(pickle.dumps(Job("needle", {}, "aware", {}, (cache,))))
+    assert CacheConfig(**job.caches[0]).as_dict() == cache
 
 
 def test_a_model_is_known_by_its_files(tmp_path):

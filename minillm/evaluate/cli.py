@@ -58,7 +58,8 @@ def _run(argv):
         print(methods_table())
         return 0
     ops.backend(args.device)
-    setup, configs, cells = _setup(args), _configs(args), CELLS[args.command](args)
+    setup, cells = _setup(args), CELLS[args.command](args)
+    caches = tuple(config.as_dict() for config in _configs(args))
     for _, sample, _ in cells:
         if sample["length"] is not None and sample["length"] < 1:
             raise UsageError(f"--length {sample['length']} is no number of tokens")
@@ -66,9 +67,9 @@ def _run(argv):
     with Store(args.out, _say) as store:
         jobs, n_done = [], 0
         for task, sample, protocol in cells:
-            job = Job(task, sample, protocol, model, tuple(configs))
-            left = tuple(config for config in configs if job.row(config) not in store)
-            n_done += len(configs) - len(left)
+            job = Job(task, sample, protocol, model, caches)
+            left = tuple(cache for cache in caches if job.row(cache) not in store)
+            n_done += len(caches) - len(left)
             if left:
                 jobs.append(Job(task, sample, protocol, model, left))
         _compute(args, setup, jobs, store, n_done)
@@ -78,7 +79,7 @@ def _run(argv):
 
 
 def _compute(args, setup, jobs, store, n_done):
-    n_left = sum(len(job.configs) for job in jobs)
+    n_left = sum(len(job.caches) for job in jobs)
     if n_done:
         _say(f"{store.path}: {n_done} results are there, {n_left} are to be computed")
     if not jobs:
@@ -303,7 +304,8 @@ def _configs(args):
                 one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
                 setattr(one, name, value)
                 config = cli.cache_config(one)
-                configs[repr(config)] = config
+                if config.method != "full":  # --kv-budget full: it is there
+                    configs[repr(config)] = config
     if unused := [name for name, _ in settings if name not in used]:
         raise UsageError(f"--kv-set {unused[0]}: write OPTION=VALUE,... with an option of a method (--kv-method list)")
     return list(configs.values())
@@ -371,7 +373,7 @@ def _suite(args):
     seeds, n = _seeds(args), continuation.FIDELITY_TOKENS
     hay, text = read_text(args.haystack), read_text(args.text, "heldout.txt")
     found = _protocols(args, "needle", needles.samples(["prose"], [SUITE_LENGTH], [None], seeds, hay))
-    stretches = continuation.samples([SUITE_LENGTH // 2], n, seeds, text)
+    stretches = continuation.samples([SUITE_LENGTH // 2], n, seeds[: len(seeds) // 2], text)
     return found + [("fidelity", sample, "agnostic") for sample in stretches]
 
 

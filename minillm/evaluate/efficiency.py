@@ -19,7 +19,7 @@ def samples(lengths, repetitions):
 def run(setup, job):
     """The rows of a Job: ttft, seconds to read the prompt, and tpot, seconds a token generated after it, of each
     repetition; bytes of the cache and of the process at its peak. Raises MinillmError."""
-    return [job.row(config) | _measure(setup, job.sample, config) for config in job.configs]
+    return [job.row(cache) | _measure(setup, job.sample, CacheConfig(**cache)) for cache in job.caches]
 
 
 def _measure(setup, sample, config):

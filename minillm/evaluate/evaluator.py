@@ -45,16 +45,16 @@ class Job:
     sample: dict
     protocol: str
     model: dict = field(repr=False)
-    configs: tuple[CacheConfig, ...]
+    caches: tuple[dict, ...]  # CacheConfig.as_dict
 
-    def row(self, config):
+    def row(self, cache):
         """What decides the row of a configuration (store.KEY)."""
         return {
             "task": self.task,
             "sample": self.sample,
             "protocol": self.protocol,
             "model": self.model,
-            "cache": config.as_dict(),
+            "cache": cache,
         }
 
 
@@ -114,15 +114,16 @@ class Evaluator:
     def run(self, job):
         """The rows of a Job. Raises MinillmError."""
         prompt = self.prompt(job.task, job.sample)
-        results = score(self.llm, prompt, job.configs, job.protocol, self.setup.processes)
+        configs = [CacheConfig(**cache) for cache in job.caches]
+        results = score(self.llm, prompt, configs, job.protocol, self.setup.processes)
         sizes = {
             "context": len(prompt.context),
             "question": len(prompt.question),
             "answer": len(prompt.answer),
         }
         return [
-            job.row(config) | {"kept": round(result["kept"], 6), "tokens": sizes} | self._found(job, prompt, result)
-            for config, result in zip(job.configs, results, strict=True)
+            job.row(cache) | {"kept": round(result["kept"], 6), "tokens": sizes} | self._found(job, prompt, result)
+            for cache, result in zip(job.caches, results, strict=True)
         ]
 
     def _found(self, job, prompt, result):
