@@ -56,7 +56,8 @@ def descendants(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for its workers in /proc")
 def test_a_killed_process_loses_nothing(model, tmp_path):
     n = 30
-    alone = subprocess.run(command(model, tmp_path / "alone.jsonl", "-n", str(n)), capture_output=True, text=True)
+    one_thread = command(model, tmp_path / "alone.jsonl", "-n", str(n), "-t", "1")  # as the workers: the same rounding
+    alone = subprocess.run(one_thread, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     shared = command(model, tmp_path / "shared.jsonl", "-n", str(n), "--workers", "2", "-t", "1")
     with subprocess.Popen(shared, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
