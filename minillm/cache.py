@@ -153,6 +153,7 @@ class KVCache:
         self.token_ids = []  # the tokens read
         self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
         self.queries = None  # [(L, Hq, d)] of the tokens generated since the last compression, if the next asks
+        self.predicted = None  # for each layer [(H, n)]: predicted scores of the tokens read since then, if it asks
         self.scores = None  # [(E,)] of each layer: what the last compression's entries scored, if the next asks
         self.thresholds = None  # (L,) float64 that the last compression came to (NaN: none), where it has such
         self.shift = 0  # how much lower the position of the next token is than the number of tokens seen
@@ -278,7 +279,7 @@ class KVCache:
             self.pool.release(row[:n])
         self.lengths[:] = 0
         self.token_ids, self.tail, self.shift = [], 0, 0
-        self.queries = self.scores = self.thresholds = None
+        self.queries = self.predicted = self.scores = self.thresholds = None
 
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
@@ -286,6 +287,7 @@ class KVCache:
         other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
         other.queries = None if self.queries is None else self.queries.copy()
+        other.predicted = None if self.predicted is None else [noted.copy() for noted in self.predicted]
         other.scores, other.thresholds, other.shift = self.scores, self.thresholds, self.shift
         for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.share(row[:n])
@@ -312,6 +314,8 @@ class KVCache:
             left["queries"] = (
                 np.stack(list(self.queries)) if self.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
             )
+        if self.predicted is not None:
+            left["predicted"] = np.stack([np.concatenate(noted, axis=1) for noted in self.predicted])
         if self.scores is not None:
             left["scores"] = np.concatenate(self.scores)
         if self.thresholds is not None:
@@ -332,6 +336,7 @@ class KVCache:
         self.advance(arrays["token_ids"].tolist(), int(arrays["tail"]))
         self.shift, self.thresholds = int(arrays["shift"]), arrays.get("thresholds")
         self.queries = list(arrays["queries"]) if "queries" in arrays else None
+        self.predicted = [[noted] for noted in arrays["predicted"]] if "predicted" in arrays else None
         if "scores" in arrays:
             since = (int(lengths.sum()) - len(arrays["scores"])) // lengths.size
             scored = (lengths - since).sum(axis=1)
@@ -339,7 +344,7 @@ class KVCache:
 
     def _fits(self, arrays):
         whole = ("pos", "lengths", "token_ids", "tail", "shift")
-        fractions = ("k", "v", "log_size", *(arrays.keys() & {"queries", "scores", "thresholds"}))
+        fractions = ("k", "v", "log_size", *(arrays.keys() & {"queries", "predicted", "scores", "thresholds"}))
         if any(name not in arrays for name in (*whole, *fractions)):
             return False
         if any(arrays[name].dtype.kind != ("f" if name in fractions else "i") for name in (*whole, *fractions)):
@@ -363,7 +368,7 @@ class KVCache:
         """Whether what a compression left (see `_left`) fits the tokens since then, of which there are `tail` at
         most."""
         n_layers, n_heads = lengths.shape
-        queries, scores, thresholds = (arrays.get(name) for name in ("queries", "scores", "thresholds"))
+        queries, predicted, scores, thresholds = map(arrays.get, ("queries", "predicted", "scores", "thresholds"))
         if thresholds is not None and thresholds.shape != (n_layers,):
             return False
         if queries is not None:
@@ -371,7 +376,9 @@ class KVCache:
                 return False
             if queries.shape[2] % n_heads or not queries.shape[2] or len(queries) > tail:
                 return False
+        since = tail  # tokens read since the last compression; with scores of its entries it is known how many
         if scores is not None:
             since, rest = divmod(int(lengths.sum()) - len(scores.ravel()), lengths.size)
-            return scores.ndim == 1 and not rest and 0 <= since <= tail and (queries is None or since == len(queries))
-        return True
+            if scores.ndim != 1 or rest or not 0 <= since <= tail or (queries is not None and since != len(queries)):
+                return False
+        return predicted is None or predicted.shape == (n_layers, n_heads, since)

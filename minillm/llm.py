@@ -42,6 +42,11 @@ class LLM:
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
+        if cache.foresees and self.model.blocks[0].w_score is None:
+            raise UsageError(
+                f"cache method {cache.method!r} needs a profile of {self.config.name}: make one with python -m "
+                "minillm.profile, or name another method"
+            )
         self.cache_config, tokenizer = cache, self.tokenizer
         classes = np.zeros(self.config.vocab_size, np.uint8)
         if tokenizer:

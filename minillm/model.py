@@ -17,8 +17,7 @@ MLP_ROWS = 1024  # rows of the wide middle of the MLP, and of logits, that exist
 
 @dataclass
 class Block:
-    """The weights of one layer: Weights (out, in); norms and biases float32 vectors, a bias None where the model has
-    none."""
+    """The weights of one layer: Weights (out, in); norms and biases float32 vectors, None where the model has none."""
 
     attention_norm: np.ndarray
     wq: object  # (n_heads * head_dim, dim)
@@ -36,6 +35,8 @@ class Block:
     b_gate: np.ndarray | None
     b_up: np.ndarray | None
     b_down: np.ndarray | None
+    w_score: object  # (n_kv_heads, dim), of a profile: what an entry will be worth, see minillm.profile; or None
+    b_score: np.ndarray | None
 
     @classmethod
     def of(cls, weights, layer):
@@ -52,6 +53,8 @@ class Block:
             vector(get("post_attention_layernorm")),
             *(get(name) for name in mlp),
             *(vector(get(name, "bias")) for name in mlp),
+            get("self_attn.score"),
+            vector(get("self_attn.score", "bias")),
         )
 
 
@@ -79,39 +82,49 @@ class Model:
         """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.
 
         Only one layer's keys and values exist in full: each layer's are compressed and stored in pages before the
-        next begins. progress(layers done, layers) is called after every layer. If anything is raised on the way the
-        cache is cleared."""
-        return self.extend_each(token_ids, [cache], [compressor], progress)
+        next begins; where the compressor can tell at once what to keep, only a block of that layer's. progress(layers
+        done, layers) is called after every layer. If anything is raised on the way the cache is cleared."""
+        n, hidden = len(token_ids), []
+        step = compressor.block_tokens if compressor and compressor.block_tokens else max(n, 1)
+        for lo in range(0, max(n, 1), step):
+            hi = min(lo + step, n)
+            hidden.append(self.extend_each(token_ids[lo:hi], [cache], [compressor], _part(progress, lo, hi, n), n - hi))
+        return self.ops.concatenate(hidden)
 
-    def extend_each(self, token_ids, caches, compressors, progress=None):
+    def extend_each(self, token_ids, caches, compressors, progress=None, coming=0):
         """`extend` of several caches that hold the same (nothing, where there are several) by the same tokens, each
-        stored as its own compressor has it (None: whole): one reading for all."""
+        stored as its own compressor has it (None: whole): one reading for all. coming: tokens of the prompt that follow
+        in later blocks."""
         if len(caches) > 1 and any(cache.seen for cache in caches):
             raise ValueError("caches that are extended together must be empty: what they attend to must be the same")
         try:
-            return self._extend(token_ids, caches, compressors, progress)
+            return self._extend(token_ids, caches, compressors, progress, coming)
         except BaseException:
             for cache in caches:
                 cache.clear()
             raise
 
-    def _extend(self, token_ids, caches, compressors, progress):
+    def _extend(self, token_ids, caches, compressors, progress, coming):
         first, compressions = caches[0], []
         for cache, compressor in zip(caches, compressors, strict=True):
-            compressions.append(compressor.begin(cache, token_ids) if compressor else None)
+            compressions.append(compressor.begin(cache, token_ids, coming) if compressor else None)
         reads = {compression.reads for compression in compressions if compression}
+        noting = [cache for cache in caches if cache.predicted is not None]
+        wants = {name for name, wanted in (("queries", "new" in reads), ("scores", noting)) if wanted}
         pos = np.arange(first.position, first.position + len(token_ids))
         cos, sin = self.rope.tables(pos, first.position + len(pos))
         x = self.ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
         again = Rereading(self, token_ids, first) if "again" in reads else None
         for index, block in enumerate(self.blocks):
-            q, k, v, mixed = self._attention(index, x, cos, sin, first.layer(index), "new" in reads)
-            queries = {"new": [Queries(q, pos)], None: [], "again": []}
+            q, k, v, scores, mixed = self._attention(index, x, cos, sin, first.layer(index), wants)
+            for cache in noting:
+                cache.predicted[index].append(self.ops.stored_rows(scores))
+            queries = {"new": [Queries(q, pos)]}
             if again:
                 queries["again"] = again.layer(index, k, v, pos)
             for cache, compression in zip(caches, compressions, strict=True):
                 if compression:
-                    compression.store(index, k, v, queries[compression.reads], block.wo)
+                    compression.store(index, k, v, queries.get(compression.reads, ()), block.wo)
                 else:
                     cache.append(index, k, v, pos)
             del q, k, v, queries
@@ -125,16 +138,19 @@ class Model:
                 cache.advance(token_ids)
         return x
 
-    def _attention(self, index, x, cos, sin, past, wants_q):
-        """The first half of a layer: x (n, dim) -> q (Hq, n, d), or None if it is not wanted; k, v (H, n, d); q and k
-        rotated; mixed (n, Hq * d), the attention's output."""
+    def _attention(self, index, x, cos, sin, past, wants=()):
+        """The first half of a layer: x (n, dim) -> q (Hq, n, d); k, v (H, n, d); q and k rotated; predicted scores (H,
+        n); mixed (n, Hq * d), the attention's output. q and scores may be None where `wants` lacks "queries" or
+        "scores"."""
         if self.runner:
-            return self.runner.attention(index, x, cos, sin, past, wants_q)
+            return self.runner.attention(index, x, cos, sin, past, wants)
         ops, block, config = self.ops, self.blocks[index], self.config
-        q, k, v = self._qkv(block, ops.rms_norm(x, block.attention_norm, config.rms_eps))
+        h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
+        q, k, v = self._qkv(block, h)
+        scores = self._scores(block, h) if "scores" in wants else None
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         mixed = ops.prefill_attention(q, k, v, past, self.scale, config.sliding_window)
-        return q if wants_q else None, k, v, mixed
+        return q, k, v, scores, mixed
 
     def _output(self, index, x, mixed):
         """The second half: x += W_O mixed, x += mlp(norm(x)). -> whether x is finite."""
@@ -152,7 +168,7 @@ class Model:
         If anything is raised on the way the caches hold what they held before."""
         before = [cache.lengths.copy() for cache in caches]
         try:
-            logits, queries = self._decode(token_ids, caches)
+            logits, queries, scores = self._decode(token_ids, caches)
         except BaseException:
             for cache, lengths in zip(caches, before, strict=True):
                 cache.cut(lengths)
@@ -161,31 +177,39 @@ class Model:
             cache.advance([token])
             if cache.queries is not None:
                 cache.queries.append(np.stack([q[b] for q in queries]))
+            if cache.predicted is not None:
+                for noted, layer in zip(cache.predicted, scores, strict=True):
+                    noted.append(layer[b][:, None])
         return logits
 
     def _decode(self, token_ids, caches):
-        """-> logits (B, vocab), and of every layer the rotated queries (B, Hq, d)."""
+        """-> logits (B, vocab), and of every layer, where a cache collects them, rotated queries (B, Hq, d) and
+        predicted scores (B, H)."""
         ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
         tables = [self.rope.tables(np.array([cache.position]), cache.position + 1) for cache in caches]
         cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
         if self.runner:
             for cache in caches:
                 cache.make_room()
-            logits, bad_layer, queries = self.runner.decode(token_ids, caches, cos, sin)
+            logits, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin)
             self._check_finite(bad_layer is None, bad_layer)
-            return logits, queries
-        x, queries = ops.embed(self.embedding, token_ids), []  # (B, dim)
+            return logits, queries, scores
+        x, queries, scores = ops.embed(self.embedding, token_ids), [], []  # (B, dim)
+        wants_scores = any(cache.predicted is not None for cache in caches)
         for index, block in enumerate(self.blocks):
-            q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, ops.rms_norm(x, block.attention_norm, eps)))
+            h = ops.rms_norm(x, block.attention_norm, eps)
+            q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, h))
             q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)  # (B, heads, d)
             queries.append(q)
+            if wants_scores:
+                scores.append(self._scores(block, h).T)
             for b, cache in enumerate(caches):
                 cache.append(index, k[b][:, None], v[b][:, None], [cache.position])
             mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, window)
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
             self._check_finite(np.isfinite(x).all(), index)
-        return self.logits(x), queries
+        return self.logits(x), queries, scores
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
@@ -207,6 +231,10 @@ class Model:
         outputs = (self.ops.linear(x, weight, bias) for weight, bias in heads)
         return [np.ascontiguousarray(y.reshape(len(x), -1, self.config.head_dim).transpose(1, 0, 2)) for y in outputs]
 
+    def _scores(self, block, x):
+        """x (n, dim) -> (H, n) what the profile predicts each token to be worth to the head: log of an attention."""
+        return self.ops.linear(x, block.w_score, block.b_score).T
+
     def _mlp(self, block, x):
         ops = self.ops
         h = ops.rms_norm(x, block.mlp_norm, self.config.rms_eps)
@@ -223,7 +251,7 @@ class Model:
 
 class Rereading:
     """A second reading of the new tokens, carried through the layers beside the first: in blocks, each of which sees
-    the text and itself. What it attends to says what the text needs (KVzip, KVCompose).
+    the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight).
 
     Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
 
@@ -247,7 +275,14 @@ class Rereading:
         for rows in self.blocks:
             x, pos = self.x[rows], self.position + np.arange(rows.stop - rows.start)
             tables = model.rope.tables(pos, int(pos[-1]) + 1)
-            q, keys, _, mixed = model._attention(index, x, *tables, past, True)
+            q, keys, _, _, mixed = model._attention(index, x, *tables, past, {"queries"})
             model._output(index, x, mixed)
             queries.append(Queries(q, pos, keys))
         return queries
+
+
+def _part(progress, lo, hi, n):
+    """The progress of the tokens lo..hi of n: it goes on from what the blocks before it have done."""
+    if progress is None:
+        return None
+    return lambda done, layers: progress((lo + (hi - lo) * done / layers) * layers / n, layers)

@@ -52,6 +52,12 @@ class Sequence:
         n_layers, n_heads, _, d = self.k.shape
         return self.asks.normal(size=(n_layers, 2 * n_heads, n, d)).astype(F32)
 
+    def _note(self, n):
+        """Random predicted scores of the n tokens that come next, where they are asked for."""
+        if self.cache.predicted is not None:
+            for noted, heads in zip(self.cache.predicted, self.cache.lengths, strict=True):
+                noted.append(np.log(self.asks.random((len(heads), n), F32)))
+
     def _new(self, n):
         shape = (*self.k.shape[:2], n, self.k.shape[3])
         kinds = [self.keys] * shape[0] if isinstance(self.keys, str) else self.keys
@@ -71,6 +77,7 @@ class Sequence:
         cache = self.cache
         k, v, pos, ids = self._new(n)
         compression, q = self.compressor.begin(cache, ids), self._queries(n)
+        self._note(n)
         for layer in range(len(k)):
             if compression:
                 again = k[layer] if compression.reads == "again" else None
@@ -88,6 +95,7 @@ class Sequence:
             for layer in range(len(k)):
                 cache.append(layer, k[layer, :, i : i + 1], v[layer, :, i : i + 1], pos[i : i + 1])
             cache.advance(ids[i : i + 1])
+            self._note(1)
             if cache.queries is not None:
                 cache.queries.append(self._queries(1)[:, :, 0])
             compression = None

@@ -24,11 +24,12 @@ class Watch:
     """Stands where a compressor does, and as its own compression: looks at the attention of each layer."""
 
     reads = "new"
+    block_tokens = None
 
     def __init__(self, llm, n_tokens):
         self.llm, self.n, self.found = llm, n_tokens, []
 
-    def begin(self, cache, new_ids):
+    def begin(self, cache, new_ids, coming):
         return self
 
     def store(self, index, k, v, queries, wo):

@@ -36,8 +36,8 @@ typedef struct {
 /* The weights of one layer; the fields of minillm.model.Block. */
 typedef struct {
     const float *attention_norm, *mlp_norm;
-    Matrix wq, wk, wv, wo, w_gate, w_up, w_down;
-    const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down;
+    Matrix wq, wk, wv, wo, w_gate, w_up, w_down, w_score;
+    const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down, *b_score;
 } Block;
 
 typedef struct {

@@ -5,16 +5,19 @@
 #include <string.h>
 
 /* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, k, v (H, n, d), q and k rotated, and mixed
- * (n, Hq d), the attention's output before W_O. cos, sin (n, d / 2). */
+ * (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL. cos, sin (n, d / 2). */
 EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
-                                    float *q, float *k, float *v, float *mixed)
+                                    float *q, float *k, float *v, float *score, float *mixed)
 {
     const Block *block = &m->blocks[layer];
     const int64_t d = m->head_dim;
     if (!q)
         q = scratch(SHARED, 6, sizeof(float) * (size_t)(n * m->n_heads * d));
-    const Product products[3] = {{block->wq, block->bq, q, d, 0}, {block->wk, block->bk, k, d, 0}, {block->wv, block->bv, v, d, 0}};
-    kernels->linear(products, 3, x, n, block->attention_norm, m->eps);
+    const Product products[4] = {{block->wq, block->bq, q, d, 0},
+                                 {block->wk, block->bk, k, d, 0},
+                                 {block->wv, block->bv, v, d, 0},
+                                 {block->w_score, block->b_score, score, 1, 0}};
+    kernels->linear(products, score ? 4 : 3, x, n, block->attention_norm, m->eps);
     kernels->rope(q, cos, sin, q, m->n_heads, n, d);
     kernels->rope(k, cos, sin, k, m->n_kv_heads, n, d);
     const PrefillAttention a = {q, k, v, mixed, *past, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
@@ -57,9 +60,10 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
 
 /* One token of each of B sequences: ids (B,), cos and sin (B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
  * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
- * (L, B, Hq, d) that gets the rotated queries. Returns the first layer whose output is not finite, or -1. */
+ * (L, B, Hq, d) that gets the rotated queries; scores: NULL, or (L, B, H) that gets what the profile predicts. Returns the first
+ * layer whose output is not finite, or -1. */
 EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
-                          float *queries)
+                          float *queries, float *scores)
 {
     const int64_t d = m->head_dim, q_dim = m->n_heads * d, kv_dim = m->n_kv_heads * d;
     float *x = scratch(SHARED, 6, sizeof(float) * (size_t)(batch * (m->dim + 2 * q_dim + 2 * kv_dim)) + sizeof(Paged) * (size_t)batch + 64);
@@ -68,8 +72,11 @@ EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, con
     kernels->rows(&m->embedding, ids, batch, x);
     for (int layer = 0; layer < m->n_layers; layer++) {
         const Block *block = &m->blocks[layer];
-        const Product products[3] = {{block->wq, block->bq, q, 0, 0}, {block->wk, block->bk, k, 0, 0}, {block->wv, block->bv, v, 0, 0}};
-        kernels->linear(products, 3, x, batch, block->attention_norm, m->eps);
+        const Product products[4] = {{block->wq, block->bq, q, 0, 0},
+                                     {block->wk, block->bk, k, 0, 0},
+                                     {block->wv, block->bv, v, 0, 0},
+                                     {block->w_score, block->b_score, scores + layer * batch * m->n_kv_heads, 0, 0}};
+        kernels->linear(products, scores ? 4 : 3, x, batch, block->attention_norm, m->eps);
         for (int64_t b = 0; b < batch; b++) {
             past[b] = caches[b];
             past[b].pages += (int64_t)layer * m->n_kv_heads * past[b].capacity;

@@ -60,6 +60,13 @@ def across_heads(layer, scores, target):
     return stay(kept)
 
 
+def above(layer, scores, target, threshold):
+    """As `across_heads`, or, where a threshold stands in place of a budget, the rows with no less than that."""
+    if target is None:
+        return stay(layer.protected | (scores >= threshold))
+    return across_heads(layer, scores, target)
+
+
 def shared(layer, scores, target):
     """The same tokens in every head (but for one where the number does not divide): those with the best sums of the
     scores of all heads; of equal ones the earlier."""
@@ -193,6 +200,7 @@ PER_HEAD = Part(per_head, "the same number in every head")
 ACROSS_HEADS = Part(across_heads, "the best of a layer, whichever head")
 ALPHA = Option(0.2, number(0, 1), "share that is the same for all heads")
 ADAPTIVE = Part(adaptive, "more where a head has more of the best", {"alpha": ALPHA})
+THRESHOLD = Option(None, number(0, 1), "score from which rows stay, in place of a budget")
 EVEN = Part(even, "the same number in every layer")
 
 ALLOCATIONS = {
@@ -200,7 +208,7 @@ ALLOCATIONS = {
     "layer": Allocation("the best of each layer, whichever head", ACROSS_HEADS, EVEN),
     "global": Allocation(
         "the best of the whole model: one cut through all layers and heads",
-        ACROSS_HEADS,
+        Part(above, "the best of a layer, whichever head", {"threshold": THRESHOLD}),
         Part(one_cut, "the best of all layers"),
     ),
     "shared": Allocation(

@@ -9,7 +9,9 @@ from minillm.cache import Entries
 from minillm.compress.ledger import Ledger
 from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
+from minillm.errors import MinillmError
 
+BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
 
 
@@ -23,6 +25,11 @@ class Compressor:
         self.scale, self.window = scale, window
         self.outputs = {}  # layer -> Output
 
+    @property
+    def block_tokens(self):
+        """Tokens of a prompt that are read and compressed at a time; None: all of them."""
+        return BLOCK_TOKENS if self.config.foresees else None
+
     def due(self, cache):
         """Whether so much was generated that it is to be compressed."""
         config = self.config
@@ -34,28 +41,32 @@ class Compressor:
         """Raise ValueError where the arrays of a cache's `state` lack what this method's last compression must have
         left for the next one, or its queries are not those of n_heads heads."""
         config, cut = self.config, arrays["lengths"].sum() < arrays["lengths"].size * len(arrays["token_ids"])
-        needed = {"scores"} if config.adds_up and cut else set()
+        needed = {"scores"} if config.remembers and cut else set()
         if config.reads == "new" and config.generates and len(arrays["token_ids"]):
             needed.add("queries")
+        if config.foresees and len(arrays["token_ids"]):
+            needed.add("predicted")
         if missing := sorted(needed - arrays.keys()):
             raise ValueError(f"it lacks {missing[0]}")
         queries = arrays.get("queries")
         if queries is not None and len(queries) and queries.shape[2:3] != (n_heads,):
             raise ValueError("its queries are of another model")
 
-    def begin(self, cache, new_ids, generated=False):
+    def begin(self, cache, new_ids, coming=0, generated=False):
         """The Compression that stores the layers of `new_ids`, read after what `cache` has seen; None where nothing is
-        to be compressed. generated: no new ids, but those that were generated; of a method that settles, a chunk that
-        no delimiter has ended yet is left alone."""
+        to be compressed. coming: tokens that will be read right after these and that the budget counts already.
+        generated: no new ids, but those that were generated; of a method that settles, a chunk that no delimiter has
+        ended yet is left alone."""
         config, seen = self.config, cache.seen + len(new_ids)
         asked, cache.queries = cache.queries, None
+        self._foresee(cache)
         if config.reads == "new" and config.generates:
             cache.queries = deque(
                 maxlen=None if config.adds_up else config.options.get("queries")
             )  # that are looked at
         if config.method == "full" or seen <= SHORT:
             return None
-        sinks, window = config.protect(seen)
+        sinks, window = config.protect(seen + coming)
         end = seen - window  # rows at positions before `end` are compressed
         classes = self.classes[np.concatenate([cache.token_ids, new_ids]).astype(np.int64)]
         if generated and config.spec.settles:
@@ -65,7 +76,18 @@ class Compressor:
                 end = closed or end
         if end <= cache.seen - cache.tail and config.spec.settles:
             return None
-        return Compression(self, cache, new_ids, classes, sinks, end, generated, asked if generated else None)
+        asked = asked if generated else None
+        return Compression(self, cache, new_ids, classes, sinks, end, coming, generated, asked)
+
+    def _foresee(self, cache):
+        """Have the predicted scores of what is read noted, where the method looks at them."""
+        if not self.config.foresees:
+            cache.predicted = None
+        elif cache.predicted is None:
+            if cache.seen:
+                raise MinillmError("what this session holds was read without predicting scores: start a new session")
+            n_layers, n_heads = cache.lengths.shape
+            cache.predicted = [[np.zeros((n_heads, 0), np.float32)] for _ in range(n_layers)]
 
 
 class Compression:
@@ -75,7 +97,7 @@ class Compression:
     number of entries that they have used up. Rows are the tail (tokens stored one entry each), where nothing is settled
     all that is stored, and the new tokens."""
 
-    def __init__(self, compressor, cache, new_ids, classes, sinks, end, generated=False, asked=None):
+    def __init__(self, compressor, cache, new_ids, classes, sinks, end, coming=0, generated=False, asked=None):
         self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
         self.classes, self.sinks, self.end = classes, sinks, end
         self.seen = seen = len(classes)
@@ -87,7 +109,7 @@ class Compression:
             self.settled = cache.lengths - cache.tail
         self.ledger = None
         if self.config.budget is not None:
-            total = self.config.budget.total(seen, cache.lengths.size)
+            total = self.config.budget.total(seen + coming, cache.lengths.size)
             left = total - int(self.settled.sum())
             if left < cache.lengths.size * (seen - end + 1):  # the settled entries use it up: they are compressed again
                 left, self.settled = total, np.zeros_like(self.settled)
@@ -101,7 +123,7 @@ class Compression:
 
     @property
     def reads(self):
-        """Whose queries are to be given to `store`: "new", "again" or None."""
+        """What the method looks at beside keys and values (see CacheConfig.reads)."""
         return self.config.reads
 
     def store(self, index, k=None, v=None, queries=(), wo=None):
@@ -115,7 +137,7 @@ class Compression:
         if wo is not None and index not in self.compressor.outputs:
             heads, d = len(rows.lengths), rows.k.shape[1]
             self.compressor.outputs[index] = Output(wo, heads, d, self.compressor.ops)
-        layer = self._layer(index, rows, list(queries), self._history(index, rows))
+        layer = self._layer(index, rows, list(queries), self._history(index, rows), self._predicted(index, rows))
         scores = self.config.scores(layer)
         if self.ledger is None:
             self._write(layer, scores, None)
@@ -132,7 +154,7 @@ class Compression:
         """All layers are stored: the tokens count as read."""
         cache = self.cache
         cache.advance(self.new_ids, self.seen - self.end)
-        cache.scores = self.scores if self.config.adds_up else None
+        cache.scores = self.scores if self.config.remembers else None
         cache.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
         if self.next_pos:
             cache.shift = self.seen - max(self.next_pos.values())
@@ -174,7 +196,16 @@ class Compression:
         n_new = (len(rows.pos) - len(old)) // n_heads
         return _joined(rows.lengths - n_new, old, np.zeros((n_heads, n_new), np.float32))
 
-    def _layer(self, index, rows, queries=(), history=None):
+    def _predicted(self, index, rows):
+        """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
+        if not self.config.foresees:
+            return None
+        noted = np.exp(np.concatenate(self.cache.predicted[index], axis=1))  # (H, tokens since the last compression)
+        self.cache.predicted[index] = [noted[:, :0]]
+        old = np.zeros(0, np.float32) if self.cache.scores is None else self.cache.scores[index]
+        return _joined(rows.lengths - noted.shape[1], old, noted)
+
+    def _layer(self, index, rows, queries=(), history=None, predicted=None):
         compressor, cache, threshold = self.compressor, self.cache, self.thresholds[index]
         token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
         known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
@@ -193,6 +224,7 @@ class Compression:
             queries=queries,
             generated=self.generated,
             history=history,
+            predicted=predicted,
             threshold=None if np.isnan(threshold) else float(threshold),
             output=compressor.outputs.get(index),
             scale=compressor.scale,

@@ -15,6 +15,7 @@ COMMON = {
     "recompress": number(0, 1 << 30, int),
 }
 DELIMITERS = Option("default", delimiters, "default, exact, or a text of the characters that end a chunk")
+OUTCOMES = ("tau", "threshold")  # options in place of a budget: the kept share is what comes out
 TABLES = {"score": SCORES, "allocate": ALLOCATIONS, "merge": MERGES}
 
 
@@ -59,14 +60,14 @@ class CacheConfig:
             named = {"score": spec.score, "allocate": spec.allocate, "merge": spec.merge} | self.chosen
             shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
             raise UsageError(f"cache method {method!r} with {shown} makes no sense: {reason}")
-        tau = self.options.get("tau")
-        if tau is not None and budget is not None:
-            raise UsageError("a cache budget and tau exclude each other: with tau the kept share is the outcome")
+        fixed = next((name for name in OUTCOMES if self.options.get(name) is not None), None)
+        if fixed and budget is not None:
+            raise UsageError(
+                f"a cache budget and {fixed} exclude each other: with {fixed} the kept share is the outcome"
+            )
         if method == "full" and budget not in (None, "full", 1, 1.0):
             raise UsageError("cache method 'full' keeps everything: leave the budget out, or name another method")
-        self.budget = (
-            None if tau is not None or self.method == "full" else self._budget(0.5 if budget is None else budget)
-        )
+        self.budget = None if fixed or self.method == "full" else self._budget(0.5 if budget is None else budget)
 
     @staticmethod
     def option_table(method, **chosen):
@@ -79,13 +80,24 @@ class CacheConfig:
 
     @property
     def reads(self):
-        """Whose queries the parts look at: "new", "again" or None."""
+        """What the parts look at beside keys and values: queries of the "new" tokens, or of a second reading of them
+        ("again"), scores "predicted" by a profile, or nothing (None)."""
         return (self.score and self.score.reads) or self.allocation.reads or self.merge.reads
 
     @property
     def generates(self):
         """Whether what is generated is compressed as well; a second reading is of prompts only."""
         return self.spec.generates and self.reads != "again"
+
+    @property
+    def foresees(self):
+        """Whether what is kept of a token is decided by what a profile predicts when it is read."""
+        return self.reads == "predicted"
+
+    @property
+    def remembers(self):
+        """Whether entries keep their scores for the next compression."""
+        return bool(self.adds_up) or self.foresees
 
     @property
     def adds_up(self):
@@ -106,7 +118,7 @@ class CacheConfig:
         if merge.compares and score.ranks_only:
             return "the merge weighs rows by how much better they score, and this score says only which is better"
         if len({part.reads for part in (score, allocation, merge) if part and part.reads}) > 1:
-            return "one part needs a second reading and another the queries of the first: take score='window'"
+            return "its parts look at different things (new queries, a second reading, a profile): take score='window'"
         if merge.reads and allocation.layers is not EVEN:
             return "a later layer may compress this one again, when the merge's queries are gone: take allocate='even'"
         if self.options.get("positions") == "cache" and (allocation.heads, allocation.layers) != (PER_HEAD, EVEN):

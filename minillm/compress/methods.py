@@ -42,6 +42,21 @@ METHODS = {
         generates=True,
         settles=True,
     ),
+    "hindsight": Method(
+        "what a second reading of the text attends to, one cut through all layers and heads; the rest joins neighbours",
+        "minillm",
+        "reread",
+        "global",
+        "fold",
+    ),
+    "foresight": Method(
+        "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",
+        "minillm",
+        "predicted",
+        "global",
+        "fold",
+        generates=True,
+    ),
     "streaming": Method(
         "the first and the newest tokens (StreamingLLM)",
         "Xiao et al. 2024, arXiv 2309.17453",

@@ -44,6 +44,7 @@ class Layer:
     queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
     generated: bool = False  # whether the new tokens were generated, not read
     history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
+    predicted: np.ndarray | None = None  # (R,) float32: the attention that the profile predicts each row to be worth
     threshold: float | None = None  # that an earlier compression came to
     output: Output | None = None  # the layer's W_O
     scale: float = 1.0  # of the logits

@@ -12,8 +12,8 @@ from minillm.compress.options import Option, Part, number, one_of
 
 @dataclass(frozen=True)
 class Score(Part):
-    """reads: whose queries it looks at: those of the "new" tokens, of a second reading of them ("again"), or None.
-    adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
+    """reads: what it looks at beside keys and values: queries of the "new" tokens, or of a second reading of them
+    ("again"), scores "predicted" by a profile, or nothing (None). adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
     ranks_only: it says which row is better and not by how much."""
 
     reads: str | None = None
@@ -45,6 +45,11 @@ def columns(layer):
 def reread(layer):
     """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row."""
     return layer.column_scores("max").max(axis=0)
+
+
+def predicted(layer):
+    """foresight: what `reread` would give, predicted from the hidden state of each token when that was read."""
+    return layer.predicted
 
 
 def mean_variance(layer, queries, gamma, pool):
@@ -136,6 +141,7 @@ SCORES = {
     "window": Score(window, "attention of the newest queries", WINDOW, "new"),
     "columns": Score(columns, "attention of all queries, summed", {}, "new", np.add),
     "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", np.maximum),
+    "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
     "composite": Score(
         composite,
         "attention when the text is read a second time, with the mean of the layer's heads added",

@@ -30,8 +30,8 @@ class Product(Structure):
 class Block(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
-        *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")),
-        *((name, c_void_p) for name in ("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")),
+        *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")),
+        *((name, c_void_p) for name in ("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_score")),
     ]
 
 
@@ -112,10 +112,10 @@ _SIGNATURES = {  # name -> (result, arguments)
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),
-    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), _P, _P, _P, _P]),
+    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), *[_P] * 5]),
     "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
     "logits": (None, [POINTER(Model), _P, _N, _P]),
-    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P]),
+    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),
 }
 
 

@@ -9,8 +9,8 @@ from minillm.ops import cpu_lib
 from minillm.ops.cpu_lib import floats, pointer
 from minillm.ops.cpu_pages import paged, slab_table
 
-_MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-_VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down")
+_MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")
+_VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_score")
 
 
 class Runner:
@@ -21,7 +21,8 @@ class Runner:
         blocks = (cpu_lib.Block * c.n_layers)()
         for block, table in zip(model.blocks, blocks, strict=True):
             for name in _MATRICES:
-                setattr(table, name, getattr(block, name).matrix)
+                if getattr(block, name) is not None:
+                    setattr(table, name, getattr(block, name).matrix)
             for name in _VECTORS:
                 setattr(table, name, pointer(getattr(block, name)))
         self.table = cpu_lib.Model(
@@ -29,18 +30,17 @@ class Runner:
             *(c.rms_eps, model.scale, blocks, pointer(model.norm), model.embedding.matrix, model.head.matrix),
         )
 
-    def attention(self, layer, x, cos, sin, past, wants_q):
-        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d), or None if it is not wanted; k, v (H, n,
-        d); q and k rotated; mixed (n, Hq * d)."""
+    def attention(self, layer, x, cos, sin, past, wants):
+        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k rotated; score (H,
+        n); mixed (n, Hq * d). q and score are None where `wants` lacks "queries" and "scores"."""
         n, c, slabs = len(x), self.model.config, slab_table(past.pool)
-        q = np.empty((c.n_heads, n, c.head_dim), np.float32) if wants_q else None
+        q = np.empty((c.n_heads, n, c.head_dim), np.float32) if "queries" in wants else None
+        score = np.empty((c.n_kv_heads, n), np.float32) if "scores" in wants else None
         k, v = (np.empty((c.n_kv_heads, n, c.head_dim), np.float32) for _ in "kv")
         mixed, cos, sin = np.empty((n, c.n_heads * c.head_dim), np.float32), floats(cos), floats(sin)
-        tables = pointer(cos), pointer(sin), byref(paged(past, slabs))
-        self.lib.layer_attention(
-            byref(self.table), layer, pointer(x), n, *tables, pointer(q), pointer(k), pointer(v), pointer(mixed)
-        )
-        return q, k, v, mixed
+        tables, outputs = (pointer(cos), pointer(sin), byref(paged(past, slabs))), (q, k, v, score, mixed)
+        self.lib.layer_attention(byref(self.table), layer, pointer(x), n, *tables, *map(pointer, outputs))
+        return outputs
 
     def output(self, layer, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
@@ -55,15 +55,17 @@ class Runner:
     def decode(self, token_ids, caches, cos, sin):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> logits (B, vocab); the first layer whose output is not finite, or None;
-        rotated queries (L, B, Hq, d), or None where no cache collects them."""
+        rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None where no cache collects them."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
         c = self.model.config
-        logits, queries = np.empty((len(caches), c.vocab_size), np.float32), None
+        logits, queries, scores = np.empty((len(caches), c.vocab_size), np.float32), None, None
         if any(cache.queries is not None for cache in caches):
             queries = np.empty((c.n_layers, len(caches), c.n_heads, c.head_dim), np.float32)
-        cos, sin = floats(cos), floats(sin)
-        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, pointer(logits), pointer(queries)
+        if any(cache.predicted is not None for cache in caches):
+            scores = np.empty((c.n_layers, len(caches), c.n_kv_heads), np.float32)
+        cos, sin, outputs = floats(cos), floats(sin), (logits, queries, scores)
+        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, *map(pointer, outputs)
         bad_layer = self.lib.decode(byref(self.table), *arguments)
-        return logits, None if bad_layer < 0 else bad_layer, queries
+        return logits, None if bad_layer < 0 else bad_layer, queries, scores

@@ -73,7 +73,7 @@ class DecodeStep:
         queries = None
         if any(cache.queries is not None for cache in caches):
             queries = self.runner.ops.stored_rows(self.q)
-        return self.logits.get(), None if bad == FINE else bad, queries
+        return self.logits.get(), None if bad == FINE else bad, queries, None
 
     def _update(self, token_ids, caches, cos, sin):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""

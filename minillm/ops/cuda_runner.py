@@ -60,9 +60,9 @@ class Runner:
 
     # a prompt
 
-    def attention(self, index, x, cos, sin, past, wants_q):
-        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d), or None if it is not
-        wanted; k, v (H, n, d); q and k rotated; mixed (n, Hq * d); all of 16 bits."""
+    def attention(self, index, x, cos, sin, past, wants):
+        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k
+        rotated; None; mixed (n, Hq * d); all of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
         qkv = self._norm_product(x, layer.attention_norm, layer.wqkv)
@@ -73,7 +73,7 @@ class Runner:
         mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
         past, window = self.ops.paged(past), c.sliding_window or 0
         launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
-        return q if wants_q else None, k, v, mixed.reshape(n, -1)
+        return q, k, v, None, mixed.reshape(n, -1)
 
     def output(self, index, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
@@ -125,7 +125,7 @@ class Runner:
     def decode(self, token_ids, caches, cos, sin):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab); the first layer whose output is not
-        finite, or None; rotated queries (L, B, Hq, d), or None where no cache collects them."""
+        finite, or None; rotated queries (L, B, Hq, d), or None where no cache collects them; None."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)

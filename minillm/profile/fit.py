@@ -1,0 +1,66 @@
+"""From texts to a profile: what a second reading attends to, explained by the hidden states of the first.
+
+Closed form: ridge regression by normal equations that are added up text after text, so that memory does not grow."""
+
+import numpy as np
+
+from minillm.cache import KVCache
+from minillm.compress.plan import Layer
+from minillm.compress.score import reread
+from minillm.model import Rereading
+
+FLOOR = 1e-5  # attention below this is none: the log of a score is at least that of it
+RIDGE = 100.0
+
+
+def second_reading(llm, token_ids):
+    """Read a text twice. Yields for each layer the normalised hidden states h (n, dim) of the first reading, and logs
+    (H, n) of the largest attention each token gets in the second."""
+    model, config = llm.model, llm.config
+    ops, n = model.ops, len(token_ids)
+    empty = KVCache(llm.pool, config.n_layers, config.n_kv_heads)
+    pos = np.arange(n)
+    cos, sin = model.rope.tables(pos, n)
+    x, again = ops.embed(model.embedding, token_ids), Rereading(model, token_ids, empty)
+    for index, block in enumerate(model.blocks):
+        h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
+        _, k, v, _, mixed = model._attention(index, x, cos, sin, empty.layer(index))
+        rows = Layer(
+            index,
+            k.reshape(-1, config.head_dim),
+            v.reshape(-1, config.head_dim),
+            *(np.ones(config.n_kv_heads * n, np.float32), np.tile(pos, config.n_kv_heads).astype(np.int32)),
+            *(np.zeros(config.n_kv_heads * n, np.uint8), np.zeros(config.n_kv_heads * n, bool)),
+            *(np.full(config.n_kv_heads, n), cos, sin, ops, again.layer(index, k, v, pos)),
+            scale=model.scale,
+            attention_window=config.sliding_window,
+        )
+        yield ops.stored_rows(h), np.log(reread(rows).reshape(config.n_kv_heads, n) + np.float32(FLOOR))
+        model._output(index, x, mixed)
+
+
+class Equations:
+    """The normal equations of one layer: targets (n, H) from features (n, dim) and a constant."""
+
+    def __init__(self, dim, n_heads):
+        self.products = np.zeros((dim + 1, dim + 1))
+        self.targets = np.zeros((dim + 1, n_heads))
+
+    def add(self, h, y):
+        """h (n, dim); y (n, H)."""
+        x = np.column_stack([h, np.ones(len(h), h.dtype)])
+        self.products += x.T @ x
+        self.targets += x.T @ y
+
+    def solve(self, ridge=RIDGE):
+        """(w (H, dim), b (H,)) float32 with the least sum of squared errors + ridge |w|^2; the constant goes free."""
+        penalty = np.full(len(self.products), ridge)
+        penalty[-1] = 1e-6
+        solution = np.linalg.solve(self.products + np.diag(penalty), self.targets).T.astype(np.float32)
+        return solution[:, :-1], solution[:, -1]
+
+
+def rank_correlation(a, b):
+    """Spearman's, of two vectors without ties worth minding."""
+    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -1,0 +1,124 @@
+"""Profile: the map of one model, its file, and where files are looked for.
+
+In every layer the score of a token in a head is w . h + b: h is the normalised hidden state that the head's query, key
+and value are made from, and the score is the log of the largest attention that the token gets from that head when the
+text is read a second time. So a profile is a fourth projection beside W_Q, W_K and W_V, one number a head."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm.errors import MinillmError
+from minillm.weights import Weight
+
+FORMAT = 1
+SUFFIX = ".profile"
+SCORE = "model.layers.{}.self_attn.score.{}"  # the names of its projections among the weights
+
+
+@dataclass
+class Profile:
+    """weight (L, H, dim) and bias (L, H) float32. curve: name -> (m,) float32 for m thresholds, ascending: "threshold",
+    a score; "kept", the share of the entries that reach it; "quality", the share of the full cache's token accuracy
+    that is left then when held-out texts are repeated from memory. about: plain values: model, fingerprint, date,
+    versions, texts, held-out rank correlation."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    curve: dict[str, np.ndarray]
+    about: dict
+
+    def weights(self):
+        """name -> Weight, to go with those of the model."""
+        found = {}
+        for layer, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
+            found[SCORE.format(layer, "weight")] = Weight("F32", np.ascontiguousarray(w), w.shape)
+            found[SCORE.format(layer, "bias")] = Weight("F32", np.ascontiguousarray(b), b.shape)
+        return found
+
+    def threshold(self, quality):
+        """The highest threshold at which, and at all below which, at least `quality` was left."""
+        short = np.flatnonzero(self.curve["quality"] < quality)
+        reached = self.curve["threshold"][: short[0] if len(short) else None]
+        if not len(reached):
+            best = float(self.curve["quality"].max())
+            raise MinillmError(
+                f"the profile of {self.about['model']} knows no threshold that leaves {quality:g} of the quality (the "
+                f"best leaves {best:.3f}): ask for less, or name a budget"
+            )
+        return float(reached[-1])
+
+    def save(self, path):
+        """Write the file: the projections in 16 bits, which is more than their fit knows."""
+        from safetensors.numpy import save_file
+
+        arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias} | self.curve
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, path, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
+
+
+def load(path):
+    """The Profile of a file. Raises MinillmError for what is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["minillm_profile"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if about.pop("format") != FORMAT:
+            raise ValueError("another version of minillm wrote it")
+        weight, bias = arrays.pop("weight").astype(np.float32), arrays.pop("bias")
+        curve = {name: arrays[name] for name in ("threshold", "kept", "quality")}
+        if weight.ndim != 3 or bias.shape != weight.shape[:2] or not {"model", "fingerprint"} <= about.keys():
+            raise ValueError("its parts do not fit one another")
+        if not all(np.isfinite(array).all() for array in (weight, bias, *curve.values())):
+            raise ValueError("it holds NaN or infinity")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MinillmError(
+            f"{path} is not a minillm profile ({error}): make one with python -m minillm.profile"
+        ) from None
+    return Profile(weight, bias, curve, about)
+
+
+def fingerprint(config, weights):
+    """Of a model by its shape and the weights of its norms: the same in every file format and every quantisation."""
+    c = config
+    digest = hashlib.sha256(repr((c.n_layers, c.dim, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim)).encode())
+    for layer in range(c.n_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            digest.update(weights[f"model.layers.{layer}.{norm}.weight"].data.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def places(mark, path):
+    """Where the profile of the model with the fingerprint `mark` and the files at `path` may lie, first choice first:
+    beside the model, in the user's cache, in this package."""
+    from platformdirs import user_cache_path
+
+    name = mark + SUFFIX
+    beside = path / f"minillm{SUFFIX}" if path.is_dir() else path.with_name(path.name + SUFFIX)
+    return [
+        beside,
+        user_cache_path("minillm", appauthor=False) / "profiles" / name,
+        Path(__file__).parent / "data" / name,
+    ]
+
+
+def find(config, weights, path, name=None):
+    """The Profile of a model, or None where there is none. path: of its files; name: of a file that was asked for. A
+    profile of another model raises MinillmError, unless it lies where this model's would not be looked for."""
+    mark = fingerprint(config, weights)
+    candidates = [Path(name).expanduser()] if name else [place for place in places(mark, path) if place.is_file()]
+    if not candidates:
+        return None
+    found = load(candidates[0])
+    if found.about["fingerprint"] != mark:
+        raise MinillmError(
+            f"{candidates[0]} is the profile of {found.about['model']}, not of {config.name}: make one with python -m "
+            "minillm.profile, or take that file away"
+        )
+    return found
