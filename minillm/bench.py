@@ -112,7 +112,7 @@ def _parser():
     add("-r", "--repetitions", type=cli.positive, default=5, metavar="N", help="after one to warm up (default 5)")
     add("-f", "--file", metavar="FILE", help="the text that is read (UTF-8)")
     add = parser.add_argument_group("key-value cache").add_argument
-    add("--kv-method", type=_several(str), action="extend", metavar="NAME,...", help="default: semanticache; list: all")
+    add("--kv-method", type=_several(str), action="extend", metavar="NAME,...", help="default: the model's; list: all")
     add(
         "--kv-budget",
         type=_several(cli.budget),
@@ -148,10 +148,10 @@ def _caches(args):
     kept = [("kv_budget", budget) for budget in args.kv_budget or ()] + [("tau", tau) for tau in args.tau or ()]
     kept = kept or [("kv_budget", "full"), ("kv_budget", None)]  # None: the method's default
     caches = {}
-    for method in args.kv_method or ["semanticache"]:
+    for method in args.kv_method or [None]:
         for name, value in kept:
             one = copy.copy(args)
-            one.kv_method, one.kv_budget, one.tau = method, None, None
+            one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
             setattr(one, name, value)
             config = cli.cache_config(one)
             caches[_label(config)] = {"method": "full"} if config.method == "full" else config.as_dict()
@@ -162,9 +162,9 @@ def _label(config):
     if config.method == "full":
         return "full"
     values, usual = config.as_dict(), CacheConfig(config.method).as_dict()
-    budget = values.pop("budget")
+    budget = values.pop("budget") or values.pop("quality", None)
     named = [f"{name}={value}" for name, value in values.items() if value != usual.get(name)]
-    return " ".join([config.method, *([] if budget is None else [str(budget)]), *named])
+    return " ".join([config.method or "default", *([] if budget is None else [str(budget)]), *named])
 
 
 def _tests(args):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minillm import ops
 from minillm.chat_template import ChatTemplate, find_template
-from minillm.compress.config import TABLES, CacheConfig
+from minillm.compress.config import TABLES, WITH_PROFILE, WITHOUT, CacheConfig
 from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
@@ -105,9 +105,18 @@ def _parser():
     add("--ignore-eos", action="store_true", help="go on after the end")
 
     add = parser.add_argument_group("key-value cache").add_argument
-    add("--kv-method", default="semanticache", metavar="NAME", help="default: semanticache; list: all, with papers")
-    add("--kv-budget", type=budget, metavar="B", help="share kept (0.2), entries a head (1024) or full; default 0.5")
-    add("--tau", type=float, help="a fixed threshold instead: what is kept is then the outcome")
+    add(
+        "--kv-method", metavar="NAME", help="default: foresight, or hindsight without a profile; list: all, with papers"
+    )
+    add(
+        "--kv-budget",
+        type=budget,
+        metavar="B",
+        help="share kept (0.2), entries a head (1024), auto or full; default 0.5",
+    )
+    add("--quality", type=float, metavar="Q", help="share of recall to be left instead (foresight; auto is 0.99)")
+    add("--tau", type=float, help="a fixed threshold instead (semanticache): what is kept is then the outcome")
+    add("--profile", metavar="FILE", help="of python -m minillm.profile (default: found by itself)")
     cache_flags(add)
 
     add = parser.add_argument_group("output").add_argument
@@ -167,7 +176,7 @@ positive.__name__ = "whole number"
 
 
 def budget(text):
-    if text == "full":
+    if text in ("full", "auto"):
         return text
     if text == "1":
         raise argparse.ArgumentTypeError("1 could be a share or an entry: write full, or at least 2 entries a head")
@@ -175,7 +184,7 @@ def budget(text):
         return int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a share such as 0.2, nor entries a head such as 1024, nor full"
+            f"{text!r} is neither a share such as 0.2, nor entries a head such as 1024, nor auto, nor full"
         ) from None
 
 
@@ -210,21 +219,29 @@ def cache_config(args):
             raise UsageError(f"--kv-set {name} is given twice: leave one out")
         texts[name] = value
     chosen = {name: value for name, value in texts.items() if name in TABLES}
-    options = dict(chosen)
+    options, method = dict(chosen), args.kv_method
+    if args.tau is not None and method is None:
+        method = "semanticache"  # the method that has one
     if all(name in TABLES[part] for part, name in chosen.items()):
-        table = CacheConfig.option_table(args.kv_method, **chosen)
+        table = CacheConfig.option_table(method, **chosen)
         for name in texts.keys() - chosen.keys():
             if name not in table:
-                valid = ", ".join([*table, *TABLES]) if args.kv_method != "full" else "none"
-                raise UsageError(f"--kv-set {name}: cache method {args.kv_method!r} has these options: {valid}")
+                valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
+                method = method or f"{WITH_PROFILE}' or '{WITHOUT}"
+                raise UsageError(f"--kv-set {name}: cache method '{method}' has these options: {valid}")
             options[name] = _option(table[name], texts[name])
     if args.tau is not None:
         if "tau" in options:
             raise UsageError("--tau and --kv-set tau= are the same: leave one out")
         options["tau"] = args.tau
-    common = {"window": args.kv_window, "sinks": args.kv_sinks, "recompress": args.kv_recompress}
+    common = {
+        "quality": args.quality,
+        "window": args.kv_window,
+        "sinks": args.kv_sinks,
+        "recompress": args.kv_recompress,
+    }
     common = {name: value for name, value in common.items() if value is not None}
-    return CacheConfig(args.kv_method, args.kv_budget, **common, **options)
+    return CacheConfig(method, args.kv_budget, **common, **options)
 
 
 def _option(option, text):

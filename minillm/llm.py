@@ -18,6 +18,7 @@ from minillm.errors import MinillmError, UsageError
 from minillm.gguf_file import read_gguf
 from minillm.model import MLP_ROWS, Model
 from minillm.preflight import cache_bytes, require, workspace_bytes
+from minillm.profile.profile import find as find_profile
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
 from minillm.tokenizer import Tokenizer
@@ -32,22 +33,26 @@ class LLM:
     Wherever a prompt goes in, it is text (completed as it stands; special tokens in it are recognised), a list of
     token ids, or a list of chat messages ({"role", "content"}) for the model's chat template."""
 
-    def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids):
+    def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids, profile=None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.context, self.dtype, self.stop_ids = context, dtype, stop_ids
         self.pool = PagePool(model.ops, config.head_dim)
         self.load_seconds = 0.0
         self._last = None  # the session that answered last
+        self.profile = None
+        if profile:
+            self.set_profile(profile)
         self.set_cache(cache)
+
+    def set_profile(self, profile):
+        """Predict scores by another Profile of this model from now on."""
+        self.profile = profile
+        self.model.foresee(profile.weight, profile.bias)
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
-        if cache.foresees and self.model.blocks[0].w_score is None:
-            raise UsageError(
-                f"cache method {cache.method!r} needs a profile of {self.config.name}: make one with python -m "
-                "minillm.profile, or name another method"
-            )
-        self.cache_config, tokenizer = cache, self.tokenizer
+        self.cache_config = cache = cache.for_profile(self.profile, self.config.name)
+        tokenizer = self.tokenizer
         classes = np.zeros(self.config.vocab_size, np.uint8)
         if tokenizer:
             known = tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
@@ -67,6 +72,7 @@ class LLM:
         quantize=None,
         threads=None,
         chat_template=None,
+        profile=None,
         offline=False,
         progress=False,
     ):
@@ -76,8 +82,8 @@ class LLM:
         "float32" (widened at load), "stored" (as in the file, widened tile by tile on every use: slow, small), "auto"
         (float32 where it fits). quantize: "q8_0" or "q4_0" turns 16- and 32-bit weights into such blocks instead, the
         head (and an embedding that is the head) always into q8_0. threads: of the linear algebra library.
-        chat_template: a name or a text in place of the model's. progress: bars on a terminal's stderr. Raises
-        MinillmError."""
+        chat_template: a name or a text in place of the model's. profile: a file of python -m minillm.profile (default:
+        the model's own, where there is one). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
         if dtype not in DTYPES:
@@ -111,7 +117,9 @@ class LLM:
         require(backend, files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
         weights = load_weights(files.path, config, dtype=dtype, progress=progress)
         stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
-        llm = cls(config, Model(config, weights, backend), tokenizer, cache, context or config.context, dtype, stop_ids)
+        model = Model(config, weights, backend)
+        profile = find_profile(config, model.norms, files.path, profile)
+        llm = cls(config, model, tokenizer, cache, context or config.context, dtype, stop_ids, profile)
         llm.load_seconds = time.perf_counter() - start
         return llm
 

@@ -11,6 +11,7 @@ from minillm.cache import KVCache
 from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.rope import Rope
+from minillm.weights import Weight
 
 MLP_ROWS = 1024  # rows of the wide middle of the MLP, and of logits, that exist at a time
 
@@ -35,8 +36,8 @@ class Block:
     b_gate: np.ndarray | None
     b_up: np.ndarray | None
     b_down: np.ndarray | None
-    w_score: object  # (n_kv_heads, dim), of a profile: what an entry will be worth, see minillm.profile; or None
-    b_score: np.ndarray | None
+    w_score: object = None  # (n_kv_heads, dim): what a token will be worth to a head, where a profile says so
+    b_score: np.ndarray | None = None
 
     @classmethod
     def of(cls, weights, layer):
@@ -53,8 +54,6 @@ class Block:
             vector(get("post_attention_layernorm")),
             *(get(name) for name in mlp),
             *(vector(get(name, "bias")) for name in mlp),
-            get("self_attn.score"),
-            vector(get("self_attn.score", "bias")),
         )
 
 
@@ -77,6 +76,17 @@ class Model:
         """Bytes of the weights that every token reads."""
         matrices = (w for block in self.blocks for w in vars(block).values() if w is not None)
         return sum(w.nbytes for w in matrices) + self.norm.nbytes + self.head.nbytes
+
+    @property
+    def norms(self):
+        """Weights of the norms before attention and MLP of each layer in turn: 2 L vectors."""
+        return [norm for block in self.blocks for norm in (block.attention_norm, block.mlp_norm)]
+
+    def foresee(self, weight, bias):
+        """Predict scores with these projections from now on: weight (L, H, dim), bias (L, H), both float32."""
+        for block, w, b in zip(self.blocks, weight, bias, strict=True):
+            block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
+        self.runner = self.ops.runner(self)
 
     def extend(self, token_ids, cache, compressor=None, progress=None):
         """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.

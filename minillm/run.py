@@ -71,12 +71,17 @@ def _run(args):
         quantize=args.quantize,
         threads=args.threads,
         chat_template=args.chat_template,
+        profile=args.profile,
         offline=args.offline,
         progress=not args.quiet,
     )
     terminal.header(llm)
+    if args.cache.method is None and llm.profile is None:
+        terminal.say(
+            f"{llm.config.name} has no profile, so prompts are read twice: python -m minillm.profile makes one"
+        )
     if args.verbose:
-        terminal.say(repr(args.cache))
+        terminal.say(repr(llm.cache_config))
     if (args.chat or args.system is not None) and not _has_template(llm):
         raise UsageError(
             f"{llm.config.name} has no chat template, and {'a chat' if args.chat else '-sys'} needs one: give "

@@ -235,6 +235,7 @@ class Session:
             "cache": {
                 "method": llm.cache_config.method,
                 "budget": llm.cache_config.as_dict()["budget"],
+                "quality": llm.cache_config.quality,
                 "kept": kept,
                 "entries": self.cache.entries,
                 "bytes": self.cache.bytes_in_use,

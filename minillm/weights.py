@@ -97,20 +97,24 @@ def _parts(shape):
     return [slice(lo, lo + step) for lo in range(0, shape[0], step)]
 
 
-def load_weights(path: Path, config: ModelConfig, *, dtype: str, progress: bool) -> dict[str, Weight]:
+def load_weights(
+    path: Path, config: ModelConfig, *, dtype: str, progress: bool = False, only=lambda name: True
+) -> dict[str, Weight]:
     """Every weight that `config` asks for; no lm_head.weight if the head is tied. Nothing is loaded before the name,
     shape and place of every tensor is found right.
 
     dtype: "float32"; "stored" (16-bit and quantised matrices stay what they are); "q8_0" or "q4_0" (matrices of
     floats become such blocks; under q4_0 the head, also where the embedding is the head, becomes Q8_0: llama.cpp too
     keeps it finer than the rest). Norms and biases become F32.
-    progress: show a bar on stderr, if that is a terminal.
+    progress: show a bar on stderr, if that is a terminal. only: name -> whether to load it.
     Raises MinillmError naming file and tensor: missing, stray, misshapen, truncated, of a type that cannot be read or
     turned into blocks.
     """
     weights = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(_find(path, config, dtype), progress):
+            if not only(name):
+                continue
             weight, held = _load(tensor, config, pool.map), _held(name, tensor, config, dtype)
             if weight.kind != held:
                 weight = weight.widened(pool.map) if held == "F32" else weight.quantized(held, pool.map)

@@ -89,7 +89,9 @@ def test_a_row_takes_the_time_that_the_model_takes(tiny, capsys, monkeypatch):
     assert all(0.1 <= seconds < 0.2 for seconds in samples)
 
 
-@pytest.mark.parametrize("cache", [{"method": "full"}, {"method": "streaming", "budget": 0.25}, {"tau": 0.5}])
+@pytest.mark.parametrize(
+    "cache", [{"method": "full"}, {"method": "streaming", "budget": 0.25}, {"method": "semanticache", "tau": 0.5}]
+)
 def test_a_row_tells_what_the_cache_holds(tiny, capsys, cache):
     bench_row.answer(request(tiny, "pp", 100, 300, **cache))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -100,7 +102,7 @@ def test_a_row_tells_what_the_cache_holds(tiny, capsys, cache):
             session.read()
         assert found["cache_bytes"] == session.cache.bytes_in_use
         assert found["kept"] == session.cache.kept
-        matrices = [w for b in llm.model.blocks for n, w in vars(b).items() if n[0] == "w"]
+        matrices = [w for b in llm.model.blocks for n, w in vars(b).items() if n[0] == "w" and w]
         norms = 2 * llm.config.n_layers + 1
         weights = sum(w.shape[0] * w.shape[1] for w in [*matrices, llm.model.head]) + norms * llm.config.dim
         assert found["weight_bytes"] == 4 * weights
@@ -147,7 +149,7 @@ def test_json(run, tiny, text):
     wall = time.perf_counter() - begin
     assert (status, err) == (0, "")
     rows = json.loads(out)
-    caches, tests = ["full", "semanticache 0.25"], ["pp 40", "pp 40 @ d300", "tg 3", "tg 3 @ d300"]
+    caches, tests = ["full", "default 0.25"], ["pp 40", "pp 40 @ d300", "tg 3", "tg 3 @ d300"]
     assert [(row["test"], row["cache"]) for row in rows] == [(test, cache) for test in tests for cache in caches]
     total = 0
     for row in rows:
@@ -198,8 +200,8 @@ def labels(flags):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("", ["full", "semanticache 0.5"]),
-        ("--kv-budget full,0.2 --kv-budget 512", ["full", "semanticache 0.2", "semanticache 512"]),
+        ("", ["full", "default 0.5"]),
+        ("--kv-budget full,0.2 --kv-budget 512", ["full", "default 0.2", "default 512"]),
         (
             "--kv-budget full,0.2 --kv-method semanticache,streaming",
             ["full", "semanticache 0.2", "streaming 0.2"],
@@ -207,7 +209,7 @@ def labels(flags):
         ("--tau 0.7,0.8", ["semanticache tau=0.7", "semanticache tau=0.8"]),
         ("--tau 0.7 --kv-budget full", ["full", "semanticache tau=0.7"]),
         ("--kv-method full", ["full"]),
-        ("--kv-budget 0.2 --kv-window 8 --kv-set rope=cached", ["semanticache 0.2 window=8 rope=cached"]),
+        ("--kv-budget 0.2 --kv-window 8 --kv-set reach=9", ["default 0.2 window=8 reach=9"]),
     ],
 )
 def test_caches(flags, expected):

@@ -574,7 +574,6 @@ def test_seen_goes_on_after_compression():
     "arguments, options, words",
     [
         (("semanticash",), {}, "'semanticash'.*semanticache"),
-        ((None,), {}, "None.*semanticache"),
         (("semanticache",), {"taau": 0.5}, "'taau'.*tau"),
         (("streaming",), {"tau": 0.5}, "'tau'.*: positions, score, allocate, merge"),
         (("full",), {"rope": "cached"}, "'rope'"),
@@ -601,8 +600,9 @@ def test_what_makes_no_sense_is_refused_by_name(arguments, options, words):
 
 def test_defaults():
     config = CacheConfig()
-    assert config.method == "semanticache" and config.budget == Budget(share=0.5)
+    assert config.method is None and config.budget == Budget(share=0.5)
     assert (config.window, config.sinks, config.recompress) == (32, 4, 256)
+    config = CacheConfig("semanticache")
     assert config.options["rope"] == "unrotated" and config.options["tau"] is None
     assert CacheConfig("streaming", 1).budget == Budget(entries=1)
     assert CacheConfig("streaming", 1.0).budget == Budget(share=1.0)

@@ -241,9 +241,9 @@ def change_identity(path, **change):
         ({"version": 0}, [], "version 0 and this is 2"),
         ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
         ({}, ["--quantize", "q8_0"], "quantize None and this is 'q8_0'"),
-        ({}, ["--kv-method", "streaming"], "method 'semanticache' and this is 'streaming'"),
+        ({}, ["--kv-method", "streaming"], "method 'hindsight' and this is 'streaming'"),
         ({}, ["--kv-budget", "0.2"], "budget 0.5 and this is 0.2"),
-        ({}, ["--kv-set", "rope=cached"], "rope 'unrotated' and this is 'cached'"),
+        ({}, ["--kv-set", "reach=8"], "reach 16 and this is 8"),
     ],
 )
 def test_session_of_other_settings(change, flags, words, tiny, saved, fails, capfd):
@@ -318,6 +318,6 @@ def test_session_that_is_refused_changes_nothing(tiny, saved):
         session = llm.session()
         session.feed("abc")
         session.read()
-        with pytest.raises(MinillmError, match="method 'semanticache'"):
+        with pytest.raises(MinillmError, match="method 'hindsight'"):
             session.restore(saved)
         assert (session.cache.seen, session.unread) == (3, [])

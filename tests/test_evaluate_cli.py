@@ -51,7 +51,7 @@ def test_methods_times_budgets_times_options():
     assert [(c[1], c[2]["tau"]) for c in taus[1:]] == [(None, 0.9), (None, 0.7)]
     chunks = configs("--kv-budget", "0.2", "--kv-set", "chunking=delimiter,fixed:64,none")
     assert [c[2]["chunking"] for c in chunks[1:]] == ["delimiter", "fixed:64", "none"]
-    assert {c[0] for c in configs(command="suite")} == set(ready_methods())
+    assert {c[0] for c in configs(command="suite")} == set(ready_methods(None))
     assert len(configs("--kv-budget", "0.5,0.5,full")) == 2
 
 
@@ -125,7 +125,7 @@ def test_the_suite_is_all_methods_on_all_small_tasks(run, monkeypatch):
     printed = run("suite", "-n", "2", "--kv-budget", "0.5", "--workers", "1")
     rows = run.rows()
     assert {r["task"] for r in rows} == {"needle", "fidelity"}
-    assert {r["cache"]["method"] for r in rows} == set(ready_methods())
+    assert {r["cache"]["method"] for r in rows} == set(ready_methods(None))
     assert all(name in printed for name in ready_methods())
 
 

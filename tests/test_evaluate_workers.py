@@ -139,7 +139,7 @@ def test_a_row_has_what_it_takes_to_repeat_it(model):
     json.dumps(row)
 
 
-@pytest.mark.parametrize("name", ready_methods())
+@pytest.mark.parametrize("name", ready_methods("a profile"))
 def test_a_job_of_any_method_reaches_a_worker(name):
     cache = CacheConfig(name).as_dict()
     job = pickle.loads(pickle.dumps(Job("needle", {}, "aware", {}, (cache,))))

@@ -38,7 +38,10 @@ def model_of(config, ops=numpy_ops, seed=0):
         shapes |= {layer + "self_attn.o_proj": (config.dim, q), layer + "mlp.down_proj": (config.dim, config.ffn_dim)}
         shapes |= {layer + f"mlp.{x}_proj": (config.ffn_dim, config.dim) for x in ("gate", "up")}
     values = {name: rng.normal(len(shape) == 1, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
-    return Model(config, {f"{name}.weight": Weight("F32", x, x.shape) for name, x in values.items()}, ops)
+    model = Model(config, {f"{name}.weight": Weight("F32", x, x.shape) for name, x in values.items()}, ops)
+    score = rng.normal(0, 0.3, (config.n_layers, config.n_kv_heads, config.dim + 1)).astype(np.float32)
+    model.foresee(np.ascontiguousarray(score[:, :, 1:]), np.ascontiguousarray(score[:, :, 0]))
+    return model
 
 
 def new_cache(model, page_size=4):

@@ -130,7 +130,7 @@ def test_memory_is_flat_while_thousands_are_generated(method):
 # sessions
 
 
-METHODS_WITH_A_PAST = {"h2o": 60, "d2o": 60, "longflow": 60, "cam": 60, "kvzip": 0.4, "streaming": 60}
+METHODS_WITH_A_PAST = {"h2o": 60, "d2o": 60, "longflow": 60, "cam": 60, "foresight": 60, "kvzip": 0.4, "streaming": 60}
 
 
 def run_on(model, cache, compressor, ids):

@@ -108,7 +108,7 @@ def test_aliases(flags, name, value):
         ("--kv-budget 1024", 1024, None),
         ("--kv-budget full", None, None),
         ("--tau 0.8", None, 0.8),
-        ("--kv-set tau=0.8", None, 0.8),
+        ("--kv-method semanticache --kv-set tau=0.8", None, 0.8),
         ("--kv-method streaming --kv-budget 1.0", 1.0, None),
     ],
 )
@@ -136,11 +136,11 @@ BAD_VALUES = {
     "--tau 0.8 --kv-budget 0.2": "exclude each other",
     "--tau 0.8 --kv-set tau=0.8": "are the same",
     "--tau 0.8 --kv-method streaming": "'streaming' has no option 'tau'",
-    "--kv-budget 0": "budget 0 is neither a share in (0, 1] nor a whole number",
+    "--kv-budget 0": "budget 0 is neither a share in (0, 1], nor a whole number",
     "--kv-budget 1.5": "budget 1.5",
     "--kv-budget -3": "budget -3",
     "--kv-budget nan": "budget nan",
-    "--kv-budget half": "'half' is neither a share such as 0.2, nor entries a head such as 1024, nor full",
+    "--kv-budget half": "'half' is neither a share such as 0.2, nor entries a head such as 1024, nor auto, nor full",
     "--kv-budget 1": "write full, or at least 2 entries",
     "--kv-method full --kv-budget 0.2": "keeps everything",
     "--kv-method nonsense": "methods: full, semanticache",
@@ -148,11 +148,11 @@ BAD_VALUES = {
     "--kv-sinks x": "--kv-sinks",
     "--kv-recompress -1": "recompress: -1",
     "--kv-set rope": "write OPTION=VALUE",
-    "--kv-set rope=half": "rope: 'half' is not one of unrotated, cached",
-    "--kv-set rope=cached --kv-set rope=cached": "given twice",
-    "--kv-set window=3": "these options: tau, rope",
-    "--kv-set delimiters=abc": "delimiters 'abc'",
-    "--kv-set chunking=fixed:0": "fixed:N",
+    "--kv-method semanticache --kv-set rope=half": "rope: 'half' is not one of unrotated, cached",
+    "--kv-set reach=8 --kv-set reach=8": "given twice",
+    "--kv-set window=3": "'foresight' or 'hindsight' has these options: threshold, reach",
+    "--kv-method semanticache --kv-set delimiters=abc": "delimiters 'abc'",
+    "--kv-method semanticache --kv-set chunking=fixed:0": "fixed:N",
     "--dtype int8": "'float32'",
     "--quantize q5_0": "'q8_0'",
     "--device cuda:99": "--device cpu",
@@ -333,8 +333,9 @@ def test_json(minillm, llm):
     n = len(llm.encode(user("tell me")))
     assert (record["prompt_tokens"], record["model"], record["device"]) == (n, "tiny", "cpu")
     cache = record["cache"]
-    assert set(cache) == set("method budget kept entries bytes full_bytes tau".split())
+    assert set(cache) == set("method budget quality kept entries bytes full_bytes tau".split())
     assert (cache["method"], cache["budget"], cache["kept"], cache["tau"]) == ("full", None, 1.0, None)
+    assert cache["quality"] is None
     assert cache["entries"] == 2 * 2 * (n + 11) and cache["bytes"] == cache["full_bytes"] > 0
     seconds = [record[name] for name in JSON_NAMES if name.endswith("seconds")]
     assert all(0 < s < 60 for s in seconds) and record["first_token_seconds"] >= record["prompt_seconds"]
@@ -441,7 +442,7 @@ def test_reader_that_has_enough(tiny):
     assert process.stdout.read(5)
     process.stdout.close()
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and err.startswith("tiny: ") and err.count("\n") == 1
+    assert process.returncode == 0 and err.startswith("tiny: ") and err.count("\n") == 2
 
 
 # Prompt cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PROFILE = Path(str(resources.files("minillm") / "profile_texts"))
+PROFILE = Path(str(resources.files("minillm") / "profile/texts"))
 EVALUATION = Path(str(resources.files("minillm.evaluate") / "data"))
 MAKE = Path(__file__).parent.parent / "tools" / "make_texts.py"
 
@@ -49,7 +49,7 @@ def test_generated_texts_are_those_that_their_program_writes(tmp_path):
     copy = tmp_path / "tools" / MAKE.name
     copy.parent.mkdir()
     copy.write_text(MAKE.read_text(encoding="utf-8"), encoding="utf-8")
-    profile, evaluation = tmp_path / "minillm" / "profile_texts", tmp_path / "minillm" / "evaluate" / "data"
+    profile, evaluation = tmp_path / "minillm" / "profile/texts", tmp_path / "minillm" / "evaluate" / "data"
     profile.mkdir(parents=True)
     evaluation.mkdir(parents=True)
     for name in ("novel-northanger", "speech-1876", "law-declaration"):  # between whose sentences facts are put

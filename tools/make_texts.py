@@ -1,6 +1,6 @@
 """Writes the generated texts that come with minillm: sentences full of numbers, logs, tables, records.
 
-    python tools/make_texts.py        into minillm/profile_texts and minillm/evaluate/data
+    python tools/make_texts.py        into minillm/profile/texts and minillm/evaluate/data
 
 Those of the profiles and those of the evaluation have different words and different sentences, so that nothing is
 measured on what a profile was made from; and no sentence is that of a needle (minillm.evaluate.needles, .ruler)."""
@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "minillm"
-PROFILE, HELD_OUT = ROOT / "profile_texts", ROOT / "evaluate" / "data"
+PROFILE, HELD_OUT = ROOT / "profile/texts", ROOT / "evaluate" / "data"
 SIZE, HELD_OUT_SIZE = 9_000, 40_000  # characters of a text; numbers take a token for each digit or two
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 

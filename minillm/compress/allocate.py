@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.compress import cluster, retrieval
-from minillm.compress.ledger import split
+from minillm.compress.ledger import highest, split
 from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.score import QUERIES
 
@@ -55,8 +55,7 @@ def per_head(layer, scores, target):
 def across_heads(layer, scores, target):
     """The best rows of all heads together, beside the protected ones; of equal ones the earlier."""
     kept = layer.protected.copy()
-    best = layer.free[np.argsort(-scores[layer.free], kind="stable")]
-    kept[best[: max(target - np.count_nonzero(kept), 0)]] = True
+    kept[layer.free[highest(scores[layer.free], target - np.count_nonzero(kept))]] = True
     return stay(kept)
 
 
@@ -160,9 +159,8 @@ def one_cut(ledger, layer, scores):
     best = np.append(best, scores[layer.free])
     whose = np.append(whose, np.full(len(layer.free), index))
     if len(best) > ledger.room:
-        order = np.argsort(-best, kind="stable")[: ledger.room]
-        order.sort()  # layers stay in order, so that ties go to the earlier
-        best, whose = best[order], whose[order]
+        chosen = highest(best, ledger.room)  # layers stay in order, so ties go to the earlier
+        best, whose = best[chosen], whose[chosen]
     ledger.pool = best, whose
     return (ledger.protected + np.bincount(whose, minlength=index + 1)).tolist()
 
@@ -200,7 +198,7 @@ PER_HEAD = Part(per_head, "the same number in every head")
 ACROSS_HEADS = Part(across_heads, "the best of a layer, whichever head")
 ALPHA = Option(0.2, number(0, 1), "share that is the same for all heads")
 ADAPTIVE = Part(adaptive, "more where a head has more of the best", {"alpha": ALPHA})
-THRESHOLD = Option(None, number(0, 1), "score from which rows stay, in place of a budget")
+THRESHOLD = Option(None, number(0, 1e9), "score from which rows stay, in place of a budget")
 EVEN = Part(even, "the same number in every layer")
 
 ALLOCATIONS = {

@@ -144,11 +144,19 @@ class Compression:
             return
         targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
         self._write(layer, scores, targets[index])
-        held = self.ledger.held
-        if index + 1 == len(self.cache.lengths) or sum(held) - sum(targets) > max(self.ledger.rows):
-            for earlier in [i for i, target in enumerate(targets) if held[i] > target]:
-                rows = self.cache.read(earlier, self.settled[earlier])
-                self._write(self._layer(earlier, rows), self.scores[earlier], targets[earlier])
+        last, most = index + 1 == len(self.cache.lengths), max(self.ledger.rows)
+        if last or sum(self.ledger.held) - sum(targets) > most:
+            self._cut_again(-np.inf if last else most // 2)
+
+    def _cut_again(self, excess):
+        """Compress layers that hold more than their targets once more, those that hold most too much first, until all
+        together hold at most `excess` too much."""
+        held, targets = self.ledger.held, self.ledger.targets
+        for earlier in np.argsort(np.subtract(targets, held), kind="stable").tolist():
+            if held[earlier] <= targets[earlier] or sum(held) - sum(targets) <= excess:
+                break
+            rows = self.cache.read(earlier, self.settled[earlier])
+            self._write(self._layer(earlier, rows), self.scores[earlier], targets[earlier])
 
     def finish(self):
         """All layers are stored: the tokens count as read."""

@@ -1,5 +1,9 @@
 """CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
 
+import copy
+
+import numpy as np
+
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import find_method, options_of, parts
@@ -9,29 +13,34 @@ from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 
 WINDOW, SINKS = 32, 4  # tokens
+QUALITY = 0.99  # that budget "auto" means
+WITH_PROFILE, WITHOUT = "foresight", "hindsight"  # the methods taken for a model where none is named
 COMMON = {
     "window": newest,
     "sinks": number(0, 1 << 30, int),
     "recompress": number(0, 1 << 30, int),
 }
 DELIMITERS = Option("default", delimiters, "default, exact, or a text of the characters that end a chunk")
-OUTCOMES = ("tau", "threshold")  # options in place of a budget: the kept share is what comes out
+OUTCOMES = ("tau", "threshold", "quality")  # in place of a budget: the kept share is what comes out
 TABLES = {"score": SCORES, "allocate": ALLOCATIONS, "merge": MERGES}
 
 
 class CacheConfig:
     """A method, how much it keeps, and its options.
 
-    budget: a share of the tokens seen (float in (0, 1]), a number of entries a head (int), or "full"; default 0.5.
+    method: None: foresight where the model has a profile, else hindsight. budget: a share of the tokens seen (float in
+    (0, 1]), a number of entries a head (int), "auto", or "full"; default 0.5. quality: the share of what the model
+    recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
     window, sinks: the newest and the first tokens, kept as they are and counted in the budget (window < 1: a share of
     it); their defaults are the method's. recompress: during generation, what was generated is compressed every so many
     tokens (0: never) by methods that do that. score, allocate, merge: a part in place of the method's own, by its name
     in SCORES, ALLOCATIONS, MERGES. Other options are those of the parts; unknown or contradictory ones raise
     UsageError."""
 
-    def __init__(self, method="semanticache", budget=None, *, window=None, sinks=None, recompress=256, **options):
-        self.spec = spec = find_method(method)
+    def __init__(self, method=None, budget=None, *, quality=None, window=None, sinks=None, recompress=256, **options):
         self.method = method if budget != "full" else "full"
+        method = method or WITH_PROFILE  # has the options of the other one, too
+        self.spec = spec = find_method(method)
         self.chosen = {part: options.pop(part) for part in TABLES if part in options}
         for part, name in self.chosen.items():
             if name not in TABLES[part]:
@@ -60,18 +69,43 @@ class CacheConfig:
             named = {"score": spec.score, "allocate": spec.allocate, "merge": spec.merge} | self.chosen
             shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
             raise UsageError(f"cache method {method!r} with {shown} makes no sense: {reason}")
-        fixed = next((name for name in OUTCOMES if self.options.get(name) is not None), None)
-        if fixed and budget is not None:
-            raise UsageError(
-                f"a cache budget and {fixed} exclude each other: with {fixed} the kept share is the outcome"
-            )
+        if budget == "auto":
+            if quality is not None:
+                raise UsageError(f"budget auto is quality {QUALITY}: leave one of them out")
+            budget, quality = None, QUALITY
+        self.quality = None if quality is None else self._checked("quality", quality, number(0.01, 1))
+        if quality is not None and not (self.foresees and "threshold" in self.options):
+            raise UsageError(f"a quality is kept by method {WITH_PROFILE} alone, whose profile knows what that takes")
+        given = self.options | {"budget": budget, "quality": quality}
+        named = [name for name in ("budget", *OUTCOMES) if given.get(name) is not None]
+        if len(named) > 1:
+            raise UsageError(f"a cache {named[0]} and {named[1]} exclude each other: both say what is kept")
+        fixed = named != ["budget"] and named
         if method == "full" and budget not in (None, "full", 1, 1.0):
             raise UsageError("cache method 'full' keeps everything: leave the budget out, or name another method")
         self.budget = None if fixed or self.method == "full" else self._budget(0.5 if budget is None else budget)
 
+    def for_profile(self, profile, model):
+        """The same for one model, by name, and its Profile (None: it has none): with a method, and with the threshold
+        that the quality takes. Raises MinillmError."""
+        if self.method is None:
+            named = CacheConfig(**self.as_dict() | {"method": WITH_PROFILE if profile else WITHOUT})
+            return named.for_profile(profile, model)
+        if self.foresees and profile is None:
+            raise UsageError(
+                f"cache method {self.method!r} needs a profile of {model}: make one with python -m minillm.profile, or "
+                f"name another method, such as {WITHOUT}"
+            )
+        if self.quality is None:
+            return self
+        found = copy.copy(self)
+        found.options = self.options | {"threshold": profile.threshold(self.quality)}
+        return found
+
     @staticmethod
     def option_table(method, **chosen):
         """name -> Option of a method, some of its parts `chosen` by name."""
+        method = method or WITH_PROFILE
         if method == "full":
             return {}
         spec = find_method(method)
@@ -82,6 +116,8 @@ class CacheConfig:
     def reads(self):
         """What the parts look at beside keys and values: queries of the "new" tokens, or of a second reading of them
         ("again"), scores "predicted" by a profile, or nothing (None)."""
+        if self.method == "full":
+            return None
         return (self.score and self.score.reads) or self.allocation.reads or self.merge.reads
 
     @property
@@ -138,7 +174,9 @@ class CacheConfig:
             return Budget(entries=value)
         if isinstance(value, float) and 0 < value <= 1:
             return Budget(share=value)
-        raise UsageError(f"budget {value!r} is neither a share in (0, 1] nor a whole number of entries a head")
+        raise UsageError(
+            f"budget {value!r} is neither a share in (0, 1], nor a whole number of entries a head, nor auto"
+        )
 
     def protect(self, seen):
         """(sinks, window) tokens that stay as they are after `seen` tokens."""
@@ -161,13 +199,17 @@ class CacheConfig:
     def plan(self, layer, scores, target):
         """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
         into = self.allocation.heads(layer, scores, target, options=self.options)
-        return self.merge(layer, scores, into, options=self.options), (into == range(len(into))).nonzero()[0]
+        stays = np.flatnonzero(into == np.arange(len(into)))
+        return self.merge(layer, scores, into, options=self.options), stays
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""
         budget = None if self.budget is None else self.budget.entries or self.budget.share
         common = {"method": self.method, "budget": budget, "window": self.window, "sinks": self.sinks}
-        return common | {"recompress": self.recompress} | self.chosen | self.options
+        if self.quality is not None:
+            common["quality"] = self.quality
+        options = {name: value for name, value in self.options.items() if name != "threshold" or not self.quality}
+        return common | {"recompress": self.recompress} | self.chosen | options
 
     def __repr__(self):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items() if name != "method")

@@ -13,7 +13,8 @@ from minillm.compress.options import Option, Part, number, one_of
 @dataclass(frozen=True)
 class Score(Part):
     """reads: what it looks at beside keys and values: queries of the "new" tokens, or of a second reading of them
-    ("again"), scores "predicted" by a profile, or nothing (None). adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
+    ("again"), scores "predicted" by a profile, or nothing (None).
+    adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
     ranks_only: it says which row is better and not by how much."""
 
     reads: str | None = None

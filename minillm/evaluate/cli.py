@@ -59,11 +59,11 @@ def _run(argv):
         return 0
     ops.backend(args.device)
     setup, cells = _setup(args), CELLS[args.command](args)
-    caches = tuple(config.as_dict() for config in _configs(args))
     for _, sample, _ in cells:
         if sample["length"] is not None and sample["length"] < 1:
             raise UsageError(f"--length {sample['length']} is no number of tokens")
     model = identify(setup)
+    caches = tuple(config.as_dict() for config in _configs(args, model["profile"]))
     with Store(args.out, _say) as store:
         jobs, n_done = [], 0
         for task, sample, protocol in cells:
@@ -283,10 +283,10 @@ def _setup(args):
     )
 
 
-def _configs(args):
+def _configs(args, profile=None):
     """CacheConfigs: the full cache, and every method with every budget or tau and every value of --kv-set. An option
     goes to the methods that have it."""
-    methods = args.kv_method or (ready_methods() if args.command == "suite" else ["semanticache"])
+    methods = args.kv_method or (ready_methods(profile) if args.command == "suite" else ["semanticache"])
     settings = [(name, value.split(",")) for name, _, value in (text.partition("=") for text in args.kv_set)]
     configs, used = {repr(CacheConfig("full")): CacheConfig("full")}, set()
     for method in methods:
@@ -300,7 +300,7 @@ def _configs(args):
             kept = [("kv_budget", budget) for budget in args.kv_budget or ([] if taus else BUDGETS)]
             for name, value in kept + [("tau", tau) for tau in taus]:
                 one = copy.copy(args)
-                one.kv_method, one.kv_budget, one.tau = method, None, None
+                one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
                 one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
                 setattr(one, name, value)
                 config = cli.cache_config(one)

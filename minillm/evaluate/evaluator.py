@@ -18,6 +18,7 @@ from minillm.evaluate import continuation, longbench, needles, ruler
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_text
 from minillm.llm import LLM
+from minillm.profile.profile import of_files
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of each file of weights
 
@@ -59,8 +60,8 @@ class Job:
 
 
 def identify(setup):
-    """{"name", "sha256", "dtype"} of the model, from its files: their sizes, the first and the last MiB of weights, and
-    all of the other files."""
+    """{"name", "sha256", "dtype", "profile"} of the model. sha256: of its files: their sizes, the first and the last
+    MiB of weights, and all of the other files. profile: digest of its profile, or None."""
     files = hub.resolve(setup.model, offline=setup.offline)
     digest = hashlib.sha256()
     paths = [files.path] if files.kind == "gguf" else sorted(path for path in files.path.iterdir() if path.is_file())
@@ -68,7 +69,13 @@ def identify(setup):
         if path.suffix in (".safetensors", ".gguf", ".json", ".jinja", ".model"):
             digest.update(f"{path.name if len(paths) > 1 else ''} {path.stat().st_size}\n".encode())
             digest.update(_ends(path))
-    return {"name": files.name, "sha256": digest.hexdigest()[:16], "dtype": setup.dtype}
+    profile = of_files(files)
+    return {
+        "name": files.name,
+        "sha256": digest.hexdigest()[:16],
+        "dtype": setup.dtype,
+        "profile": profile and profile.digest,
+    }
 
 
 def _ends(path: Path):
@@ -81,13 +88,13 @@ def _ends(path: Path):
     return data
 
 
-def ready_methods():
-    """The methods of the table that need no option, the full cache among them."""
+def ready_methods(profile):
+    """The methods of the table that need no option, the full cache among them. profile: whether the model has one."""
     ready = []
     for name in METHODS:
         with suppress(UsageError):
-            CacheConfig(name)
-            ready.append(name)
+            if not CacheConfig(name).foresees or profile:
+                ready.append(name)
     return ready
 
 

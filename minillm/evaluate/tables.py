@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from minillm.compress.config import CacheConfig
+from minillm.compress.config import OUTCOMES, CacheConfig
 from minillm.errors import UsageError
 from minillm.evaluate.statistics import mean_of, mean_of_groups
 
@@ -42,7 +42,7 @@ def label(cache):
     named = (
         f"{name}={value}"
         for name, value in cache.items()
-        if name not in ("method", "budget", "tau") and value != usual.get(name)
+        if name not in ("method", "budget", *OUTCOMES) and value != usual.get(name)
     )
     return " ".join([cache["method"], *named])
 
@@ -61,7 +61,7 @@ def asked(cache):
     if cache["method"] == "full":
         return "all"
     if cache["budget"] is None:
-        return f"tau {cache.get('tau')}"
+        return next(f"{name} {cache[name]:g}" for name in OUTCOMES if cache.get(name) is not None)
     return f"{100 * cache['budget']:g} %" if isinstance(cache["budget"], float) else str(cache["budget"])
 
 

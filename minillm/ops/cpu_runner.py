@@ -31,8 +31,8 @@ class Runner:
         )
 
     def attention(self, layer, x, cos, sin, past, wants):
-        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k rotated; score (H,
-        n); mixed (n, Hq * d). q and score are None where `wants` lacks "queries" and "scores"."""
+        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k rotated; score
+        (H, n); mixed (n, Hq * d). q and score are None where `wants` lacks "queries" and "scores"."""
         n, c, slabs = len(x), self.model.config, slab_table(past.pool)
         q = np.empty((c.n_heads, n, c.head_dim), np.float32) if "queries" in wants else None
         score = np.empty((c.n_kv_heads, n), np.float32) if "scores" in wants else None

@@ -61,8 +61,8 @@ class Runner:
     # a prompt
 
     def attention(self, index, x, cos, sin, past, wants):
-        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k
-        rotated; None; mixed (n, Hq * d); all of 16 bits."""
+        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and
+        k rotated; None; mixed (n, Hq * d); all of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
         qkv = self._norm_product(x, layer.attention_norm, layer.wqkv)

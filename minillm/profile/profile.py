@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.config import read_config
 from minillm.errors import MinillmError
-from minillm.weights import Weight
+from minillm.weights import load_weights
 
 FORMAT = 1
 SUFFIX = ".profile"
-SCORE = "model.layers.{}.self_attn.score.{}"  # the names of its projections among the weights
 
 
 @dataclass
@@ -31,13 +31,10 @@ class Profile:
     curve: dict[str, np.ndarray]
     about: dict
 
-    def weights(self):
-        """name -> Weight, to go with those of the model."""
-        found = {}
-        for layer, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            found[SCORE.format(layer, "weight")] = Weight("F32", np.ascontiguousarray(w), w.shape)
-            found[SCORE.format(layer, "bias")] = Weight("F32", np.ascontiguousarray(b), b.shape)
-        return found
+    @property
+    def digest(self):
+        """Of what it predicts."""
+        return hashlib.sha256(self.weight.tobytes() + self.bias.tobytes()).hexdigest()[:16]
 
     def threshold(self, quality):
         """The highest threshold at which, and at all below which, at least `quality` was left."""
@@ -84,13 +81,13 @@ def load(path):
     return Profile(weight, bias, curve, about)
 
 
-def fingerprint(config, weights):
-    """Of a model by its shape and the weights of its norms: the same in every file format and every quantisation."""
+def fingerprint(config, norms):
+    """Of a model by its shape and the weights of its norms (2 L, dim) float32, each layer's before the attention and
+    before the MLP: the same in every file format and every quantisation."""
     c = config
     digest = hashlib.sha256(repr((c.n_layers, c.dim, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim)).encode())
-    for layer in range(c.n_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            digest.update(weights[f"model.layers.{layer}.{norm}.weight"].data.tobytes())
+    for norm in norms:
+        digest.update(np.ascontiguousarray(norm, np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -108,10 +105,19 @@ def places(mark, path):
     ]
 
 
-def find(config, weights, path, name=None):
-    """The Profile of a model, or None where there is none. path: of its files; name: of a file that was asked for. A
-    profile of another model raises MinillmError, unless it lies where this model's would not be looked for."""
-    mark = fingerprint(config, weights)
+def of_files(files):
+    """The Profile of the model of ModelFiles, or None."""
+    config = read_config(files.path, files.name)
+    layers = range(config.n_layers)
+    names = [f"model.layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
+    weights = load_weights(files.path, config, dtype="stored", only=names.__contains__)
+    return find(config, [weights[name].data for name in names], files.path)
+
+
+def find(config, norms, path, name=None):
+    """The Profile of a model, or None where there is none. norms: see `fingerprint`; path: of its files; name: of a
+    file that was asked for. A profile of another model raises MinillmError."""
+    mark = fingerprint(config, norms)
     candidates = [Path(name).expanduser()] if name else [place for place in places(mark, path) if place.is_file()]
     if not candidates:
         return None

@@ -1,0 +1,5 @@
+import sys
+
+from minillm.profile.make import main
+
+sys.exit(main())

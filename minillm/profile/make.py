@@ -1,0 +1,176 @@
+"""python -m minillm.profile: texts are read twice, and what the second reading attends to is fitted. Some of the texts
+are held out, and say how well the fit foretells it and what is left of a text at each threshold."""
+
+import argparse
+import datetime
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minillm import cli
+from minillm.compress.config import CacheConfig
+from minillm.errors import UsageError
+from minillm.hub import DEFAULT_MODEL, resolve
+from minillm.llm import LLM
+from minillm.profile.curve import REPEATED, STRETCHES, repeat
+from minillm.profile.fit import Equations, rank_correlation, second_reading
+from minillm.profile.profile import Profile, fingerprint, places
+from minillm.run import guarded
+
+TEXTS = Path(__file__).parent / "texts"
+LENGTH, SHORTEST = 2048, 256  # tokens of a text
+HELD_OUT = 5  # every so many-th text
+SHARES = (0.8, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13, 0.1, 0.07, 0.05, 0.035, 0.025)  # of the scores, above the thresholds
+
+DESCRIPTION = """\
+Fit a profile of a model: a small linear map that tells, as a token is read, what it will be worth to each attention
+head, so that the cache method foresight needs no second reading. It takes minutes for a small model on two cores, and
+memory does not grow with the texts. Programs that load the model find the profile by themselves."""
+
+
+def main(argv=None):
+    """Runs the command line; -> exit status."""
+    return guarded(_run, argv)
+
+
+def _run(argv):
+    args = _parser().parse_args(argv)
+    texts = read_texts(args.texts)
+    llm = LLM.load(
+        args.model,
+        cache=CacheConfig("full"),
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        threads=args.threads,
+        offline=args.offline,
+        progress=True,
+    )
+    readings = encode(llm, texts, min(args.length, llm.context))
+    fitted, held_out = split(readings)
+    with tqdm(total=len(fitted) + 2 * len(held_out), unit="text", disable=None) as bar:
+        profile = make(llm, fitted, held_out, bar.update)
+    profile.about |= {"texts": sorted(texts), "digest": digest(texts), "length": args.length}
+    path = args.out
+    if path is None:
+        path = places(profile.about["fingerprint"], resolve(args.model, offline=True).path)[1]
+    profile.save(path)
+    print(report(profile))
+    print(f"\n{path}: {path.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def _parser():
+    parser = cli.Parser(
+        prog="minillm.profile",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
+    add("--texts", type=Path, metavar="FOLDER", help="of .txt files in place of minillm's own: such as yours will be")
+    add("--length", type=cli.positive, default=LENGTH, metavar="N", help=f"tokens of a text (default {LENGTH})")
+    add("--out", type=Path, metavar="FILE", help="the profile (default: where it is found, in the user's cache)")
+    cli.machine_flags(add)
+    add("-v", "--verbose", action="store_true", help="show where an error came from")
+    return parser
+
+
+def read_texts(folder=None):
+    """name -> text, of the .txt files of a folder (None: those of minillm)."""
+    folder = TEXTS if folder is None else folder.expanduser()
+    texts = {}
+    for file in sorted(folder.glob("*.txt")):
+        try:
+            texts[file.stem] = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file} cannot be read ({error}): give a folder of UTF-8 texts") from error
+    if len(texts) < HELD_OUT:
+        raise UsageError(
+            f"--texts {folder}: {len(texts)} .txt files, and {HELD_OUT} at least are needed, of many kinds"
+        )
+    return texts
+
+
+def digest(texts):
+    return hashlib.sha256("\0".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+
+
+def encode(llm, texts, length):
+    """Token ids of each text, `length` of them at most; every other text is what a user says in a chat, where the model
+    has a template for that. Texts that are too short to be compressed are left out."""
+    readings = []
+    for number, name in enumerate(sorted(texts)):
+        chat = number % 2 and llm.tokenizer and llm.tokenizer.has_chat_template
+        ids = llm.encode([{"role": "user", "content": texts[name]}] if chat else texts[name])[:length]
+        if len(ids) >= min(SHORTEST, length):
+            readings.append(ids)
+    return readings
+
+
+def split(readings):
+    """(those to fit, those to hold out)"""
+    held_out = readings[HELD_OUT - 1 :: HELD_OUT]
+    return [ids for number, ids in enumerate(readings) if (number + 1) % HELD_OUT], held_out
+
+
+def make(llm, fitted, held_out, done=lambda: None):
+    """The Profile of a model from lists of token ids. done() is called after every reading."""
+    config = llm.config
+    equations = [Equations(config.dim, config.n_kv_heads) for _ in range(config.n_layers)]
+    for ids in fitted:
+        for layer, (h, y) in zip(equations, second_reading(llm, ids), strict=True):
+            layer.add(h, y.T)
+        done()
+    weight, bias = (np.stack(parts) for parts in zip(*(layer.solve() for layer in equations), strict=True))
+    correlations, predicted = [], []
+    for ids in held_out:
+        foretold = []
+        for layer, (h, y) in enumerate(second_reading(llm, ids)):
+            foretold.append(weight[layer] @ h.T + bias[layer][:, None])
+            correlations += [rank_correlation(a, b) for a, b in zip(foretold[-1], y, strict=True)]
+        predicted.append(np.exp(foretold).ravel())
+        done()
+    about = {
+        "model": config.name,
+        "fingerprint": fingerprint(config, llm.model.norms),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"minillm": version("minillm-engine"), "numpy": np.__version__},
+        "correlation": round(float(np.mean(correlations)), 4),
+    }
+    profile = Profile(weight, bias, {}, about)
+    llm.set_profile(profile)
+    thresholds = np.quantile(np.concatenate(predicted), 1 - np.array(SHARES)).astype(np.float32)
+    kept, right = [], []
+    for ids in held_out:
+        shares, counts = repeat(llm, ids, thresholds)
+        kept.append(shares)
+        right.append(counts)
+        done()
+    right = np.sum(right, axis=0)
+    profile.curve = {
+        "threshold": thresholds,
+        "kept": np.mean(kept, axis=0).astype(np.float32),
+        "quality": (right[:-1] / right[-1]).astype(np.float32),
+    }
+    about["repeated"] = {"tokens": len(held_out) * STRETCHES * REPEATED, "foretold_full": int(right[-1])}
+    return profile
+
+
+def report(profile):
+    """What the held-out texts say, as a table."""
+    about, curve = profile.about, profile.curve
+    lines = [
+        f"{about['model']}: held-out rank correlation {about['correlation']:.3f}; of {about['repeated']['tokens']} "
+        f"tokens repeated from memory the full cache foretells {about['repeated']['foretold_full']}, and of these",
+        "",
+        "| threshold | kept | left |",
+        "|---|---|---|",
+    ]
+    for threshold, kept, quality in zip(curve["threshold"], curve["kept"], curve["quality"], strict=True):
+        lines.append(f"| {threshold:.2e} | {kept:.1%} | {quality:.3f} |")
+    return "\n".join(lines)

@@ -1,0 +1,352 @@
+"""Profiles: predicted scores against literal sums, the fit against a direct solution, block by block against at once,
+threshold against budget, files and where they are found, and the default that hangs on them."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_chat
+from oracle import rms_norm
+from test_extend import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
+
+from minillm import LLM, CacheConfig, cli
+from minillm.compress import compressor as compressor_module
+from minillm.compress.compressor import Compressor
+from minillm.errors import MinillmError, UsageError
+from minillm.ops import numpy_ops
+from minillm.profile import fit, make
+from minillm.profile.profile import Profile, fingerprint, load, places
+
+F32 = np.float32
+
+
+def profile_of(llm, seed=0, **about):
+    """Of random projections."""
+    rng, c = np.random.default_rng(seed), llm.config
+    weight = rng.normal(0, 0.2, (c.n_layers, c.n_kv_heads, c.dim)).astype(np.float16).astype(F32)
+    curve = {"threshold": [0.01, 0.1, 0.3, 0.8], "kept": [0.9, 0.6, 0.3, 0.1], "quality": [1.0, 0.99, 0.9, 0.95]}
+    about = {"model": c.name, "fingerprint": fingerprint(llm.config, llm.model.norms)} | about
+    bias = rng.normal(-2, 1, weight.shape[:2]).astype(F32)
+    return Profile(weight, bias, {name: np.array(values, F32) for name, values in curve.items()}, about)
+
+
+def blind_model(n_layers=3):
+    """A model whose hidden states do not depend on what is cached: W_O is zero."""
+    model = model_of(config_of(n_layers=n_layers))
+    for block in model.blocks:
+        block.wo.data[:] = 0
+    return model
+
+
+def stored(cache):
+    return [[cache.layer(layer).read(head) for head in range(2)] for layer in range(len(cache.lengths))]
+
+
+# prediction
+
+
+def test_scores_are_the_projection_of_normalised_hidden_states():
+    """Of a prompt and of generated tokens, in a model whose hidden states can be written down: W_O and W_down are
+    zero, so that they are the embeddings in every layer."""
+    model = blind_model()
+    for block in model.blocks:
+        block.w_down.data[:] = 0
+    cache, compressor, ids = new_cache(model), compressor_of(model, "foresight", 1.0), ids_of(100)
+    model.extend(ids, cache, compressor)  # up to 128 tokens are left whole: what is predicted is noted all the same
+    for token in (7, 8):
+        model.decode([token], [cache])
+    x = model.embedding.data.astype(np.float64)[[*ids, 7, 8]]
+    for layer, block in enumerate(model.blocks):
+        expected = (
+            block.w_score.data.astype(np.float64) @ rms_norm(x, block.attention_norm, 1e-5).T + block.b_score[:, None]
+        )
+        np.testing.assert_allclose(np.concatenate(cache.predicted[layer], axis=1), expected, atol=1e-4)
+
+
+def test_the_rows_of_a_compression_are_those_that_were_predicted_best():
+    """Prompt, generation and a second prompt: every kept entry of the free ones scores no less than any dropped one."""
+    model = blind_model(2)
+    cache, compressor = new_cache(model), compressor_of(model, "foresight", 60, merge="drop", recompress=20, window=8)
+    model.extend(ids_of(300), cache, compressor)
+    for token in ids_of(70, 1):
+        model.decode([token], [cache])
+        if compressor.due(cache):
+            model.recompress(cache, compressor)
+    model.extend(ids_of(200, 2), cache, compressor)
+    assert cache.entries == 60 * cache.lengths.size
+    x = model.ops.embed(model.embedding, cache.token_ids)
+    kept, dropped = [], []
+    for layer, block in enumerate(model.blocks):
+        scores = model._scores(block, model.ops.rms_norm(x, block.attention_norm, 1e-5))
+        x += model._mlp(block, x)
+        for head in range(2):
+            pos = cache.layer(layer).read(head)[3]
+            stays = np.isin(np.arange(cache.seen), pos)
+            kept.append(scores[head][stays][(pos >= 4) & (pos < cache.seen - 8)])
+            dropped.append(scores[head][~stays])
+    assert np.concatenate(kept).min() >= np.concatenate(dropped).max()
+
+
+@pytest.mark.parametrize("method, options", [("foresight", {"merge": "drop"}), ("foresight", {"threshold": 0.3})])
+@pytest.mark.parametrize("blocks", [64, 150, 333])
+def test_block_by_block_is_the_same_as_at_once(method, options, blocks, monkeypatch):
+    """With hidden states that do not depend on the cache: what is dropped after a block would be dropped at the end."""
+    model, ids, caches = blind_model(), ids_of(700), []
+    budget = None if "threshold" in options else 0.2
+    for size in (10_000, blocks):
+        monkeypatch.setattr(compressor_module, "BLOCK_TOKENS", size)
+        caches.append(new_cache(model))
+        options = options | {"merge": "drop"}
+        model.extend(ids, caches[-1], compressor_of(model, method, budget, window=16, **options))
+    assert caches[0].lengths.sum() == caches[1].lengths.sum() < 700 * caches[0].lengths.size
+    for a, b in zip(*map(stored, caches), strict=True):
+        for head, other in zip(a, b, strict=True):
+            for array, same in zip(head, other, strict=True):
+                np.testing.assert_allclose(array, same, atol=1e-5)
+
+
+def test_a_prompt_in_blocks_never_holds_more_than_its_budget_and_a_block(monkeypatch):
+    monkeypatch.setattr(compressor_module, "BLOCK_TOKENS", 100)
+    model, most = blind_model(), []
+    cache = new_cache(model)
+    compressor = compressor_of(model, "foresight", 0.1, merge="drop")
+    model.extend(ids_of(2000), cache, compressor, lambda done, layers: most.append(cache.entries))
+    n = cache.lengths.size
+    assert len(most) == 20 * 3 and max(most) <= n * 200 + 2 * 100 * 2  # the budget, and a layer's block or two
+    assert cache.entries == n * 200
+
+
+def test_a_threshold_at_the_cut_of_a_budget_keeps_the_same():
+    model, ids = model_of(config_of(n_layers=3)), ids_of(500)
+    cache = new_cache(model)
+    model.extend(ids, cache, compressor_of(model, "foresight", 0.3, merge="drop"))
+    pos = [[entries[3] for entries in layer] for layer in stored(cache)]
+    free = [
+        scores[(p >= 4) & (p < 500 - 32)]
+        for scores, p in zip(cache.scores, (np.concatenate(heads) for heads in pos), strict=True)
+    ]
+    other = new_cache(model)
+    threshold = float(np.concatenate(free).min())
+    model.extend(ids, other, compressor_of(model, "foresight", threshold=threshold, merge="drop"))
+    assert [[entries[3].tolist() for entries in layer] for layer in stored(other)] == [
+        [p.tolist() for p in h] for h in pos
+    ]
+
+
+def test_what_was_read_without_predictions_cannot_go_on_with_them():
+    model = model_of(config_of())
+    cache = new_cache(model)
+    model.extend(ids_of(200), cache)
+    with pytest.raises(MinillmError, match="start a new session"):
+        model.extend(ids_of(200), cache, compressor_of(model, "foresight", 0.5))
+
+
+# fit
+
+
+def test_equations_added_up_are_a_direct_solution():
+    rng = np.random.default_rng(0)
+    h, y = rng.normal(size=(500, 12)).astype(F32), rng.normal(size=(500, 3)).astype(F32)
+    equations = fit.Equations(12, 3)
+    for part in np.split(np.arange(500), [7, 8, 200]):
+        equations.add(h[part], y[part])
+    w, b = equations.solve(ridge=5.0)
+    x = np.block([[h, np.ones((500, 1))], [np.sqrt(5.0) * np.eye(12), np.zeros((12, 1))]])
+    expected = np.linalg.lstsq(x, np.vstack([y, np.zeros((12, 3))]), rcond=None)[0]
+    np.testing.assert_allclose(np.column_stack([w, b]), expected.T, atol=1e-5)
+
+
+def test_a_second_reading_gives_what_the_text_is_asked_for():
+    """Literal loops: the largest probability that any token of the repeated text gives to each token of the first
+    reading, over both query heads of a group, in the first layer, where hidden states are the embeddings."""
+    llm = tiny(model_of(config_of(n_layers=1)))
+    ids, d = ids_of(40), 8
+    ((h, y),) = fit.second_reading(llm, ids)
+    model, block = llm.model, llm.model.blocks[0]
+    x = model.embedding.data.astype(np.float64)[ids]
+    normed = rms_norm(x, block.attention_norm, 1e-5)
+    np.testing.assert_allclose(h, normed, atol=1e-5)
+    cos, sin = model.rope.tables(np.arange(80), 80)
+    turned = [
+        numpy_ops.rope(
+            (np.vstack([normed, normed]) @ w.data.T.astype(np.float64))
+            .reshape(80, -1, d)
+            .transpose(1, 0, 2)
+            .astype(F32),
+            cos,
+            sin,
+        )
+        for w in (block.wq, block.wk)
+    ]
+    q, k = (part.astype(np.float64) for part in turned)
+    found = np.zeros((2, 40))
+    for head in range(6):
+        for i in range(40, 80):
+            logits = np.array([q[head, i] @ k[head // 3, j] for j in range(i + 1)]) * d**-0.5
+            p = np.exp(logits - logits.max())
+            found[head // 3] = np.maximum(found[head // 3], p[:40] / p.sum())
+    np.testing.assert_allclose(np.exp(y) - fit.FLOOR, found, atol=1e-5)
+
+
+def tiny(model):
+    return LLM(model.config, model, None, CacheConfig("full"), model.config.context, "float32", frozenset())
+
+
+def test_a_profile_foretells_texts_it_was_not_fitted_on():
+    """Tokens of a tiny random model differ in how much they are attended to, and that shows in their embeddings."""
+    llm = tiny(model_of(config_of()))
+    texts = [ids_of(300, seed) for seed in range(10)]
+    calls = []
+    profile = make.make(llm, texts[:8], texts[8:], lambda: calls.append(1))
+    assert len(calls) == 8 + 2 * 2
+    assert profile.about["correlation"] > 0.5
+    assert (np.diff(profile.curve["threshold"]) > 0).all() and (np.diff(profile.curve["kept"]) < 0).all()
+    assert profile.curve["quality"].shape == profile.curve["kept"].shape
+    assert llm.profile is profile and "correlation" in make.report(profile)
+
+
+# files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_chat.make(tmp_path / "model")
+
+
+def test_a_file_gives_back_what_was_saved(folder, tmp_path):
+    with LLM.load(folder) as llm:
+        profile = profile_of(llm, texts=["a", "b"])
+    profile.save(tmp_path / "deep" / "a.profile")
+    again = load(tmp_path / "deep" / "a.profile")
+    np.testing.assert_array_equal(again.weight, profile.weight)
+    np.testing.assert_array_equal(again.bias, profile.bias)
+    assert again.about == profile.about
+    assert all((again.curve[name] == values).all() for name, values in profile.curve.items())
+
+
+def test_profiles_are_found_beside_the_model_and_in_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with LLM.load(folder) as llm:
+        assert llm.profile is None and llm.cache_config.method == "hindsight"
+        profile, mark = profile_of(llm), fingerprint(llm.config, llm.model.norms)
+    beside, user, package = places(mark, folder)
+    assert package.parent.name == "data"
+    for place, seed in ((user, 1), (beside, 2)):  # the later one comes first
+        profile.about["seed"] = seed
+        profile.save(place)
+        with LLM.load(folder) as llm:
+            assert llm.profile.about["seed"] == seed and llm.cache_config.method == "foresight"
+
+
+def test_a_profile_of_another_model_or_none_at_all_is_refused(folder, tmp_path):
+    with LLM.load(folder) as llm:
+        profile_of(llm, model="another one", fingerprint="0" * 16).save(tmp_path / "other.profile")
+    with pytest.raises(MinillmError, match=r"other.profile is the profile of another one, not of model: make one"):
+        LLM.load(folder, profile=tmp_path / "other.profile")
+    (tmp_path / "bad.profile").write_bytes(b"nothing")
+    for name in ("bad.profile", "absent.profile"):
+        with pytest.raises(MinillmError, match=f"{name} is not a minillm profile .*python -m minillm.profile"):
+            LLM.load(folder, profile=tmp_path / name)
+
+
+def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        (texts / f"{i}.txt").write_text(" ".join("".join(rng.choice(list("abcdef"), 4)) for _ in range(80)))
+    assert make.main(["-m", str(folder), "--texts", str(texts), "--length", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "held-out rank correlation" in said and said.count("| ") > 12
+    with LLM.load(folder) as llm:
+        assert llm.profile.about["texts"] == [str(i) for i in range(5)]
+        assert llm.cache_config.method == "foresight"
+    (texts / "0.txt").unlink()
+    assert make.main(["-m", str(folder), "--texts", str(texts)]) == 2
+    assert "4 .txt files, and 5 at least are needed" in capsys.readouterr().err
+
+
+# the default
+
+
+@pytest.fixture
+def known(folder):
+    """A model with a profile beside it."""
+    with LLM.load(folder) as llm:
+        profile_of(llm).save(places(fingerprint(llm.config, llm.model.norms), folder)[0])
+    return folder
+
+
+def test_without_a_method_the_profile_decides(known):
+    with LLM.load(known, cache=CacheConfig(budget=0.3)) as llm:
+        assert (llm.cache_config.method, llm.cache_config.budget.share) == ("foresight", 0.3)
+        assert llm.generate("a" * 300) and llm.stats()["cache"]["method"] == "foresight"
+
+
+def test_a_quality_is_a_threshold_of_the_profile(known):
+    for asked, threshold in ((0.99, 0.1), (0.9, 0.8), (1.0, 0.01)):
+        with LLM.load(known, cache=CacheConfig(quality=asked)) as llm:
+            assert llm.cache_config.options["threshold"] == pytest.approx(threshold)
+            assert llm.cache_config.as_dict()["quality"] == asked and llm.cache_config.budget is None
+    with LLM.load(known, cache=CacheConfig(budget="auto")) as llm:
+        assert llm.cache_config.options["threshold"] == pytest.approx(0.1)
+        session = llm.session()
+        session.feed("some words to read " * 20)
+        session.read()
+        assert 0 < session.cache.kept < 1
+
+
+def test_a_quality_that_was_never_reached_is_refused(known):
+    llm = LLM.load(known)
+    llm.profile.curve["quality"][:] = 0.5
+    with pytest.raises(MinillmError, match="knows no threshold that leaves 0.9 of the quality .the best leaves 0.500"):
+        llm.set_cache(CacheConfig(quality=0.9))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"quality": 1.5}, "quality: 1.5 is not a number from 0.01 to 1"),
+        ({"quality": 0.9, "budget": 0.2}, "budget and quality exclude each other"),
+        ({"quality": 0.9, "threshold": 0.2}, "threshold and quality exclude each other"),
+        ({"quality": 0.9, "budget": "auto"}, "budget auto is quality 0.99"),
+        ({"quality": 0.9, "method": "kvzip"}, "a quality is kept by method foresight alone"),
+    ],
+)
+def test_a_quality_that_means_nothing_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        CacheConfig(**options)
+
+
+def test_without_a_profile_foresight_is_refused_and_the_fix_is_said(folder, capsys):
+    with pytest.raises(UsageError, match="needs a profile of model: make one with python -m minillm.profile"):
+        LLM.load(folder, cache=CacheConfig("foresight"))
+    from minillm.run import main
+
+    assert main(["-m", str(folder), "-n", "2", "a word"]) == 0
+    assert "has no profile, so prompts are read twice: python -m minillm.profile makes one" in capsys.readouterr().err
+
+
+def test_sessions_with_predictions_are_saved_and_taken_up(known, tmp_path):
+    with LLM.load(known, cache=CacheConfig(budget=0.3)) as llm:
+        session = llm.session()
+        session.feed("the quick brown fox " * 20)
+        session.read()
+        session.save(tmp_path / "s.kv")
+        other = llm.session()
+        other.restore(tmp_path / "s.kv")
+        for one in (session, other):
+            one.feed("and the lazy dog " * 20)
+            one.read()
+        assert (session.cache.lengths == other.cache.lengths).all()
+        for name, array in session.cache.state().items():
+            np.testing.assert_array_equal(other.cache.state()[name], array)
+
+
+def test_flags_of_the_command_line():
+    args = cli.parse(["--kv-budget", "auto", "-p", "x"])
+    assert args.cache.method is None and args.cache.quality == 0.99
+    assert cli.parse(["--quality", "0.95", "-p", "x"]).cache.quality == 0.95
+    assert json.loads(json.dumps(args.cache.as_dict()))["quality"] == 0.99
+    assert isinstance(Compressor(args.cache, None, numpy_ops, CLASSES).block_tokens, int)
