@@ -191,3 +191,29 @@ def check_entries(entries, heads, clusters, rope, *, unrotate, log_size=True):
         np.testing.assert_allclose(entries.k[e], core, rtol=0, atol=5e-6)
         np.testing.assert_allclose(entries.v[e], share @ np.float64(v), rtol=0, atol=2e-6)
         np.testing.assert_allclose(entries.log_size[e], np.log(size.sum()) if log_size else 0.0, atol=1e-6)
+
+
+NEAREST = [(1, 0, 0, 8), (5, 3, 1, 20), (60, 40, 30, 6), (200, 150, 100, 64), (900, 97, 800, 80)]  # keys, n, m, d
+
+
+def check_nearest(ops, rng, n_keys, n, m, d, *, first_of_equals):
+    """A backend's `nearest` on random keys, some of them equal, some zero: a pair at a time in float64.
+    first_of_equals: its products of equal keys are equal to the bit, wherever they stand."""
+    keys = rng.normal(size=(n_keys, d)).astype(np.float32)[rng.integers(0, max(n_keys * 3 // 4, 1), n_keys)]
+    keys[rng.random(n_keys) < 0.05] = 0
+    rows, others = rng.integers(0, n_keys, n), rng.permutation(n_keys)[:m]
+    ends = np.sort(rng.integers(0, m + 1, (2, n)), axis=1)
+    first, last = ends.min(axis=0), ends.max(axis=0)
+    found, cosine = ops.nearest(keys, rows, others, first, last)
+    assert cosine.dtype == np.float32 and len(found) == len(cosine) == n
+    norms = [float(np.sqrt(np.float64(key) @ np.float64(key))) for key in keys]
+    for i, row in enumerate(rows):
+        stretch = others[first[i] : last[i]]
+        products = [norms[row] * norms[other] for other in stretch]
+        exact = [np.float64(keys[row]) @ np.float64(keys[o]) / p if p else 0.0 for o, p in zip(stretch, products)]  # noqa: B905
+        if not len(stretch):
+            assert found[i] == -1 and cosine[i] == 0
+            continue
+        at = int(np.flatnonzero(stretch == found[i])[0])
+        assert abs(exact[at] - max(exact)) < 2e-6 and abs(cosine[i] - exact[at]) < 2e-6
+        assert not first_of_equals or not any(np.array_equal(keys[other], keys[found[i]]) for other in stretch[:at])

@@ -7,6 +7,7 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 import numpy as np
 import pytest
 from compiled import PATHS, cpu_ops
+from literal import NEAREST, check_nearest
 
 from minillm.cache import KVCache, PagePool
 from minillm.errors import UsageError
@@ -265,6 +266,11 @@ def test_merge(path, rng, n, d, n_entries):
     exact = np.zeros((n_entries, d))
     np.add.at(exact, dest[dest >= 0], (rows.astype(np.float64) * w[:, None])[dest >= 0])
     np.testing.assert_allclose(cpu_ops.merge(rows, dest, w, n_entries), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
+def test_the_nearest_of_a_stretch(path, rng, n_keys, n, m, d):
+    check_nearest(cpu_ops, rng, n_keys, n, m, d, first_of_equals=True)
 
 
 def test_equal_keys_are_not_more_alike_than_one(path, rng):

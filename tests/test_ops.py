@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from literal import attend, paged_layer, prefill, random_entries, rotated
+from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random_entries, rotated
 
 from minillm import ops
 from minillm.errors import UsageError
@@ -310,6 +310,12 @@ def test_merge_copies_a_row_of_weight_one():
     dest = rng.permutation(40)
     out = numpy_ops.merge(rows, dest, np.ones(40, F32), 40)
     np.testing.assert_array_equal(out[dest], rows)
+
+
+@pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
+def test_the_nearest_of_a_stretch(n_keys, n, m, d, monkeypatch):
+    monkeypatch.setattr(numpy_ops, "NEAREST_ROWS", 16)
+    check_nearest(numpy_ops, np.random.default_rng(n), n_keys, n, m, d, first_of_equals=False)
 
 
 def test_a_backend_has_all_of_the_contract():

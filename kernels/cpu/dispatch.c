@@ -95,6 +95,7 @@ EXPORT void minillm_merge(const float *rows, const int64_t *dest, const float *w
 {
     kernels->merge(rows, dest, weight, n, d, n_entries, out);
 }
+EXPORT void minillm_nearest(const Nearest *a) { kernels->nearest(a); }
 EXPORT void minillm_bf16_from(const float *x, int64_t n, uint16_t *out) { kernels->bf16_from(x, n, out); }
 EXPORT void minillm_bf16_to(const uint16_t *x, int64_t n, float *out) { kernels->bf16_to(x, n, out); }
 EXPORT double minillm_stream(const float *x, int64_t n) { return kernels->stream(x, n); }

@@ -96,6 +96,15 @@ typedef struct {
     float scale;
 } Scores;
 
+/* Of n rows, each looks among others[first] .. others[last - 1] for the one with the greatest product; first and last ascend. */
+typedef struct {
+    const float *rows, *others;   /* (n, d), (m, d) */
+    const int64_t *first, *last;  /* (n,) */
+    int64_t *found;               /* (n,) the first of the greatest, -1 for none */
+    float *product;               /* (n,) 0 for none */
+    int64_t n, m, d;
+} Nearest;
+
 typedef struct {
     const char *name;
     void (*rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
@@ -111,6 +120,7 @@ typedef struct {
     void (*merge)(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out);
     void (*unit_rows)(const float *keys, int64_t n, int64_t d, float *unit);
     void (*cosines)(const float *unit, int64_t d, int64_t row, int64_t lo, int64_t hi, float *out);
+    void (*nearest)(const Nearest *a);
     void (*bf16_from)(const float *x, int64_t n, uint16_t *out);
     void (*bf16_to)(const uint16_t *x, int64_t n, float *out);
     double (*stream)(const float *x, int64_t n);

@@ -14,6 +14,7 @@ void FN(scores)(const Scores *);
 void FN(merge)(const float *, const int64_t *, const float *, int64_t, int64_t, int64_t, float *);
 void FN(unit_rows)(const float *, int64_t, int64_t, float *);
 void FN(cosines)(const float *, int64_t, int64_t, int64_t, int64_t, float *);
+void FN(nearest)(const Nearest *);
 void FN(bf16_from)(const float *, int64_t, uint16_t *);
 void FN(bf16_to)(const uint16_t *, int64_t, float *);
 double FN(stream)(const float *, int64_t);
@@ -23,5 +24,5 @@ double FN(stream)(const float *, int64_t);
 
 const Kernels FN(kernels) = {
     NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
-    FN(decode_attention), FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(bf16_from), FN(bf16_to), FN(stream),
+    FN(decode_attention), FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(nearest), FN(bf16_from), FN(bf16_to), FN(stream),
 };

@@ -10,8 +10,6 @@ from minillm.compress.cluster import OPTIONS, ROPE, parse_chunking
 from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.plan import Plan
 
-ROWS = 1024  # of a matrix of similarities that exist at a time
-
 
 @dataclass(frozen=True)
 class Merge(Part):
@@ -52,12 +50,11 @@ def average(layer, scores, into, chunking, rope, log_size):
     """Each joins the row that stays in its chunk whose key is most like its own, and they become cores; in a chunk of
     which no row stays, and outside the chunks, it is dropped."""
     rows, starts, lengths = parse_chunking(chunking).segments(layer)
-    units = _units(layer.ops.stored_rows(layer.k_unrotated if rope == "unrotated" else layer.k))
-    into = into.copy()
-    for chunk in np.split(rows, starts[1:]):
-        stays, gone = chunk[into[chunk] >= 0], chunk[into[chunk] < 0]
-        if len(stays) and len(gone):
-            into[gone] = stays[_most_alike(units[gone], units[stays])[0]]
+    stays, into = into[rows] >= 0, into.copy()
+    first = np.append(0, np.cumsum(stays))  # of those that stay, how many there are before each row
+    gone, chunks = rows[~stays], np.repeat(np.stack([first[starts], first[starts + lengths]]), lengths, axis=1)
+    keys = layer.k_unrotated if rope == "unrotated" else layer.k
+    into[gone] = layer.ops.nearest(keys, gone, rows[stays], *chunks[:, ~stays])[0]
     return cores(layer, scores, into, rope, log_size)
 
 
@@ -67,17 +64,12 @@ def fold(layer, scores, into, reach):
     they are. Where none is near it is dropped."""
     place = (layer.heads.astype(np.int64) << 32) + layer.pos
     stays, gone = np.flatnonzero((into >= 0) & ~layer.protected), np.flatnonzero(into < 0)
-    stays = stays[np.argsort(place[stays], kind="stable")]
-    target, best = np.full(len(gone), -1), np.full(len(gone), -np.inf)
-    units, after = _units(layer.k_unrotated), np.searchsorted(place[stays], place[gone])
-    for step in range(-reach, reach):  # of the rows that stay, in the order of their positions
-        near = (after + step >= 0) & (after + step < len(stays))
-        near[near] = abs(place[stays[after[near] + step]] - place[gone[near]]) <= reach
-        other = stays[after[near] + step]
-        alike = np.einsum("nd,nd->n", units[gone[near]], units[other])
-        better = alike > best[near]
-        at = np.flatnonzero(near)[better]
-        target[at], best[at] = other[better], alike[better]
+    stays, gone = (rows[np.argsort(place[rows], kind="stable")] for rows in (stays, gone))
+    near = (
+        np.searchsorted(place[stays], place[gone] - reach),
+        np.searchsorted(place[stays], place[gone] + reach, "right"),
+    )
+    target = layer.ops.nearest(layer.k_unrotated, gone, stays, *near)[0]
     gone, target = gone[target >= 0], target[target >= 0]
     mass = layer.size.copy()
     mass[gone] *= np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
@@ -95,14 +87,10 @@ def nearest(layer, scores, into, weights, log_size):
     own, and joins it where they are no less alike than the threshold: their mean, and of later compressions the mean of
     that and the last threshold. Keys and values of a row and those that join it are averaged, weighted by exp(cosine)
     ("exp"), or the joining ones multiplied by their cosines and averaged as they are ("code")."""
+    stays, gone = np.flatnonzero((into >= 0) & ~layer.protected), np.flatnonzero(into < 0)
+    of_head = (np.searchsorted(layer.heads[stays], layer.heads[gone], side) for side in ("left", "right"))
     target, alike = np.full(len(into), -1), np.zeros(len(into), np.float32)
-    units = _units(layer.ops.stored_rows(layer.k))
-    for head in range(len(layer.lengths)):
-        mine = layer.heads == head
-        stays, gone = np.flatnonzero(mine & (into >= 0) & ~layer.protected), np.flatnonzero(mine & (into < 0))
-        if len(stays) and len(gone):
-            which, alike[gone] = _most_alike(units[gone], units[stays])
-            target[gone] = stays[which]
+    target[gone], alike[gone] = layer.ops.nearest(layer.k, gone, stays, *of_head)
     found = target >= 0
     plan = Plan.keep(layer, into >= 0)
     if not found.any():
@@ -144,23 +132,6 @@ def pass_on(layer, scores, into, spread, expected, seed):
     plan = Plan.keep(layer, into >= 0)
     plan.v = v
     return plan
-
-
-def _units(keys):
-    """Keys (n, d) of length 1; 0 stays 0."""
-    return keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-
-
-def _most_alike(units, others):
-    """For each of units (n, d) the number of the one of `others` (m, d) with the greatest product, of equal ones the
-    first; and that product."""
-    which = np.empty(len(units), np.int64)
-    product = np.empty(len(units), np.float32)
-    for lo in range(0, len(units), ROWS):
-        products = units[lo : lo + ROWS] @ others.T
-        which[lo : lo + ROWS] = products.argmax(axis=1)
-        product[lo : lo + ROWS] = products.max(axis=1)
-    return which, product
 
 
 LOG_SIZE = Option(True, one_of(True, False), "count an entry as often as it has tokens")

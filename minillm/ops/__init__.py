@@ -17,6 +17,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     page_bytes(page_size, head_dim)                      bytes of one page
     GreedyClusters(keys, starts, lengths)                greedy seed-based clustering inside segments, for any tau
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
+    nearest(keys, rows, others, first, last)             of a stretch of other rows the one most alike, for each row
     unrotated(rows, pos, cos, sin)                       keys with RoPE undone
     merge_unrotated(rows, rows_unrotated, ...)           merge of keys: summed without their rotation
     take(rows, index), concatenate(parts)                some rows; rows of several arrays

@@ -82,6 +82,13 @@ class Scores(Structure):
     ]
 
 
+class Nearest(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("rows", "others", "first", "last", "found", "product")),
+        *((name, c_int64) for name in ("n", "m", "d")),
+    ]
+
+
 class Segments(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("unit", "starts", "lengths", "place", "kept")),
@@ -109,6 +116,7 @@ _SIGNATURES = {  # name -> (result, arguments)
     "unit_rows": (None, [_P, _N, _N, _P]),
     "keep_cosines": (None, [POINTER(Segments)]),
     "clusters": (c_int64, [POINTER(Segments), c_float, _P, _P, _P]),
+    "nearest": (None, [POINTER(Nearest)]),
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),

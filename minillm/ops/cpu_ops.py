@@ -193,6 +193,17 @@ def merge(rows, dest, weight, n_entries):
     return out
 
 
+def nearest(keys, rows, others, first, last):
+    """For each of some rows the one most like it of a stretch of others. See numpy_ops."""
+    keys = floats(keys)
+    unit, found, cosine = np.empty_like(keys), np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+    _lib.unit_rows(pointer(keys), *keys.shape, pointer(unit))
+    arrays = take(unit, rows), take(unit, others), *(np.ascontiguousarray(a, np.int64) for a in (first, last))
+    assert len(first) == len(last) == len(rows)
+    _lib.nearest(byref(cpu_lib.Nearest(*map(pointer, (*arrays, found, cosine)), len(rows), len(others), keys.shape[1])))
+    return np.append(others, -1)[found], cosine
+
+
 unrotated = functools.partial(numpy_ops.unrotated, rope=rope)
 merge_unrotated = functools.partial(numpy_ops.merge_unrotated, rope=rope, merge=merge)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
-from minillm.ops import cuda_device, launch
+from minillm.ops import cuda_device, launch, numpy_ops
 from minillm.ops.cuda_clusters import GreedyClusters
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
@@ -254,6 +254,10 @@ class CudaOps:
 
     def GreedyClusters(self, keys, starts, lengths):
         return GreedyClusters(self.device, self.real16, keys, starts, lengths)
+
+    def nearest(self, keys, rows, others, first, last):
+        """For each of some rows the one most like it of a stretch of others; on the host. See numpy_ops."""
+        return numpy_ops.nearest(self.stored_rows(keys), rows, others, first, last)
 
     def _by_entry(self, dest, n_entries):
         """order: the rows that go somewhere, entry by entry; first (E + 1,): where those of an entry begin."""

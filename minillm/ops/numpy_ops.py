@@ -10,6 +10,7 @@ from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
+NEAREST_ROWS = 128  # rows that look for the nearest at a time: their products stay in the L2 cache
 LINEAR_BYTES = 4 << 20  # a stored weight is widened in tiles of this many bytes, which stay in the L2/L3 cache
 
 
@@ -261,6 +262,31 @@ def merge(rows, dest, weight, n_entries):
     out = np.empty_like(total)
     out[largest] = total
     return out
+
+
+def nearest(keys, rows, others, first, last):
+    """For each of some rows the one most like it, by the cosine of their keys, of a stretch of others.
+
+    keys (R, d); rows (n,), others (m,): numbers of rows. rows[i] looks among others[first[i] : last[i]]; first and last
+    (n,) ascend. -> (found (n,): number of the row, of equal ones the first in `others`, -1 where the stretch is empty;
+    cosine (n,) float32, 0 for none). A key of norm zero is similar to nothing (cosine 0)."""
+    norms = np.linalg.norm(keys, axis=1, keepdims=True)
+    unit = np.divide(keys, norms, out=np.zeros_like(keys), where=norms > 0)
+    looking, among = unit[rows], unit[others]
+    found, cosine = np.full(len(rows), -1), np.zeros(len(rows), np.float32)
+    for lo in range(0, len(rows), NEAREST_ROWS):
+        block = slice(lo, min(lo + NEAREST_ROWS, len(rows)))
+        start, stop, own = first[lo], last[block.stop - 1], np.arange(block.stop - lo)
+        if start == stop:
+            continue
+        products = looking[block] @ among[start:stop].T
+        if first[block.stop - 1] > start or last[lo] < stop:
+            column = np.arange(start, stop)
+            products[(column < first[block, None]) | (column >= last[block, None])] = -np.inf
+        best, some = products.argmax(axis=1), last[block] > first[block]
+        found[block] = np.where(some, others[start + best], -1)
+        cosine[block] = np.where(some, products[own, best], 0)
+    return found, cosine
 
 
 def unrotated(rows, pos, cos, sin, rope=rope):
