@@ -49,12 +49,23 @@ class Rows:
         return self.wo[:, h * d : (h + 1) * d].T
 
 
-def snapkv(rows, width=7, kind="max"):
-    """Mean over queries and group, then pooled."""
-    return [
-        pool(sum(rows.a[h].sum(axis=0) / len(rows.a[h]) for h in rows.of(g)) / rows.group, width, kind)
-        for g in range(len(rows.heads))
-    ]
+def snapkv(rows, width=7, kind="max", group="mean"):
+    """Mean over queries, mean or largest of the group, then pooled."""
+    out = []
+    for g in range(len(rows.heads)):
+        of_group = [rows.a[h].sum(axis=0) / len(rows.a[h]) for h in rows.of(g)]
+        out.append(pool(sum(of_group) / rows.group if group == "mean" else np.max(of_group, axis=0), width, kind))
+    return out
+
+
+def h2o(rows):
+    """The sum over queries, mean over the group."""
+    return [sum(rows.a[h].sum(axis=0) for h in rows.of(g)) / rows.group for g in range(len(rows.heads))]
+
+
+def kvzip(rows):
+    """The largest of all queries and of the group."""
+    return [np.max([rows.a[h].max(axis=0) for h in rows.of(g)], axis=0) for g in range(len(rows.heads))]
 
 
 def cake(rows, gamma=200.0, width=5):
@@ -221,9 +232,14 @@ def flat(scores, total):
     return [[j for j in range(len(head)) if (g, j) in chosen] for g, head in enumerate(scores)]
 
 
-def adaptive(scores, total, alpha=0.2):
-    flat(scores, total)  # raises Near
-    return cut_each(scores, adaptive_counts(scores, total, alpha))
+def adaptive(scores, total, alpha=0.2, normalize=False):
+    weighed = scores
+    if normalize:  # times the share of a head's scores that its best `total / heads` rows have
+        k = -(-total // len(scores))
+        best = [sum(sorted(head, reverse=True)[:k]) for head in scores]
+        weighed = [head * (top / sum(head)) if top else head for head, top in zip(scores, best, strict=True)]
+    flat(weighed, total)  # raises Near
+    return cut_each(scores, adaptive_counts(weighed, total, alpha))
 
 
 def critical(scores, effect, total, alpha=1.0, first_stage=0.5):

@@ -280,7 +280,7 @@ def test_kvcompose_scores(group, options):
         np.testing.assert_allclose(got, expected.ravel(), rtol=2e-5, atol=1e-7)
 
 
-def spent(scores, total, allocation, protected=0):
+def spent(scores, total, allocation, protected=0, **options):
     """Lengths of each head (L, H) and the rows kept, of layers of scores [(H, n)], as Compression has them cut."""
     rope, layers = FakeRope(4), []
     n_heads, n = scores[0].shape
@@ -290,12 +290,13 @@ def spent(scores, total, allocation, protected=0):
         layers.append(make_layer([head] * n_heads, rope))
         layers[-1].index = index
     ledger = Ledger(total, [n_heads * n] * len(scores), n_heads * protected)
+    options = options_of(ALLOCATIONS[allocation], **options)
     for layer, s in zip(layers, scores, strict=True):
-        ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options={})
+        ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options=options)
         ledger.held.append(ledger.targets[-1])
     kept = []
     for layer, s, target in zip(layers, scores, ledger.targets, strict=True):
-        into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options={})
+        into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options=options)
         kept.append((into >= 0).reshape(n_heads, n))
     return np.array(kept)
 
@@ -308,9 +309,11 @@ def test_kvcompose_cuts_composites():
         scores = [rng.random((n_heads, n)).astype(F32) for _ in range(n_layers)]
         if case % 3 == 0:  # ties, inside a head and between layers
             scores = [np.round(s * 4).astype(F32) for s in scores]
-        whole = int(rng.integers(0, n_layers * n + 1))
-        kept = spent(scores, whole * n_heads, "composites")
+        least = int(rng.integers(1, n + 1)) if case % 4 == 1 else 0  # ranks of every layer that come first
+        whole = int(rng.integers(least * n_layers, n_layers * n + 1))
+        kept = spent(scores, whole * n_heads, "composites", least=least)
         ranked = [np.sort(np.float64(s), axis=1)[:, ::-1].mean(axis=0) for s in scores]  # c_{l,r}
+        ranked = [np.where(np.arange(n) < least, 1e9, c) for c in ranked]
         order = sorted(((-c, layer, r) for layer in range(n_layers) for r, c in enumerate(ranked[layer])))
         counts = [sum(layer == i for _, layer, _ in order[:whole]) for i in range(n_layers)]
         for layer in range(n_layers):

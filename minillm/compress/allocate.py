@@ -73,25 +73,33 @@ def shared(layer, scores, target):
     return per_head(layer, np.bincount(token, scores)[token], target)
 
 
-def adaptive(layer, scores, target, alpha):
+def adaptive(layer, scores, target, alpha, normalize):
     """Ada-KV (Feng et al. 2024): the best rows of each head, in number a mixture of what it has among the best of all
     heads and, `alpha` of it, of the same for all."""
-    return stay(best(layer, scores, adaptive_counts(layer, scores, target, alpha), layer.protected))
+    return stay(best(layer, scores, adaptive_counts(layer, scores, target, alpha, normalize), layer.protected))
 
 
-def critical(layer, scores, target, alpha, first_stage, value_norm):
+def critical(layer, scores, target, alpha, normalize, first_stage, value_norm):
     """CriticalKV (Feng et al. 2025): of what each head may keep (as in `adaptive`), the share `first_stage` by score,
     the rest by score times what the value adds through W_O, averaged over the group."""
-    counts = adaptive_counts(layer, scores, target, alpha)
+    counts = adaptive_counts(layer, scores, target, alpha, normalize)
     by_score = np.floor(first_stage * counts).astype(np.int64)
     kept = best(layer, scores, by_score, layer.protected)
     weighed = (scores + np.float32(1e-4)) * layer.output_norms(value_norm).mean(axis=0)
     return stay(best(layer, weighed, counts - by_score, kept))
 
 
-def adaptive_counts(layer, scores, target, alpha):
-    """(H,) rows that each head may keep beside the protected ones, their sum exact by the largest remainder."""
+def adaptive_counts(layer, scores, target, alpha, normalize):
+    """(H,) rows that each head may keep beside the protected ones, their sum exact by the largest remainder.
+    normalize: the scores of a head count by the share of them that its best rows have, as many as every head would
+    keep if all kept the same (the authors' code)."""
     room, n_heads = max(target - np.count_nonzero(layer.protected), 0), len(layer.lengths)
+    if normalize:
+        rows, rank = ranked(layer, scores, layer.protected)
+        of_head, top = layer.heads[rows], rank < room / n_heads
+        held = np.bincount(of_head[top], scores[rows[top]], n_heads)
+        share = held / np.maximum(np.bincount(of_head, scores[rows], n_heads), np.finfo(np.float32).tiny)
+        scores = scores * share[layer.heads]
     flat = layer.free[np.argsort(-scores[layer.free], kind="stable")][:room]
     hits = np.bincount(layer.heads[flat], minlength=n_heads)
     n_free = np.bincount(layer.heads[layer.free], minlength=n_heads)
@@ -125,18 +133,14 @@ def even(ledger, layer, scores):
     return ledger.fixed(np.ones(len(ledger.rows)))
 
 
-def composites(ledger, layer, scores):
+def composites(ledger, layer, scores, least):
     """KVCompose's structured form: the best rows of each head form the layer's first composite, the next ones its
     second, and so on; a composite scores the mean of its rows. One cut through the composites of all layers, so that
-    the heads of a layer keep as many rows each."""
-    n_heads = len(layer.lengths)
-    free = layer.free[np.argsort(-scores[layer.free], kind="stable")]
-    free = free[np.argsort(layer.heads[free], kind="stable")]
-    n_free = np.bincount(layer.heads[free], minlength=n_heads)
-    rank = np.arange(len(free)) - np.repeat(np.cumsum(n_free) - n_free, n_free)
-    of_rank = np.bincount(rank, scores[free]) / np.maximum(np.bincount(rank), 1)
+    the heads of a layer keep as many rows each; the first `least` of each layer come before all others."""
+    rows, rank = ranked(layer, scores, layer.protected)
+    of_rank = np.bincount(rank, scores[rows]) / np.maximum(np.bincount(rank), 1)
     composite = np.zeros(len(scores), np.float32)
-    composite[free] = of_rank[rank]
+    composite[rows] = np.where(rank < least, np.inf, of_rank[rank])
     return one_cut(ledger, layer, composite)
 
 
@@ -196,8 +200,11 @@ def entropy(ledger, layer, scores):
 
 PER_HEAD = Part(per_head, "the same number in every head")
 ACROSS_HEADS = Part(across_heads, "the best of a layer, whichever head")
-ALPHA = Option(0.2, number(0, 1), "share that is the same for all heads")
-ADAPTIVE = Part(adaptive, "more where a head has more of the best", {"alpha": ALPHA})
+MIXTURE = {
+    "alpha": Option(0.2, number(0, 1), "share that is the same for all heads"),
+    "normalize": Option(False, one_of(True, False), "a head's scores count by how much of them its best rows have"),
+}
+ADAPTIVE = Part(adaptive, "more where a head has more of the best", MIXTURE)
 THRESHOLD = Option(None, number(0, 1e9), "score from which rows stay, in place of a budget")
 EVEN = Part(even, "the same number in every layer")
 
@@ -218,8 +225,8 @@ ALLOCATIONS = {
         Part(
             critical,
             "half by score, half by score times what the value adds",
-            {
-                "alpha": ALPHA,
+            MIXTURE
+            | {
                 "first_stage": Option(0.5, number(0, 1), "share that the score alone decides"),
                 "value_norm": Option("l1", one_of("l1", "l2"), "norm of what a value adds: l1 or l2"),
             },
@@ -264,7 +271,11 @@ ALLOCATIONS = {
     "composites": Allocation(
         "the same number in every head of a layer: one cut through the ranks of all layers",
         PER_HEAD,
-        Part(composites, "the best ranks of all layers"),
+        Part(
+            composites,
+            "the best ranks of all layers",
+            {"least": Option(0, number(0, 1 << 30, int), "ranks that every layer keeps, if the budget has room")},
+        ),
     ),
     "unlike": Allocation(
         "the same number in every head; more for layers whose scores vary less",

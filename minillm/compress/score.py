@@ -32,10 +32,11 @@ def chance(layer):
     return np.random.default_rng(layer.index).random(len(layer.pos), np.float32)
 
 
-def window(layer, queries, pool, pooling):
-    """SnapKV (Li et al. 2024): what the newest queries attend to, averaged over them and over the group, and pooled
-    over neighbours."""
-    return pooled(layer, layer.window_scores(queries).mean(axis=(0, 1)), pool, pooling)
+def window(layer, queries, pool, pooling, group):
+    """SnapKV (Li et al. 2024): what the newest queries attend to, averaged over them and over the group (or the most
+    that a query head of it does, as Ada-KV's code can), and pooled over neighbours."""
+    attention = layer.window_scores(queries).mean(axis=1)
+    return pooled(layer, attention.max(axis=0) if group == "max" else attention.mean(axis=0), pool, pooling)
 
 
 def columns(layer):
@@ -132,6 +133,7 @@ QUERIES = Option(32, number(1, 1 << 20, int), "how many of the newest queries ar
 POOL = Option(7, number(1, 1 << 10, int), "neighbours whose scores are pooled")
 POOLING = Option("max", one_of("max", "avg"), "max or avg")
 WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
+GROUP = Option("mean", one_of("mean", "max"), "of the query heads of a KV head: mean or max")
 QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
 HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
 V_NORM = Option(False, one_of(True, False), "times the 2-norm of the value")
@@ -139,7 +141,7 @@ V_NORM = Option(False, one_of(True, False), "times the 2-norm of the value")
 SCORES = {
     "recency": Score(recency, "the newest", ranks_only=True),
     "random": Score(chance, "by lot", ranks_only=True),
-    "window": Score(window, "attention of the newest queries", WINDOW, "new"),
+    "window": Score(window, "attention of the newest queries", WINDOW | {"group": GROUP}, "new"),
     "columns": Score(columns, "attention of all queries, summed", {}, "new", np.add),
     "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", np.maximum),
     "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
