@@ -107,7 +107,7 @@ class Compression:
         self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
         if self.config.spec.settles:
             self.settled = cache.lengths - cache.tail
-        self.ledger = None
+        self.ledger, self.slack = None, None
         if self.config.budget is not None:
             total = self.config.budget.total(seen + coming, cache.lengths.size)
             left = total - int(self.settled.sum())
@@ -116,6 +116,8 @@ class Compression:
             rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
             first = 0 if self.settled.any() else min(sinks, seen)
             self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first))
+            # What may be held beyond the targets before layers are cut again; what was generated is held already.
+            self.slack = rows.max() if len(new_ids) else rows.sum()
         self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
         self.scores = []  # (E,) of the entries of each layer stored, where the method scores
         self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
@@ -144,9 +146,9 @@ class Compression:
             return
         targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
         self._write(layer, scores, targets[index])
-        last, most = index + 1 == len(self.cache.lengths), max(self.ledger.rows)
-        if last or sum(self.ledger.held) - sum(targets) > most:
-            self._cut_again(-np.inf if last else most // 2)
+        last = index + 1 == len(self.cache.lengths)
+        if last or sum(self.ledger.held) - sum(targets) > self.slack:
+            self._cut_again(-np.inf if last else self.slack / 2)
 
     def _cut_again(self, excess):
         """Compress layers that hold more than their targets once more, those that hold most too much first, until all
