@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.compress import cluster, retrieval
-from minillm.compress.ledger import highest, split
+from minillm.compress.ledger import split
 from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.score import QUERIES
 
@@ -55,7 +55,7 @@ def per_head(layer, scores, target):
 def across_heads(layer, scores, target):
     """The best rows of all heads together, beside the protected ones; of equal ones the earlier."""
     kept = layer.protected.copy()
-    kept[layer.free[highest(scores[layer.free], target - np.count_nonzero(kept))]] = True
+    kept[layer.free[largest(scores[layer.free], target - np.count_nonzero(kept))]] = True
     return stay(kept)
 
 
@@ -100,8 +100,7 @@ def adaptive_counts(layer, scores, target, alpha, normalize):
         held = np.bincount(of_head[top], scores[rows[top]], n_heads)
         share = held / np.maximum(np.bincount(of_head, scores[rows], n_heads), np.finfo(np.float32).tiny)
         scores = scores * share[layer.heads]
-    flat = layer.free[np.argsort(-scores[layer.free], kind="stable")][:room]
-    hits = np.bincount(layer.heads[flat], minlength=n_heads)
+    hits = np.bincount(layer.heads[layer.free[largest(scores[layer.free], room)]], minlength=n_heads)
     n_free = np.bincount(layer.heads[layer.free], minlength=n_heads)
     return split(room, (1 - alpha) * hits + alpha * room / n_heads, n_free)
 
@@ -113,6 +112,19 @@ def best(layer, scores, counts, kept):
     kept = kept.copy()
     kept[rows[rank < counts[layer.heads[rows]]]] = True
     return kept
+
+
+def largest(scores, count):
+    """Where the `count` largest of scores (n,) are, in their order; of equal ones the earlier."""
+    if count >= len(scores):
+        return np.arange(len(scores))
+    if count <= 0:
+        return np.arange(0)
+    last = np.partition(scores, -count)[-count]
+    above = scores > last
+    equal = np.flatnonzero(scores == last)[: count - np.count_nonzero(above)]
+    above[equal] = True
+    return np.flatnonzero(above)
 
 
 def ranked(layer, scores, kept):
@@ -162,10 +174,8 @@ def one_cut(ledger, layer, scores):
     best, whose = ledger.pool
     best = np.append(best, scores[layer.free])
     whose = np.append(whose, np.full(len(layer.free), index))
-    if len(best) > ledger.room:
-        chosen = highest(best, ledger.room)  # layers stay in order, so ties go to the earlier
-        best, whose = best[chosen], whose[chosen]
-    ledger.pool = best, whose
+    kept = largest(best, ledger.room)
+    best, whose = ledger.pool = best[kept], whose[kept]
     return (ledger.protected + np.bincount(whose, minlength=index + 1)).tolist()
 
 

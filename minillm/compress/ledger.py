@@ -61,18 +61,6 @@ class Ledger:
         return (self.protected + split(self.room, weights, rows)).tolist()[: len(self.targets) + 1]
 
 
-def highest(scores, n):
-    """(R,) bool: the n largest of `scores` (R,), of equal ones the first."""
-    if n >= len(scores):
-        return np.ones(len(scores), bool)
-    if n <= 0:
-        return np.zeros(len(scores), bool)
-    least = np.partition(scores, len(scores) - n)[len(scores) - n]
-    best = scores > least
-    best[np.flatnonzero(scores == least)[: n - np.count_nonzero(best)]] = True
-    return best
-
-
 def split(total, weights, most):
     """Whole numbers in proportion to `weights` (n,), none above `most` (n,); their sum is `total`, or that of `most`
     where that is less. What a bound takes from one goes to the others; fractions by the largest remainder, of equal
