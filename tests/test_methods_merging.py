@@ -133,9 +133,11 @@ def test_h2o_sums_are_those_of_full_attention_where_nothing_is_evicted(n_heads):
         np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
-def test_h2o_evicts_what_was_attended_to_least_so_far():
-    """A prompt and a generation, compressed every 50 tokens, one head of two queries at a time."""
-    sequence = Sequence(CacheConfig("h2o", 60, recompress=50), n_layers=1, n_heads=2, d=4)
+@pytest.mark.parametrize("per_query", [False, True])
+def test_h2o_evicts_what_was_attended_to_least_so_far(per_query):
+    """A prompt and a generation, compressed every 50 tokens, one head of two queries at a time; all in all, or by each
+    of the queries that have seen a row."""
+    sequence = Sequence(CacheConfig("h2o", 60, recompress=50, per_query=per_query), n_layers=1, n_heads=2, d=4)
     asked, ask = [], sequence._queries
     sequence._queries = lambda n: asked.append(ask(n)) or asked[-1]
     sequence.read(150)
@@ -153,13 +155,16 @@ def test_h2o_evicts_what_was_attended_to_least_so_far():
                     for row, p in zip(seen, softmax(logits), strict=True):
                         sums[row] = sums.get(row, 0.0) + p / 2
             newest = [row for row in rows if row >= cut - 30]  # half of the budget
-            others = sorted((row for row in rows if row < cut - 30), key=lambda row: -sums[row])
+            counts = {row: cut - row if per_query else 1 for row in rows}
+            others = sorted((row for row in rows if row < cut - 30), key=lambda row: -sums[row] / counts[row])  # noqa: B023
             kept, done = sorted(others[:30] + newest), cut
         entries = sequence.cache.layer(0).read(head)
         assert entries[3][: len(kept)].tolist() == kept
         n_stored = len(sequence.cache.scores[0]) // 2
         np.testing.assert_allclose(
-            sequence.cache.scores[0][head * n_stored : (head + 1) * n_stored], [sums[row] for row in kept], rtol=1e-4
+            sequence.cache.scores[0][head * n_stored : (head + 1) * n_stored],
+            [sums[row] / counts[row] for row in kept],
+            rtol=1e-4,
         )
 
 

@@ -133,12 +133,12 @@ class CacheConfig:
     @property
     def remembers(self):
         """Whether entries keep their scores for the next compression."""
-        return bool(self.adds_up) or self.foresees
+        return self.adds_up or self.foresees
 
     @property
     def adds_up(self):
-        """How the score of an earlier compression and the new one make one, or None."""
-        return self.score and self.score.adds_up
+        """Whether what a compression's entries score is kept for the next one."""
+        return bool(self.score and self.score.adds_up)
 
     def _contradiction(self):
         """Why the three parts mean nothing together, or None."""
@@ -187,10 +187,7 @@ class CacheConfig:
 
     def scores(self, layer):
         """(R,) float32, or None where nothing is scored."""
-        if self.score is None:
-            return None
-        scores = self.score(layer, options=self.options)
-        return self.adds_up(layer.history, scores) if self.adds_up and layer.history is not None else scores
+        return self.score and self.score(layer, options=self.options)
 
     def targets(self, ledger, layer, scores):
         """The entries of the layers seen so far, this one the last."""

@@ -2,7 +2,6 @@
 
 `layer.queries` are those of the tokens read since the last compression, where the Score reads them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +13,11 @@ from minillm.compress.options import Option, Part, number, one_of
 class Score(Part):
     """reads: what it looks at beside keys and values: queries of the "new" tokens, or of a second reading of them
     ("again"), scores "predicted" by a profile, or nothing (None).
-    adds_up: how what an earlier compression left a row and the new score make one, or None: only the new one counts.
+    adds_up: what it gives is kept for the next compression, which finds it in layer.history.
     ranks_only: it says which row is better and not by how much."""
 
     reads: str | None = None
-    adds_up: Callable | None = None
+    adds_up: bool = False
     ranks_only: bool = False
 
 
@@ -39,14 +38,26 @@ def window(layer, queries, pool, pooling, group):
     return pooled(layer, attention.max(axis=0) if group == "max" else attention.mean(axis=0), pool, pooling)
 
 
-def columns(layer):
-    """H2O (Zhang et al. 2023): the attention of all queries since a row was read, summed, averaged over the group."""
-    return layer.column_scores("sum").mean(axis=0)
+def columns(layer, per_query):
+    """H2O (Zhang et al. 2023): the attention of all queries since a row was read, summed, averaged over the group;
+    per_query: and over the queries, so that old rows have no advantage."""
+    sums, history = layer.column_scores("sum").mean(axis=0), layer.history
+    if not per_query:
+        return sums if history is None else history + sums
+    n_new = sum(queries.q.shape[1] for queries in layer.queries)
+    since = layer.queries[-1].pos[-1] + 1 - layer.pos  # queries that have seen each row
+    new = np.minimum(since, n_new).astype(np.float32)
+    return sums / new if history is None else (history * (since - new) + sums) / since.astype(np.float32)
 
 
 def reread(layer):
     """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row."""
-    return layer.column_scores("max").max(axis=0)
+    return largest_so_far(layer, layer.column_scores("max").max(axis=0))
+
+
+def largest_so_far(layer, scores):
+    """(R,) the scores (R,), or what an earlier compression left a row where that is more."""
+    return scores if layer.history is None else np.maximum(layer.history, scores)
 
 
 def predicted(layer):
@@ -98,7 +109,9 @@ def composite(layer, queries_agree, heads_agree, v_norm):
         scores = layer.column_scores("sum").mean(axis=0) / np.float32(n_queries)
     if v_norm:
         scores = scores * np.linalg.norm(layer.values, axis=1)
-    return scores + over_heads(layer, scores) / np.float32(len(layer.lengths)) if heads_agree else scores
+    if heads_agree:
+        scores = scores + over_heads(layer, scores) / np.float32(len(layer.lengths))
+    return largest_so_far(layer, scores)
 
 
 def contribution(layer, queries, pool, pooling):
@@ -134,6 +147,7 @@ POOL = Option(7, number(1, 1 << 10, int), "neighbours whose scores are pooled")
 POOLING = Option("max", one_of("max", "avg"), "max or avg")
 WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
 GROUP = Option("mean", one_of("mean", "max"), "of the query heads of a KV head: mean or max")
+PER_QUERY = Option(False, one_of(True, False), "divided by the number of queries that have seen the row")
 QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
 HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
 V_NORM = Option(False, one_of(True, False), "times the 2-norm of the value")
@@ -142,15 +156,15 @@ SCORES = {
     "recency": Score(recency, "the newest", ranks_only=True),
     "random": Score(chance, "by lot", ranks_only=True),
     "window": Score(window, "attention of the newest queries", WINDOW | {"group": GROUP}, "new"),
-    "columns": Score(columns, "attention of all queries, summed", {}, "new", np.add),
-    "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", np.maximum),
+    "columns": Score(columns, "attention of all queries, summed", {"per_query": PER_QUERY}, "new", True),
+    "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", True),
     "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
     "composite": Score(
         composite,
         "attention when the text is read a second time, with the mean of the layer's heads added",
         {"queries_agree": QUERIES_AGREE, "heads_agree": HEADS_AGREE, "v_norm": V_NORM},
         "again",
-        np.maximum,
+        True,
     ),
     "contribution": Score(
         contribution,
