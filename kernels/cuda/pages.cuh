@@ -1,4 +1,4 @@
-// Where the stored entries of a head lie: see PagePool in cache.py and Paged in launch.py.
+// Where the stored entries of a head lie: see PagePool in cache.py and Paged in launch/pages.py.
 //
 // A page holds PAGE_SIZE entries of one KV head of one layer. A slab is slab_pages pages, its fields one after another:
 // K and V (slab_pages, PAGE_SIZE, d) real16, log s (slab_pages, PAGE_SIZE) float, position (slab_pages, PAGE_SIZE) int.

@@ -102,7 +102,7 @@ class CudaDevice:
         self.shared_memory = self.device.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
-        self.kernels = {}  # launch.py keeps compiled kernels here
+        self.kernels = {}  # launch keeps compiled kernels here
 
     def empty(self, shape, dtype):
         return self.cupy.empty(shape, dtype)

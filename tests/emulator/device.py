@@ -94,7 +94,7 @@ class EmulatedDevice:
 
     def __init__(self, total=8 << 30):
         self.total, self.used, self.peak, self.allocations = total, 0, 0, 0
-        self.kernels = {}  # launch.py keeps compiled kernels here
+        self.kernels = {}  # launch keeps compiled kernels here
         self.capturing = False
 
     def empty(self, shape, dtype):

@@ -1,0 +1,68 @@
+"""Attention: a token of each sequence over its pages, and a prompt."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minillm.ops.launch.pages import PAGE_SIZE
+from minillm.ops.launch.start import WARP, blocks, head_defines, run
+
+
+@dataclass
+class DecodeSpace:
+    """Where the partial results of decode_attention lie, and its grid, which fills the card at any lengths."""
+
+    blocks: int
+    warps: int  # a block
+    out: object  # (blocks * warps + items, G, d) float32
+    lse: object  # (blocks * warps + items, G) float32
+
+
+def decode_space(device, items, group, head_dim):
+    """A DecodeSpace for up to `items` pairs of a sequence and a KV head."""
+    warps = min(8, device.shared_memory // _decode_warp_bytes(head_dim))
+    rows = device.processors * warps + items
+    out = device.empty((rows, group, head_dim), np.float32)
+    return DecodeSpace(device.processors, warps, out, device.empty((rows, group), np.float32))
+
+
+def _decode_warp_bytes(head_dim):
+    return (16 + 2 * 2 * PAGE_SIZE) * head_dim * 2  # q, and two pages of K and of V
+
+
+def decode_plan(device, lengths, starts):
+    """starts (L, B * H + 1) int32: pages of all heads before, layer by layer; lengths (L, B, H) int32. Once a step."""
+    n_layers, batch, n_kv_heads = lengths.shape
+    assert starts.shape == (n_layers, batch * n_kv_heads + 1)
+    arguments = {"lengths": lengths, "starts": starts, "n_items": batch * n_kv_heads}
+    run(device, "decode_attention", "decode_plan", (n_layers,), (WARP,), arguments, defines=head_defines(64, "half"))
+
+
+def decode_attention(device, q, past, starts, space, out, scale, window, real16):
+    """out (B, Hq, d) = attention of one token of each sequence, q (B, Hq, d), over its stored entries, its own among
+    them. past: Paged; starts (B * H + 1,): this layer's row of decode_plan; window: 0 for none."""
+    (batch, n_heads, head_dim), n_kv_heads = q.shape, past.lengths.shape[1]
+    items, group, n_warps = batch * n_kv_heads, n_heads // n_kv_heads, space.blocks * space.warps
+    assert out.shape == q.shape and past.lengths.shape[0] == len(past.seen) == batch and starts.shape == (items + 1,)
+    assert space.out.shape[0] >= n_warps + items and space.out.shape[1:] == (group, head_dim)
+    partial = {"partial_out": space.out, "partial_lse": space.lse, "starts": starts, "n_items": items}
+    arguments = {"q": q, "seen": past.seen, "scale": scale, "window": window, "n_kv_heads": n_kv_heads, "group": group}
+    arguments |= past.arguments() | partial
+    grid, block, defines = (space.blocks, blocks(group, 16)), (space.warps * WARP,), head_defines(head_dim, real16)
+    shared = space.warps * _decode_warp_bytes(head_dim)
+    run(device, "decode_attention", "decode_attention", grid, block, arguments, defines=defines, shared=shared)
+    arguments = partial | {"out": out, "n_warps": n_warps}
+    run(device, "decode_attention", "decode_combine", (items, group), (8 * WARP,), arguments, defines=defines)
+
+
+def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16):
+    """out (n, Hq, d), lse (Hq, n) float32 = causal attention of n new tokens of one sequence, q (Hq, n, d), over its
+    stored entries and one another, k and v (H, n, d). past: Paged; window: 0 for none."""
+    (n_heads, n, head_dim), n_kv_heads = q.shape, len(k)
+    assert k.shape == v.shape == (n_kv_heads, n, head_dim) and past.lengths.shape == (1, n_kv_heads)
+    assert out.shape == (n, n_heads, head_dim) and lse.shape == (n_heads, n)
+    arguments = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "n": n, "group": n_heads // n_kv_heads}
+    arguments |= past.arguments() | {"seen": past.seen, "scale": scale, "window": window}
+    shared = (128 + 2 * 64) * head_dim * 2 + 2 * 64 * 8
+    grid, defines = (n_heads, blocks(n, 128)), head_defines(head_dim, real16)
+    run(device, "prefill_attention", "prefill_attention", grid, (128,), arguments, defines=defines, shared=shared)

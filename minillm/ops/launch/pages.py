@@ -1,0 +1,56 @@
+"""The pages of a cache: entries in and out, page tables."""
+
+from dataclasses import dataclass
+
+from minillm.ops.launch.start import blocks, head_defines, run
+
+PAGE_SIZE = 32  # entries a page, as in pages.cuh
+
+
+@dataclass
+class Paged:
+    """The stored entries of one layer of B sequences, as kernels/cuda/pages.cuh reads them: device arrays."""
+
+    slabs: object  # (slabs,) uint64 addresses
+    slab_pages: int  # pages a slab
+    pages: object  # (B, H, capacity) int32 page ids; a row holds the pages of a head, the first of them are meant
+    lengths: object  # (B, H) int32 entries of each head
+    seen: object  # (B,) int32 tokens seen before the new ones: the position of the first of them
+
+    def arguments(self):
+        return {
+            "slabs": self.slabs,
+            "slab_pages": self.slab_pages,
+            "pages": self.pages,
+            "capacity": self.pages.shape[2],
+            "lengths": self.lengths,
+        }
+
+
+def write_entries(device, k, v, log_size, pos, past, first, start, real16):
+    """The entries of a layer, heads one after another (rows first[h] : first[h + 1]; first (H + 1,) int32), into the
+    pages of `past` (Paged, B = 1) from entry start[h] on."""
+    _entries(device, "write_entries", k, v, log_size, pos, past, first, start, real16)
+
+
+def read_entries(device, k, v, log_size, pos, past, first, start, real16):
+    """The other way: out of the pages into k, v, log_size, pos."""
+    _entries(device, "read_entries", k, v, log_size, pos, past, first, start, real16)
+
+
+def _entries(device, kernel, k, v, log_size, pos, past, first, start, real16):
+    (n, d), n_kv_heads = k.shape, past.lengths.shape[1]
+    assert v.shape == k.shape and log_size.shape == pos.shape == (n,) and past.lengths.shape[0] == 1
+    assert first.shape == (n_kv_heads + 1,) and start.shape == (n_kv_heads,)
+    arguments = {"k": k, "v": v, "log_size": log_size, "pos": pos, "first": first, "start": start}
+    arguments |= past.arguments() | {"n_kv_heads": n_kv_heads, "n_rows": n}
+    del arguments["lengths"]
+    run(device, "entries", kernel, (blocks(n * d // 8, 256),), (256,), arguments, defines=head_defines(d, real16))
+
+
+def last_pages(device, pages, lengths, last):
+    """pages (L, B, H, capacity): the page of entry lengths - 1 of each head becomes last; both (L, B, H) int32."""
+    assert pages.shape[:3] == lengths.shape == last.shape
+    arguments = {"pages": pages, "lengths": lengths, "last_pages": last, "capacity": pages.shape[3]}
+    arguments["n_heads"] = lengths.size
+    run(device, "last_pages", "last_pages", (blocks(lengths.size, 256),), (256,), arguments)
