@@ -189,11 +189,12 @@ class LLM:
             for session, prompt in zip(sessions, prompts, strict=True):
                 session.feed(prompt)
             for session in sessions:
-                answers.append(Answer(session, params))
-                answers[-1].take(session.read())
+                answers.append(answer := Answer(session, params))
+                answer.take(session.read_and_draw(answer.draw()))
             while active := [answer for answer in answers if answer.stop_reason is None]:
-                for answer, logits in zip(active, step([answer.session for answer in active]), strict=True):
-                    answer.take(logits)
+                tokens = step([answer.session for answer in active], [answer.draw() for answer in active])
+                for answer, token in zip(active, tokens, strict=True):
+                    answer.take(token)
             for answer in answers:
                 answer.rest()
             return [answer.text for answer in answers]

@@ -11,6 +11,7 @@ from minillm.cache import KVCache
 from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.rope import Rope
+from minillm.sampling import sample_each
 from minillm.weights import Weight
 
 MLP_ROWS = 1024  # rows of the wide middle of the MLP, and of logits, that exist at a time
@@ -172,13 +173,14 @@ class Model:
             x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
         return np.isfinite(x).all()
 
-    def decode(self, token_ids, caches):
-        """Read one token of each of B sequences: token_ids (B,), B caches of one pool. -> logits (B, vocab).
+    def decode(self, token_ids, caches, draws=None):
+        """Read one token of each of B sequences: token_ids (B,), B caches of one pool. -> logits (B, vocab), or by B
+        Draws the token that comes next in each.
 
         If anything is raised on the way the caches hold what they held before."""
         before = [cache.lengths.copy() for cache in caches]
         try:
-            logits, queries, scores = self._decode(token_ids, caches)
+            result, queries, scores = self._decode(token_ids, caches, draws)
         except BaseException:
             for cache, lengths in zip(caches, before, strict=True):
                 cache.cut(lengths)
@@ -190,20 +192,20 @@ class Model:
             if cache.predicted is not None:
                 for noted, layer in zip(cache.predicted, scores, strict=True):
                     noted.append(layer[b][:, None])
-        return logits
+        return result
 
-    def _decode(self, token_ids, caches):
-        """-> logits (B, vocab), and of every layer, where a cache collects them, rotated queries (B, Hq, d) and
-        predicted scores (B, H)."""
+    def _decode(self, token_ids, caches, draws):
+        """-> logits (B, vocab) or the next tokens, and of every layer, where a cache collects them, rotated queries (B,
+        Hq, d) and predicted scores (B, H)."""
         ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
         tables = [self.rope.tables(np.array([cache.position]), cache.position + 1) for cache in caches]
         cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
         if self.runner:
             for cache in caches:
                 cache.make_room()
-            logits, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin)
+            result, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin, draws)
             self._check_finite(bad_layer is None, bad_layer)
-            return logits, queries, scores
+            return result, queries, scores
         x, queries, scores = ops.embed(self.embedding, token_ids), [], []  # (B, dim)
         wants_scores = any(cache.predicted is not None for cache in caches)
         for index, block in enumerate(self.blocks):
@@ -219,13 +221,20 @@ class Model:
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
             self._check_finite(np.isfinite(x).all(), index)
-        return self.logits(x), queries, scores
+        return sample_each(self.logits(x), draws), queries, scores
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
         if self.runner:
             return self.runner.logits(hidden)
         return self.ops.linear(self.ops.rms_norm(hidden, self.norm, self.config.rms_eps), self.head)
+
+    def draw(self, hidden, draws):
+        """Hidden states (B, dim) before the last norm -> the token that comes next in each of B sequences, by B
+        Draws."""
+        if self.runner:
+            return self.runner.draw(hidden, draws)
+        return sample_each(self.logits(hidden), draws)
 
     def recompress(self, cache, compressor):
         """Compress what was generated since the last time."""

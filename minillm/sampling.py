@@ -44,6 +44,18 @@ class SamplingParams:
         return [field.name for field in fields(cls)]
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What decides the next token of a sequence beside its logits."""
+
+    params: SamplingParams
+    recent: np.ndarray  # (m,) int32 ids that the repeat penalty is for, ascending; m <= PENALTY_WINDOW
+    uniform: float  # in [0, 1): the first id at which the sum of the weights so far is more than this share is taken
+
+
+GREEDY = Draw(SamplingParams(), np.zeros(0, np.int32), 0.0)
+
+
 class Sampler:
     """Draws tokens of one answer; its random numbers depend on the seed alone."""
 
@@ -51,32 +63,46 @@ class Sampler:
         self.params = params
         self.rng = np.random.default_rng(params.seed)
 
-    def __call__(self, logits, recent):
-        """logits (vocab,) float32, recent: token ids so far (the last 64 count) -> token id."""
-        params = self.params
-        if params.repeat_penalty != 1 and len(recent):
-            logits = logits.copy()
-            seen = np.unique(recent[-PENALTY_WINDOW:])
-            factor = np.float32(params.repeat_penalty)
-            logits[seen] = np.where(logits[seen] > 0, logits[seen] / factor, logits[seen] * factor)
-        if params.temperature == 0:
-            return int(logits.argmax())
-        return int(self.rng.choice(len(logits), p=self.probabilities(logits)))
+    def draw(self, recent):
+        """The Draw of the next token. recent: token ids so far, of which the last 64 count."""
+        params, ids = self.params, []
+        if params.repeat_penalty != 1:
+            ids = recent[-PENALTY_WINDOW:]
+        uniform = 0.0 if params.temperature == 0 else self.rng.random()
+        return Draw(params, np.unique(np.asarray(ids, np.int32)), uniform)
 
-    def probabilities(self, logits):
-        """(vocab,) float64: temperature, then top-k, top-p and min-p, each on what the one before left."""
-        params = self.params
-        order = np.argsort(-logits, kind="stable")
-        if params.top_k:
-            order = order[: params.top_k]
-        scaled = logits[order].astype(np.float64) / params.temperature
-        p = np.exp(scaled - scaled[0])
-        p /= p.sum()
-        if params.top_p < 1:
-            n = int(np.searchsorted(np.cumsum(p), params.top_p)) + 1
-            order, p = order[:n], p[:n]
-        n = int(np.count_nonzero(p >= params.min_p * p[0]))  # p falls
-        order, p = order[:n], p[:n]
-        full = np.zeros(len(logits))
-        full[order] = p / p.sum()
-        return full
+
+def sample(logits, draw):
+    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does."""
+    params, seen = draw.params, draw.recent
+    if len(seen):
+        logits = logits.copy()
+        factor = np.float32(params.repeat_penalty)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / factor, logits[seen] * factor)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    sums = np.cumsum(weights(logits, params))
+    return int(np.searchsorted(sums, draw.uniform * sums[-1], side="right"))
+
+
+def sample_each(logits, draws):
+    """logits (B, vocab) -> the next tokens, B ids, by B Draws; the logits themselves where there are none."""
+    return logits if draws is None else [sample(row, draw) for row, draw in zip(logits, draws, strict=True)]
+
+
+def weights(logits, params):
+    """(vocab,) float64: the probability of each token over that of the most likely one; 0 for what temperature, then
+    top-k, top-p and min-p, each on what the one before left, leave out."""
+    order = np.argsort(-logits, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    ranked = logits[order].astype(np.float64)
+    weight = np.exp((ranked - ranked[0]) / params.temperature)
+    if params.top_p < 1:
+        sums = np.cumsum(weight)
+        n = int(np.searchsorted(sums, params.top_p * sums[-1])) + 1
+        order, weight = order[:n], weight[:n]
+    n = int(np.count_nonzero(weight >= params.min_p))  # they fall
+    out = np.zeros(len(logits))
+    out[order[:n]] = weight[:n]
+    return out

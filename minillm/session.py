@@ -16,7 +16,7 @@ from minillm.cache import KVCache
 from minillm.errors import MinillmError
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
-from minillm.sampling import Sampler
+from minillm.sampling import PENALTY_WINDOW, Sampler
 from minillm.stream import StreamDecoder
 
 SESSION_FORMAT = 2
@@ -46,7 +46,8 @@ class Timings:
 
 
 class Answer:
-    """One answer in the making: draws tokens from logits until a stop id, a stop text or a limit ends it."""
+    """One answer in the making: says how tokens are drawn, and takes them until a stop id, a stop text or a limit ends
+    it."""
 
     def __init__(self, session, params):
         self.params, self.session = params, weakref.proxy(session)  # no cycle: a session dropped is memory given back
@@ -59,10 +60,15 @@ class Answer:
         self.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
         self.token_ids, self.text, self.stop_reason = [], "", None  # None, "eos", "stop" or "length"
 
-    def take(self, logits):
-        """logits (vocab,) -> the next Piece, or None where the answer ended before it."""
+    def draw(self):
+        """The Draw of the token after those that were fed, generated or read."""
         session = self.session
-        token = self.sampler(logits, session.cache.token_ids)
+        recent = [*session.cache.token_ids[-PENALTY_WINDOW:], *session.unread]
+        return self.sampler.draw(recent)
+
+    def take(self, token):
+        """The next token -> its Piece, or None where the answer ended before it."""
+        session = self.session
         if token in self.stop_ids:
             self.stop_reason = "eos"
             return None
@@ -88,16 +94,16 @@ def is_chat(prompt):
     return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
 
 
-def step(sessions):
-    """Read the one token that each of B sessions of one LLM generated last; -> logits (B, vocab). Closed chunks are
-    compressed where enough has come together."""
-    llm = sessions[0].llm
-    logits = llm.model.decode([session.unread[0] for session in sessions], [session.cache for session in sessions])
+def step(sessions, draws=None):
+    """Read the one token that each of B sessions of one LLM generated last; -> logits (B, vocab), or by B Draws the
+    token that comes next in each. Closed chunks are compressed where enough has come together."""
+    llm, unread = sessions[0].llm, [session.unread[0] for session in sessions]
+    result = llm.model.decode(unread, [session.cache for session in sessions], draws)
     for session in sessions:
         session.unread = []
         if llm.compressor.due(session.cache):
             llm.model.recompress(session.cache, llm.compressor)
-    return logits
+    return result
 
 
 class Session:
@@ -130,6 +136,14 @@ class Session:
 
     def read(self, progress=None):
         """Read what was fed; -> logits (vocab,) after its last token. progress(layers done, layers)."""
+        return self.llm.model.logits(self._extend(progress))[0]
+
+    def read_and_draw(self, draw, progress=None):
+        """Read what was fed; -> the token that comes next, by a Draw."""
+        return self.llm.model.draw(self._extend(progress), [draw])[0]
+
+    def _extend(self, progress):
+        """Read what was fed; -> the hidden state (1, dim) of its last token."""
         llm, cache, ids = self.llm, self.cache, self.unread
         self.check_room()
         past = list(cache.token_ids)
@@ -139,7 +153,7 @@ class Session:
             self.unread = past + ids  # the cache is empty now: nothing is lost, all of it is read next time
             raise
         self.unread = []
-        return llm.model.logits(hidden[-1:])[0]
+        return hidden[-1:]
 
     def check_room(self, result=0):
         """Raise MinillmError if what was fed is nothing, or does not fit into the context or, with `result` more bytes,
@@ -162,12 +176,12 @@ class Session:
         start = time.perf_counter()
         self.answer = answer = Answer(self, params)
         self.timings = timings = Timings(prompt_tokens=len(self.unread), cached_tokens=self.cache.seen)
-        logits = self.read(progress)
+        token = self.read_and_draw(answer.draw(), progress)
         timings.prompt_seconds = time.perf_counter() - start
         timings.kept = self.cache.kept
         begin = time.perf_counter()
         try:
-            while piece := answer.take(logits):
+            while piece := answer.take(token):
                 timings.generated_tokens += 1
                 timings.generation_seconds = time.perf_counter() - begin
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - start
@@ -175,7 +189,7 @@ class Session:
                     yield Piece(piece.token_id, piece.text + answer.rest())
                     return
                 yield piece
-                logits = self.step()
+                token = step([self], [answer.draw()])[0]
             if rest := answer.rest():
                 yield Piece(-1, rest)
         finally:

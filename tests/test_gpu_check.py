@@ -37,7 +37,8 @@ def test_ceilings_and_kernels(check):
     timing.products((1, 2))
     timing.attention(70, 40)
     timing.norm(8)
-    assert len(timing.rows) == 11 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
+    timing.sampling(2)
+    assert len(timing.rows) == 14 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
 
 
 def test_a_model_in_every_cache(check, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minillm.errors import UsageError
-from minillm.sampling import Sampler, SamplingParams
+from minillm.sampling import Draw, Sampler, SamplingParams, sample, weights
 
 F32 = np.float32
 
@@ -29,8 +29,19 @@ def literal(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return {token: weight[token] / total for token in kept}
 
 
+def token_of(sampler, logits, recent=()):
+    return sample(logits, sampler.draw(recent))
+
+
+def distribution(logits, **params):
+    """Probabilities (vocab,)"""
+    weight = weights(logits, SamplingParams(**{"temperature": 1.0} | params))
+    assert weight.max() == 1
+    return weight / weight.sum()
+
+
 def check(logits, **params):
-    probabilities = Sampler(SamplingParams(**{"temperature": 1.0} | params)).probabilities(logits)
+    probabilities = distribution(logits, **params)
     expected = np.zeros(len(logits))
     for token, p in literal(logits, **params).items():
         expected[token] = p
@@ -71,21 +82,21 @@ def test_top_p_takes_the_fewest_tokens_that_reach_it():
         (0.8, [0, 1, 3]),
         (1.0, [0, 1, 2, 3]),
     ):
-        p = Sampler(SamplingParams(temperature=1, top_p=top_p)).probabilities(np.float32(logits))
+        p = distribution(np.float32(logits), top_p=top_p)
         assert np.flatnonzero(p).tolist() == tokens
 
 
 def test_top_p_counts_what_top_k_left():
     """Of 0.5, 0.25 and less the first two are left as 2/3 and 1/3."""
     logits = np.log(np.array([0.125, 0.5, 0.125, 0.25], F32))
-    p = Sampler(SamplingParams(temperature=1, top_k=2, top_p=0.6)).probabilities(logits)
+    p = distribution(logits, top_k=2, top_p=0.6)
     assert np.flatnonzero(p).tolist() == [1]
 
 
 def test_ties_are_cut_by_id():
     logits = np.zeros(10, F32)
     for params in ({"top_k": 3}, {"top_p": 0.25}):
-        p = Sampler(SamplingParams(temperature=1, **params)).probabilities(logits)
+        p = distribution(logits, **params)
         np.testing.assert_allclose(p, [1 / 3] * 3 + [0] * 7)
     check(logits, min_p=1.0)
 
@@ -100,19 +111,19 @@ def test_extreme_logits():
 def test_greedy_is_the_default():
     sampler = Sampler(SamplingParams())
     logits = np.array([1, 7, -3, 7], F32)
-    assert [sampler(logits, []) for _ in range(20)] == [1] * 20  # of equal ones the first
-    token = sampler(logits, [])
+    assert [token_of(sampler, logits) for _ in range(20)] == [1] * 20  # of equal ones the first
+    token = token_of(sampler, logits)
     assert type(token) is int
 
 
 def test_a_low_temperature_is_nearly_greedy():
     sampler = Sampler(SamplingParams(temperature=1e-30, seed=0))
-    assert {sampler(LOGITS, []) for _ in range(20)} == {int(LOGITS.argmax())}
+    assert {token_of(sampler, LOGITS) for _ in range(20)} == {int(LOGITS.argmax())}
 
 
 def draws(params, n=40, logits=LOGITS):
     sampler = Sampler(params)
-    return [sampler(logits, []) for _ in range(n)]
+    return [token_of(sampler, logits) for _ in range(n)]
 
 
 def test_a_seed_makes_an_answer_repeat():
@@ -142,6 +153,14 @@ def test_tokens_are_drawn_as_often_as_their_probability():
         assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p))
 
 
+def test_a_uniform_number_picks_by_the_sum_over_ids():
+    """Of 1/8, 1/2, 0 (not in top-k) and 3/8 of their sum: the share of [0, 1) of each begins where the last ended."""
+    logits = np.array([np.log(1), np.log(4), -50, np.log(3)], F32)
+    params = SamplingParams(temperature=1, top_k=3)
+    for uniform, token in ((0, 0), (0.124, 0), (0.126, 1), (0.624, 1), (0.626, 3), (1 - 2**-53, 3)):
+        assert sample(logits, Draw(params, np.zeros(0, np.int32), uniform)) == token
+
+
 # the penalty on repetition
 
 
@@ -158,7 +177,7 @@ def test_repeat_penalty(penalty):
     for n in (0, 1, 10, 64, 65, 300):
         logits, recent = rng.normal(0, 3, 30).astype(F32), rng.integers(0, 30, n).tolist()
         before = logits.copy()
-        token = Sampler(SamplingParams(repeat_penalty=penalty))(logits, recent)
+        token = token_of(Sampler(SamplingParams(repeat_penalty=penalty)), logits, recent)
         assert token == int(penalised(before, recent, penalty).argmax())
         np.testing.assert_array_equal(logits, before)  # they are the caller's
 
@@ -166,20 +185,20 @@ def test_repeat_penalty(penalty):
 def test_repeat_penalty_looks_back_on_64_tokens_and_counts_each_once():
     logits = np.array([3.0, 2.0, -1.0], F32)
     sampler = Sampler(SamplingParams(repeat_penalty=2.0))
-    assert sampler(logits, [0]) == 1
-    assert sampler(logits, [0] + [2] * 63) == 1
-    assert sampler(logits, [0] + [2] * 64) == 0
-    assert (
-        Sampler(SamplingParams(repeat_penalty=1.4))(logits, [0] * 50) == 0
-    )  # 3 / 1.4 is more than 2; once, not 50 times
-    assert Sampler(SamplingParams(repeat_penalty=3.0))(np.array([-1.0, -2.0], F32), [0, 0, 0]) == 1
+    assert token_of(sampler, logits, [0]) == 1
+    assert token_of(sampler, logits, [0] + [2] * 63) == 1
+    assert token_of(sampler, logits, [0] + [2] * 64) == 0
+    once = Sampler(SamplingParams(repeat_penalty=1.4))  # 3 / 1.4 is more than 2; once, not 50 times
+    assert token_of(once, logits, [0] * 50) == 0
+    negative = Sampler(SamplingParams(repeat_penalty=3.0))
+    assert token_of(negative, np.array([-1.0, -2.0], F32), [0, 0, 0]) == 1
 
 
 def test_repeat_penalty_comes_before_temperature():
     logits = np.array([2.0, 1.0, -1.0], F32)
     params = SamplingParams(repeat_penalty=4.0, temperature=0.7, seed=0)
     sampler, n = Sampler(params), 3000
-    counts = np.bincount([sampler(logits, [0, 2]) for _ in range(n)], minlength=3)
+    counts = np.bincount([token_of(sampler, logits, [0, 2]) for _ in range(n)], minlength=3)
     for token, p in literal(penalised(logits, [0, 2], 4.0), temperature=0.7).items():
         assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p)) + 1
 

@@ -29,6 +29,7 @@ from minillm.errors import MinillmError
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
 from minillm.ops.cuda_weights import CudaWeight
+from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 from minillm.weights import Weight
 
@@ -53,6 +54,11 @@ CACHES = {
     "semanticache 35 %": lambda: CacheConfig("semanticache", 0.35),
     "semanticache 20 %": lambda: CacheConfig("semanticache", 0.2),
     "streaming 20 %": lambda: CacheConfig("streaming", 0.2),
+}
+SAMPLING = {
+    "greedy": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.8),
+    "top-k, top-p, min-p": SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
 }
 GIB = 1 << 30
 
@@ -227,10 +233,20 @@ class Kernels:
         norm = self.device.upload(np.ones(self.c.dim, np.float32))
         self.add(f"rms_norm x {n}", x.nbytes + h.nbytes, 0, launch.rms_norm, x, norm, 1e-5, h, "bf16")
 
+    def sampling(self, batch=8):
+        """Logits as a model's: a few likely tokens and a long tail."""
+        device, rng = self.device, np.random.default_rng(0)
+        logits = device.upload(rng.normal(0, 3, (batch, self.c.vocab_size)).astype(np.float32))
+        space, tokens = launch.sample_space(device, *logits.shape), device.empty((batch,), np.int32)
+        for name, params in SAMPLING.items():
+            draws = [Sampler(replace(params, seed=seed)).draw([]) for seed in range(batch)]
+            tables = (device.upload(table) for table in launch.draw_tables(draws))
+            self.add(f"sample {name} x {batch}", logits.nbytes, 0, launch.sample, logits, *tables, space, tokens)
+
 
 def kernels(device, config, ceiling):
     timing = Kernels(device, config, ceiling)
-    for part in (timing.products, timing.attention, timing.norm):
+    for part in (timing.products, timing.attention, timing.norm, timing.sampling):
         part()
     return timing.rows
 
@@ -287,7 +303,7 @@ def one_cache(llm, name, ids, batches, bandwidth, tokens):
         session.cache.clear()
         session.feed(ids)
         start = time.perf_counter()
-        session.read()
+        session.read_and_draw(GREEDY)
         ttft.append(time.perf_counter() - start)
         if attempt == 0 and len(ids) > 16384 and ttft[0] > 20:
             break
@@ -296,10 +312,10 @@ def one_cache(llm, name, ids, batches, bandwidth, tokens):
         bytes_read = llm.model.nbytes + sum(cache.bytes_in_use for cache in caches)
         peak = memory_used(llm.model.ops)
         for _ in range(3):
-            llm.model.decode([1] * batch, caches)
+            llm.model.decode([1] * batch, caches, [GREEDY] * batch)
         start = time.perf_counter()
         for _ in range(tokens):
-            llm.model.decode([1] * batch, caches)
+            llm.model.decode([1] * batch, caches, [GREEDY] * batch)
         tpot = (time.perf_counter() - start) / tokens
         rows.append(
             {

@@ -8,6 +8,7 @@ import numpy as np
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_lib import floats, pointer
 from minillm.ops.cpu_pages import paged, slab_table
+from minillm.sampling import sample_each
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")
 _VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_score")
@@ -52,10 +53,15 @@ class Runner:
         self.lib.logits(byref(self.table), pointer(hidden), len(hidden), pointer(out))
         return out
 
-    def decode(self, token_ids, caches, cos, sin):
+    def draw(self, hidden, draws):
+        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws."""
+        return sample_each(self.logits(hidden), draws)
+
+    def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (B, 1, d/2). -> logits (B, vocab); the first layer whose output is not finite, or None;
-        rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None where no cache collects them."""
+        written here. cos, sin (B, 1, d/2). -> logits (B, vocab), or by B Draws the next tokens; the first layer whose
+        output is not finite, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None where no
+        cache collects them."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
@@ -68,4 +74,4 @@ class Runner:
         cos, sin, outputs = floats(cos), floats(sin), (logits, queries, scores)
         arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, *map(pointer, outputs)
         bad_layer = self.lib.decode(byref(self.table), *arguments)
-        return logits, None if bad_layer < 0 else bad_layer, queries, scores
+        return sample_each(logits, draws), None if bad_layer < 0 else bad_layer, queries, scores

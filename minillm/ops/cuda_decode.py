@@ -5,12 +5,14 @@ import numpy as np
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.ops import launch, say_once
+from minillm.sampling import GREEDY, PENALTY_WINDOW
 
 FINE = 1 << 30  # "the first layer whose output is not finite", where there is none
 
 
 class DecodeStep:
-    """A token of each of B sequences: device memory that is allocated once, and a graph.
+    """A token of each of B sequences read, and the next of each drawn: device memory that is allocated once, and a
+    graph.
 
     What changes from token to token is `control`, a few kilobytes that are copied to the device before a step; kernels
     read lengths, positions and pages there. The first step is launched kernel by kernel (they are compiled then), the
@@ -28,7 +30,9 @@ class DecodeStep:
             seen=((batch,), np.int32),
             lengths=(heads, np.int32),
             last_pages=(heads, np.int32),
-            bad=((1,), np.int32),
+            reals=((batch, 5), np.float64),
+            ints=((batch, 2 + PENALTY_WINDOW), np.int32),
+            results=((1 + batch,), np.int32),  # the first layer whose output is not finite; the next tokens
             cos=((batch, half), np.float32),
             sin=((batch, half), np.float32),
         )
@@ -42,26 +46,28 @@ class DecodeStep:
         self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
         self.act = device.empty((batch, c.ffn_dim), np.uint16)
         self.logits = device.empty((batch, c.vocab_size), np.float32)
+        self.sample_space = launch.sample_space(device, batch, c.vocab_size)
         self.graph, self.steps = None, 0
 
     def _divide(self, **parts):
-        size = lambda shape: -(-int(np.prod(shape)) // 4) * 4  # noqa: E731  words, so that each part begins at 16 bytes
-        self.host_words = np.zeros(sum(size(shape) for shape, _ in parts.values()), np.int32)
+        words = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize // 4 for name, (shape, dtype) in parts.items()}
+        rounded = {name: -(-n // 4) * 4 for name, n in words.items()}  # so that each part begins at 16 bytes
+        self.host_words = np.zeros(sum(rounded.values()), np.int32)
         self.control_words = self.device.empty(self.host_words.shape, np.int32)
         at = 0
         for name, (shape, dtype) in parts.items():
-            words = slice(at, at + int(np.prod(shape)))
-            self.host[name] = self.host_words[words].view(dtype).reshape(shape)
-            self.control[name] = self.control_words[words].view(dtype).reshape(shape)
-            at += size(shape)
+            part = slice(at, at + words[name])
+            self.host[name] = self.host_words[part].view(dtype).reshape(shape)
+            self.control[name] = self.control_words[part].view(dtype).reshape(shape)
+            at += rounded[name]
 
     def fits(self, caches):
         longest = max(int(cache.n_pages().max()) for cache in caches)
         return len(caches) == self.batch and caches[0].pool is self.pool and longest <= self.capacity
 
-    def run(self, token_ids, caches, cos, sin):
+    def run(self, token_ids, caches, cos, sin, draws):
         """As Runner.decode."""
-        self._update(token_ids, caches, cos, sin)
+        self._update(token_ids, caches, cos, sin, draws or [GREEDY] * self.batch)
         if self.steps == 1:
             self._capture()
         if self.graph:
@@ -69,16 +75,17 @@ class DecodeStep:
         else:
             self._launch()
         self.steps += 1
-        bad = int(self.control["bad"].get()[0])
+        bad, *tokens = self.control["results"].get().tolist()
         queries = None
         if any(cache.queries is not None for cache in caches):
             queries = self.runner.ops.stored_rows(self.q)
-        return self.logits.get(), None if bad == FINE else bad, queries, None
+        return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, None
 
-    def _update(self, token_ids, caches, cos, sin):
+    def _update(self, token_ids, caches, cos, sin, draws):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""
         host, page_size = self.host, PAGE_SIZE
-        host["ids"][:], host["bad"][:] = token_ids, FINE
+        host["ids"][:], host["results"][0] = token_ids, FINE
+        host["reals"][:], host["ints"][:] = launch.draw_tables(draws)
         host["cos"][:], host["sin"][:] = cos[:, 0], sin[:, 0]
         for b, cache in enumerate(caches):
             host["seen"][b], host["lengths"][:, b] = cache.position, cache.lengths
@@ -128,9 +135,11 @@ class DecodeStep:
                 launch.gemv_add(device, act, layer.w_down, x)
             if layer.b_down is not None:
                 launch.add_bias(device, self.x, layer.b_down)
-            launch.not_finite(device, self.x, index, control["bad"])
+            launch.not_finite(device, self.x, index, control["results"][:1])
         for rows in self._groups():
             launch.norm_gemv(device, self.x[rows], runner.norm, eps, runner.model.head, self.logits[rows])
+        draws, tokens = (control["reals"], control["ints"]), control["results"][1:]
+        launch.sample(device, self.logits, *draws, self.sample_space, tokens)
 
     def _groups(self):
         """Slices of the batch that a kernel for few rows takes at once."""

@@ -95,12 +95,22 @@ class Runner:
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32 on the host."""
+        return self._logits(hidden).get()
+
+    def draw(self, hidden, draws):
+        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws."""
+        device, logits, tokens = self.device, self._logits(hidden), self.device.empty((len(draws),), np.int32)
+        tables = (device.upload(table) for table in launch.draw_tables(draws))
+        launch.sample(device, logits, *tables, launch.sample_space(device, *logits.shape), tokens)
+        return tokens.get().tolist()
+
+    def _logits(self, hidden):
         logits = self.device.empty((len(hidden), self.model.head.shape[0]), np.float32)
         if len(hidden) <= max(launch.ROWS):
             launch.norm_gemv(self.device, hidden, self.norm, self.model.config.rms_eps, self.model.head, logits)
         else:
             self._product(self._normed(hidden, self.norm), self.model.head, logits)
-        return logits.get()
+        return logits
 
     def _normed(self, x, norm):
         h = self.device.empty(x.shape, np.uint16)
@@ -122,14 +132,15 @@ class Runner:
 
     # a token of each sequence
 
-    def decode(self, token_ids, caches, cos, sin):
+    def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab); the first layer whose output is not
-        finite, or None; rotated queries (L, B, Hq, d), or None where no cache collects them; None."""
+        written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the first
+        layer whose output is not finite, or None; rotated queries (L, B, Hq, d), or None where no cache collects them;
+        None."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)
-        return self.step.run(token_ids, caches, cos, sin)
+        return self.step.run(token_ids, caches, cos, sin, draws)
 
 
 def product(device, h, weight, y, real16, add=False):

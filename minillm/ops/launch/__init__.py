@@ -4,7 +4,7 @@ any kernel.
 
     sources.py       kernel files, the variants they are made for, and what their kernels take
     start.py         a kernel compiled, its arguments checked, started
-    elementwise.py products.py rope.py attention.py
+    elementwise.py products.py rope.py attention.py sampling.py
                      the forward pass, up to the next token
     pages.py         the cache
     scores.py merging.py
@@ -27,5 +27,6 @@ from minillm.ops.launch.products import (
     random_words,
 )
 from minillm.ops.launch.rope import rope_append, rope_split, unrotate
+from minillm.ops.launch.sampling import SampleSpace, draw_tables, sample, sample_space
 from minillm.ops.launch.scores import Rows, column_scores, score_lse, score_splits, window_scores
 from minillm.ops.launch.sources import files, kernels, parameters, source, variants

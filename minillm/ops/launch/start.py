@@ -13,6 +13,7 @@ from minillm.ops.launch.sources import parameters, source
 WARP = 32
 _TYPES = {
     "float": np.float32,
+    "double": np.float64,
     "int": np.int32,
     "unsigned": np.uint32,
     "long long": np.int64,
