@@ -144,10 +144,13 @@ class PagedLayer:
 
 
 class KVCache:
-    """The stored entries of one sequence."""
+    """The stored entries of one sequence.
 
-    def __init__(self, pool, n_layers, n_kv_heads):
-        self.pool = pool
+    window: of the model's attention, where pages that no later token will see are to be given back: a cache whose
+    entries are tokens, in their order. None: nothing is given back unasked."""
+
+    def __init__(self, pool, n_layers, n_kv_heads, window=None):
+        self.pool, self.window = pool, window
         self.pages = np.zeros((n_layers, n_kv_heads, 8), np.int32)  # the first n_pages() of each head are meant
         self.lengths = np.zeros((n_layers, n_kv_heads), np.int64)  # entries stored
         self.token_ids = []  # the tokens read
@@ -266,6 +269,20 @@ class KVCache:
         Plan now."""
         self.token_ids.extend(int(token) for token in token_ids)
         self.tail = self.tail + len(token_ids) if tail is None else tail
+        self.forget()
+
+    def forget(self):
+        """Give back the pages before the `window` newest entries of each head."""
+        if self.window is None:
+            return
+        size, held = self.pool.page_size, self.n_pages()
+        unseen = np.maximum(self.lengths - self.window, 0) // size
+        for layer, head in np.argwhere(unseen):
+            n, table = unseen[layer, head], self.pages[layer, head, : held[layer, head]]
+            self.pool.release(table[:n])
+            table[:-n] = table[n:].copy()
+        self.lengths -= unseen * size
+        self.tail = min(self.tail, int(self.lengths.min()))
 
     def cut(self, lengths):
         """Give up what follows the first `lengths` (L, H) entries of each head."""
@@ -283,7 +300,7 @@ class KVCache:
 
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
-        other = KVCache(self.pool, *self.lengths.shape)
+        other = KVCache(self.pool, *self.lengths.shape, self.window)
         other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
         other.queries = None if self.queries is None else self.queries.copy()

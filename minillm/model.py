@@ -138,6 +138,7 @@ class Model:
                     compression.store(index, k, v, queries.get(compression.reads, ()), block.wo)
                 else:
                     cache.append(index, k, v, pos)
+                    cache.forget()
             del q, k, v, queries
             self._check_finite(self._output(index, x, mixed), index)
             if progress:

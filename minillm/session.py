@@ -111,7 +111,8 @@ class Session:
 
     def __init__(self, llm):
         self.llm = llm
-        self.cache = KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads)
+        window = llm.config.sliding_window if llm.cache_config.method == "full" else None
+        self.cache = KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads, window)
         self.unread = []  # token ids that were fed or generated and not read yet
         self.messages = []  # the chat so far
         self.rendered = None  # the chat template's text up to the last answer

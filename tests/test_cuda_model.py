@@ -209,6 +209,19 @@ def test_positions_that_were_moved_up(device, ids):
     assert all((cache.read(1).pos.reshape(2, -1)[:, -3:] == [26, 27, 28]).all() for cache in pair)
 
 
+def test_pages_that_a_sliding_window_has_left_are_given_back(device, ids):
+    """While a graph goes on: against a NumPy cache that keeps everything."""
+    twins = Twins(device, replace(SMALL, sliding_window=20))
+    gives, keeps = twins.caches()
+    gives.window = 20
+    twins.close(twins.extend(ids[:90], [gives, keeps]))
+    for token in ids[90:160]:
+        twins.close(twins.decode([token], [[gives, keeps]]))
+        assert (gives.lengths < 20 + 32).all() and (keeps.lengths == keeps.seen).all()
+    assert gives.pool.bytes_in_use <= 2 * gives.lengths.size * gives.pool.page_bytes
+    assert twins.models[0].runner.step.graph
+
+
 def test_a_session_is_saved_forked_trimmed_and_restored(device, ids):
     twins = Twins(device)
     pair = twins.caches()

@@ -265,6 +265,41 @@ def test_an_interrupted_decode_leaves_the_caches_as_they_were(at, name):
     same(model.decode([1, 2], [one, two]), np.concatenate(expected))
 
 
+def test_pages_that_a_sliding_window_has_left_are_given_back():
+    """Logits are those over a cache that keeps everything, through turns, tokens, an interruption, a fork and a file;
+    what is held is the window and less than a page more."""
+    model = model_of(config_of(sliding_window=6))
+    keeps = new_cache(model)
+    gives = KVCache(keeps.pool, 2, 2, window=6)
+
+    def check():
+        assert (gives.lengths <= 6 + 3).all() and gives.tail == gives.lengths.min() and gives.seen == keeps.seen
+        assert keeps.pool.bytes_in_use == keeps.bytes_in_use + gives.bytes_in_use
+
+    for i, n in enumerate((3, 50, 2, 1)):
+        ids = ids_of(n, i)
+        same(model.logits(model.extend(ids, gives)), model.logits(model.extend(ids, keeps)), 5e-5)
+        check()
+    for token in range(13):
+        state = {name: array.copy() for name, array in gives.state().items()}
+        model.ops = interrupting(14, "linear")
+        with pytest.raises(Interrupted):
+            model.decode([token], [gives])
+        same_state(gives, state)
+        model.ops = numpy_ops
+        logits = model.decode([token, token], [keeps, gives])
+        same(logits[1], logits[0], 5e-5)
+        check()
+    fork, restored = gives.fork(), KVCache(keeps.pool, 2, 2, window=6)
+    restored.restore(gives.state())
+    for token in range(9):
+        logits = model.decode([token] * 4, [keeps, gives, fork, restored])
+        same(logits, np.tile(logits[0], (4, 1)), 5e-5)
+    fork.clear()
+    restored.clear()
+    check()
+
+
 def test_damaged_weights_are_named_and_nothing_is_kept():
     model = model_of(config_of())
     cache = new_cache(model)

@@ -6,7 +6,7 @@ import pytest
 import tiny_chat
 from safetensors.numpy import save_file
 
-from minillm import LLM, MinillmError, SamplingParams
+from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib
 
@@ -92,3 +92,14 @@ def test_quantize_computes_with_the_rounded_weights(quantize, path, tmp_path, mo
         got, expected = (model.logits(list(range(40))) for model in (llm, reference))
         share = {"numpy": 1e-6, "portable": 1e-5, "avx2": 1e-5}.get(path, 2e-2)  # bf16 operands in both
         assert np.sqrt(((got - expected) ** 2).mean()) <= share * np.sqrt((expected**2).mean())
+
+
+def test_a_model_with_a_sliding_window_holds_no_more_than_it_sees(tiny_models):
+    """Of a full cache; what was promised before is no less."""
+    with LLM.load(tiny_models["sliding-window"], cache=CacheConfig("full")) as llm:
+        assert llm.config.sliding_window == 8
+        session = llm.session()
+        session.feed([1 + i % 50 for i in range(100)])
+        list(session.stream(SamplingParams(max_tokens=9, ignore_eos=True)))
+        assert session.cache.seen == 108 and (session.cache.lengths < 8 + 32).all()
+        assert session.cache.bytes_in_use <= llm.cache_bytes(108) < session.cache.full_bytes
