@@ -93,16 +93,31 @@ def sample_each(logits, draws):
 def weights(logits, params):
     """(vocab,) float64: the probability of each token over that of the most likely one; 0 for what temperature, then
     top-k, top-p and min-p, each on what the one before left, leave out."""
-    order = np.argsort(-logits, kind="stable")
+    weight = np.exp((logits.astype(np.float64) - logits.max()) / params.temperature)
     if params.top_k:
-        order = order[: params.top_k]
-    ranked = logits[order].astype(np.float64)
-    weight = np.exp((ranked - ranked[0]) / params.temperature)
+        weight = only(weight, ranked(logits, params.top_k))
     if params.top_p < 1:
-        sums = np.cumsum(weight)
-        n = int(np.searchsorted(sums, params.top_p * sums[-1])) + 1
-        order, weight = order[:n], weight[:n]
-    n = int(np.count_nonzero(weight >= params.min_p))  # they fall
-    out = np.zeros(len(logits))
-    out[order[:n]] = weight[:n]
+        goal = params.top_p * weight.sum()
+        for n in (64, 4096, len(logits)):  # mostly few tokens reach it, and the others need no order
+            order = ranked(logits, n)
+            sums = np.cumsum(weight[order])
+            if sums[-1] >= goal:
+                break
+        weight = only(weight, order[: int(np.searchsorted(sums, goal)) + 1])
+    weight[weight < params.min_p] = 0
+    return weight
+
+
+def ranked(logits, n):
+    """The first n token ids by logit, of equal ones the lower first."""
+    ids = np.arange(len(logits))
+    if n < len(logits):
+        ids = np.flatnonzero(logits >= np.partition(logits, -n)[-n])
+    return ids[np.argsort(-logits[ids], kind="stable")][:n]
+
+
+def only(weight, ids):
+    """The weights (vocab,) of `ids`, 0 for the others."""
+    out = np.zeros_like(weight)
+    out[ids] = weight[ids]
     return out

@@ -101,6 +101,15 @@ def test_ties_are_cut_by_id():
     check(logits, min_p=1.0)
 
 
+@pytest.mark.parametrize("vocab", [65, 5000])
+def test_long_vocabularies(vocab):
+    """Where the tokens that reach top-p are some of the first, or nearly all."""
+    rng = np.random.default_rng(vocab)
+    for logits in (rng.normal(0, 3, vocab), rng.integers(0, 3, vocab), np.zeros(vocab)):
+        for params in ({"top_p": 0.02}, {"top_p": 0.5}, {"top_p": 0.9999}, {"top_k": 3000, "top_p": 0.97}):
+            check(logits.astype(F32), **params)
+
+
 def test_extreme_logits():
     check(np.array([3e38, -3e38, 0, 3e38], F32))
     check(np.array([-np.inf, 1, -np.inf, 2], F32), top_p=0.99)
