@@ -8,6 +8,7 @@ from literal import FakeRope, make_layer
 from test_compress import CLASSES, F32, Sequence, positions
 
 from minillm.cache import KVCache, PagePool
+from minillm.compress.allocate import leveled, top
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.output import Output
@@ -426,3 +427,26 @@ def test_tova_drops_at_each_step_what_the_newest_query_wants_least():
         rows = literal.Rows(heads, asked[-1][0], [140 + step], sequence.wo[0].data, 1.0)
         kept = [kept[j] for j in literal.cut(literal.tova(rows)[0], 30)]
         assert positions(sequence, 0, 0) == positions(sequence, 0, 1) == kept
+
+
+def test_the_best_of_many_with_ties():
+    rng = np.random.default_rng(0)
+    for n in (1, 9, 60):
+        scores = rng.integers(-2, 3, n).astype(F32)
+        scores[rng.random(n) < 0.2] = -np.inf
+        for count in (-1, 0, 1, n // 2, n, n + 3):
+            expected = sorted(sorted(range(n), key=lambda i: (-scores[i], i))[: max(count, 0)])
+            assert top(scores, count).tolist() == expected
+
+
+def test_heads_are_filled_level_by_level():
+    """One row at a time to the head that has fewest and takes more, of equal ones the first."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        held, most = rng.integers(0, 7, (2, rng.integers(1, 6)))
+        for room in range(int(most.sum()) + 3):
+            taken = [0] * len(held)
+            for _ in range(room):
+                if open_ := [h for h in range(len(held)) if taken[h] < most[h]]:
+                    taken[min(open_, key=lambda h: held[h] + taken[h])] += 1
+            assert leveled(held, most, room).tolist() == taken

@@ -5,6 +5,7 @@ row whose into is itself stays, one with another row's number of its head joins 
 
 layers(ledger, layer, scores, **options) -> the targets of the layers seen so far, this one the last."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,19 @@ def per_head(layer, scores, target):
     not have goes to the others): the protected ones and, of the others, those with the best scores; of equal ones the
     earlier."""
     protected = np.bincount(layer.heads[layer.protected], minlength=len(layer.lengths))
-    free, rank = ranked(layer, scores, layer.protected)
-    turn = np.argsort(rank + protected[layer.heads[free]], kind="stable")  # one of each head, in turn
-    kept = layer.protected.copy()
-    kept[free[turn[: max(target - int(protected.sum()), 0)]]] = True
-    return stay(kept)
+    counts = leveled(protected, layer.lengths - protected, max(target - int(protected.sum()), 0))
+    return stay(best(layer, scores, counts, layer.protected))
+
+
+def leveled(held, most, room):
+    """(H,) how many more each head takes, none above `most` (H,): `room` in all, or as many as there are, so that with
+    what it has, `held` (H,), each has as many as another; the first take one more where it does not divide."""
+    taken = lambda level: np.clip(level - held, 0, most)  # noqa: E731
+    levels = range(int((held + most).max(initial=0)) + 1)
+    level = bisect_right(levels, room, key=lambda level: taken(level).sum()) - 1
+    counts = taken(level)
+    counts[np.flatnonzero(taken(level + 1) > counts)[: room - counts.sum()]] += 1
+    return counts
 
 
 def across_heads(layer, scores, target):
@@ -108,10 +117,11 @@ def adaptive_counts(layer, scores, target, alpha, normalize):
 def best(layer, scores, counts, kept):
     """(R,) bool: `kept` and, of each head's other rows, the `counts` (H,) with the best scores; of equal ones the
     earlier."""
-    rows, rank = ranked(layer, scores, kept)
-    kept = kept.copy()
-    kept[rows[rank < counts[layer.heads[rows]]]] = True
-    return kept
+    ends, out = np.cumsum(layer.lengths), kept.copy()
+    for n, end, count in zip(layer.lengths, ends, counts, strict=True):
+        rows = end - n + np.flatnonzero(~kept[end - n : end])
+        out[rows[largest(scores[rows], count)]] = True
+    return out
 
 
 def largest(scores, count):

@@ -196,8 +196,7 @@ class CacheConfig:
     def plan(self, layer, scores, target):
         """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
         into = self.allocation.heads(layer, scores, target, options=self.options)
-        stays = np.flatnonzero(into == np.arange(len(into)))
-        return self.merge(layer, scores, into, options=self.options), stays
+        return self.merge(layer, scores, into, options=self.options), np.flatnonzero(into == np.arange(len(into)))
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""

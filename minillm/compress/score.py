@@ -134,11 +134,12 @@ def pooled(layer, scores, width, kind):
     the rows of each head that are not protected, and among these."""
     out = scores.copy()
     for rows in np.split(layer.free, np.searchsorted(layer.heads[layer.free], range(1, len(layer.lengths)))):
-        padding = -np.inf if kind == "max" else 0
+        padding, together = (-np.inf, np.maximum) if kind == "max" else (0, np.add)
         padded = np.pad(scores[rows], (width // 2, width - 1 - width // 2), constant_values=padding)
-        if len(rows):
-            around = np.lib.stride_tricks.sliding_window_view(padded, width)
-            out[rows] = around.max(axis=1) if kind == "max" else around.mean(axis=1)
+        around = padded[: len(rows)].copy()
+        for shift in range(1, width):
+            together(around, padded[shift : shift + len(rows)], out=around)
+        out[rows] = around if kind == "max" else around / np.float32(width)
     return out
 
 
