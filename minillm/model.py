@@ -100,7 +100,7 @@ class Model:
         for lo in range(0, max(n, 1), step):
             hi = min(lo + step, n)
             hidden.append(self.extend_each(token_ids[lo:hi], [cache], [compressor], _part(progress, lo, hi, n), n - hi))
-        return self.ops.concatenate(hidden)
+        return hidden[0] if len(hidden) == 1 else self.ops.concatenate(hidden)
 
     def extend_each(self, token_ids, caches, compressors, progress=None, coming=0):
         """`extend` of several caches that hold the same (nothing, where there are several) by the same tokens, each
@@ -129,7 +129,7 @@ class Model:
         for index, block in enumerate(self.blocks):
             q, k, v, scores, mixed = self._attention(index, x, cos, sin, first.layer(index), wants)
             for cache in noting:
-                cache.predicted[index].append(self.ops.stored_rows(scores))
+                cache.predicted[index].append(scores)
             queries = {"new": [Queries(q, pos)]}
             if again:
                 queries["again"] = again.layer(index, k, v, pos)
@@ -152,8 +152,8 @@ class Model:
 
     def _attention(self, index, x, cos, sin, past, wants=()):
         """The first half of a layer: x (n, dim) -> q (Hq, n, d); k, v (H, n, d); q and k rotated; predicted scores (H,
-        n); mixed (n, Hq * d), the attention's output. q and scores may be None where `wants` lacks "queries" or
-        "scores"."""
+        n) on the host; mixed (n, Hq * d), the attention's output. q and scores may be None where `wants` lacks
+        "queries" or "scores"."""
         if self.runner:
             return self.runner.attention(index, x, cos, sin, past, wants)
         ops, block, config = self.ops, self.blocks[index], self.config

@@ -45,14 +45,27 @@ def weights_of(config, kind, seed=0):
     return out
 
 
+def score_weights(config):
+    """What a profile adds."""
+    rng, out = np.random.default_rng(7), {}
+    for layer in range(config.n_layers):
+        w = rng.normal(0, config.dim**-0.5, (config.n_kv_heads, config.dim)).astype(np.float32)
+        out[f"model.layers.{layer}.self_attn.score.weight"] = Weight("F32", w, w.shape)
+        out[f"model.layers.{layer}.self_attn.score.bias"] = Weight(
+            "F32", rng.normal(size=len(w)).astype(np.float32), ()
+        )
+    return out
+
+
 class Twins:
     """The same model on both backends, each with a pool, and caches in pairs."""
 
     def __init__(self, device, config=SMALL, kind="F16", cache="full", **options):
-        self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
+        cache = CacheConfig(cache, **options)
+        weights = lambda: weights_of(config, kind) | (score_weights(config) if cache.foresees else {})  # noqa: E731
+        self.models = [Model(config, weights(), ops) for ops in (CudaOps(device), numpy_ops)]
         self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
-        cache = CacheConfig(cache, **options)
         self.compressors = [
             Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
             for model in self.models
@@ -171,6 +184,28 @@ def test_every_method(device, ids, method):
         if compressor.due(cache):
             model.recompress(cache, compressor)
     assert abs(pair[0].entries - pair[1].entries) <= 8
+
+
+@pytest.mark.parametrize("kind", SHARE)
+def test_predicted_scores(device, ids, kind):
+    """Of a prompt in two parts and of the tokens of a batch: launched, captured and replayed; and a batch that asks for
+    none, for which another graph is made."""
+    twins = Twins(device, replace(SMALL, n_heads=6, n_kv_heads=3), kind, "foresight", budget=0.3)
+    pairs = [twins.caches() for _ in "ab"]
+    for pair, n in zip(pairs, (40, 7), strict=True):
+        twins.extend(ids[:n], pair)
+        twins.extend(ids[n : n + 5], pair)
+    for token in ids[50:54]:
+        twins.decode([token, 3], pairs)
+    assert twins.models[0].runner.step.graph
+    for pair, n in zip(pairs, (49, 16), strict=True):
+        noted = [np.stack([np.concatenate(layer, axis=1) for layer in cache.predicted]) for cache in pair]
+        assert noted[0].shape == (SMALL.n_layers, 3, n) and noted[0].dtype == np.float32
+        twins.close(noted, 2)
+        for cache in pair:
+            cache.predicted = None
+    twins.close(twins.decode([1, 2], pairs))
+    assert not twins.models[0].runner.step.foresees
 
 
 @pytest.mark.parametrize("tau", [0.3, None])

@@ -46,6 +46,8 @@ class DecodeStep:
         self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
         self.act = device.empty((batch, c.ffn_dim), np.uint16)
         self.logits = device.empty((batch, c.vocab_size), np.float32)
+        self.foresees = _foresees(caches)  # whether scores are predicted
+        self.scores = device.empty(heads, np.float32)
         self.sample_space = launch.sample_space(device, batch, c.vocab_size)
         self.graph, self.steps = None, 0
 
@@ -63,7 +65,8 @@ class DecodeStep:
 
     def fits(self, caches):
         longest = max(int(cache.n_pages().max()) for cache in caches)
-        return len(caches) == self.batch and caches[0].pool is self.pool and longest <= self.capacity
+        same = len(caches) == self.batch and caches[0].pool is self.pool and _foresees(caches) == self.foresees
+        return same and longest <= self.capacity
 
     def run(self, token_ids, caches, cos, sin, draws):
         """As Runner.decode."""
@@ -76,10 +79,12 @@ class DecodeStep:
             self._launch()
         self.steps += 1
         bad, *tokens = self.control["results"].get().tolist()
-        queries = None
+        queries = scores = None
         if any(cache.queries is not None for cache in caches):
             queries = self.runner.ops.stored_rows(self.q)
-        return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, None
+        if self.foresees:
+            scores = self.scores.get() + np.stack([layer.b_score for layer in self.runner.layers])[:, None]
+        return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, scores
 
     def _update(self, token_ids, caches, cos, sin, draws):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""
@@ -119,7 +124,10 @@ class DecodeStep:
                 self.slabs, self.pool.slab_pages, self.pages[index], control["lengths"][index], control["seen"]
             )
             for rows in self._groups():
-                launch.norm_gemv(device, self.x[rows], layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
+                x, scores = self.x[rows], self.scores[index][rows]
+                launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
+                if self.foresees:
+                    launch.norm_gemv(device, x, layer.attention_norm, eps, layer.w_score, scores)
             turn = control["cos"], control["sin"]
             launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q[index], past, real16)
             launch.decode_attention(
@@ -145,3 +153,7 @@ class DecodeStep:
         """Slices of the batch that a kernel for few rows takes at once."""
         most = max(launch.ROWS)
         return [slice(lo, lo + most) for lo in range(0, self.batch, most)]
+
+
+def _foresees(caches):
+    return any(cache.predicted is not None for cache in caches)

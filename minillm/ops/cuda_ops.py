@@ -175,8 +175,8 @@ class CudaOps:
         return from_words(rows.get(), self.real16)
 
     def concatenate(self, parts):
-        """Rows of several arrays, one after another."""
-        out, row = self.device.empty((sum(map(len, parts)), parts[0].shape[1]), np.uint16), 0
+        """Rows of several arrays of one dtype, one after another."""
+        out, row = self.device.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype), 0
         for part in parts:
             if len(part):
                 out[row : row + len(part)] = part

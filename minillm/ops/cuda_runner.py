@@ -23,6 +23,7 @@ class Layer:
         self.bqkv = _bias(device, block.bq, block.bk, block.bv)
         self.b_gate_up = _bias(device, block.b_gate, block.b_up)
         self.bo, self.b_down = _bias(device, block.bo), _bias(device, block.b_down)
+        self.w_score, self.b_score = block.w_score, block.b_score  # the bias is added on the host
 
 
 def _above(ops, block, *names):
@@ -62,18 +63,27 @@ class Runner:
 
     def attention(self, index, x, cos, sin, past, wants):
         """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and
-        k rotated; None; mixed (n, Hq * d); all of 16 bits."""
+        k rotated; predicted scores (H, n) float32 on the host, or None where `wants` lacks "scores"; mixed (n, Hq * d);
+        all but the scores of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
-        qkv = self._norm_product(x, layer.attention_norm, layer.wqkv)
+        normed = self._normed(x, layer.attention_norm)
+        scores = self._scores(layer, normed) if "scores" in wants else None
+        qkv = device.empty((n, layer.wqkv.shape[0]), np.uint16)
+        self._product(normed, layer.wqkv, qkv)
         q = device.empty((c.n_heads, n, c.head_dim), np.uint16)
         k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
         launch.rope_split(device, qkv, layer.bqkv, cos, sin, q, k, v, self.real16)
-        del qkv
+        del qkv, normed
         mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
         past, window = self.ops.paged(past), c.sliding_window or 0
         launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
-        return q, k, v, None, mixed.reshape(n, -1)
+        return q, k, v, scores, mixed.reshape(n, -1)
+
+    def _scores(self, layer, normed):
+        scores = self.device.empty((len(normed), layer.w_score.shape[0]), np.float32)
+        self._product(normed, layer.w_score, scores)
+        return scores.get().T + layer.b_score[:, None]
 
     def output(self, index, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
@@ -88,7 +98,8 @@ class Runner:
         return False
 
     def _mlp(self, layer, x):
-        gate_up = self._norm_product(x, layer.mlp_norm, layer.w_gate_up)
+        gate_up = self.device.empty((len(x), layer.w_gate_up.shape[0]), np.uint16)
+        self._product(self._normed(x, layer.mlp_norm), layer.w_gate_up, gate_up)
         h = self.device.empty((len(x), gate_up.shape[1] // 2), np.uint16)
         launch.swiglu(self.device, gate_up, layer.b_gate_up, h, self.real16)
         self._product_onto(x, h, layer.w_down, layer.b_down)
@@ -117,11 +128,6 @@ class Runner:
         launch.rms_norm(self.device, x, norm, self.model.config.rms_eps, h, self.real16)
         return h
 
-    def _norm_product(self, x, norm, weight):
-        y = self.device.empty((len(x), weight.shape[0]), np.uint16)
-        self._product(self._normed(x, norm), weight, y)
-        return y
-
     def _product_onto(self, x, h, weight, bias):
         self._product(h, weight, x, add=True)
         if bias is not None:
@@ -135,8 +141,8 @@ class Runner:
     def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the first
-        layer whose output is not finite, or None; rotated queries (L, B, Hq, d), or None where no cache collects them;
-        None."""
+        layer whose output is not finite, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None
+        where no cache collects them."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)
