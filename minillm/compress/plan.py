@@ -82,6 +82,13 @@ class Layer:
             )
         return self.memo[key]
 
+    def window_means(self, w):
+        """(G, R) float32: the mean of the probabilities that the newest m <= w queries give to each row: window_scores
+        where no more is wanted of them, and m times less to hold and, on a GPU, to hand over."""
+        q, pos = self.queries[-1].q[:, -w:], self.queries[-1].pos[-w:]
+        arguments = q, self.k, self.lengths, np.log(self.size), self.pos, pos, self.scale, self.attention_window
+        return self.ops.column_scores(*arguments) / np.float32(len(pos))
+
     def output_norms(self, order):
         """(G, R) float32: |v W_O^h| of each row for the query heads of its group; order: "l1" or "l2"."""
         return self.output.norms(self.values, self.lengths, order)

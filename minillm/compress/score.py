@@ -34,7 +34,7 @@ def chance(layer):
 def window(layer, queries, pool, pooling, group):
     """SnapKV (Li et al. 2024): what the newest queries attend to, averaged over them and over the group (or the most
     that a query head of it does, as Ada-KV's code can), and pooled over neighbours."""
-    attention = layer.window_scores(queries).mean(axis=1)
+    attention = layer.window_means(queries)
     return pooled(layer, attention.max(axis=0) if group == "max" else attention.mean(axis=0), pool, pooling)
 
 
@@ -76,7 +76,7 @@ def mean_variance(layer, queries, gamma, pool):
 def value_scaled(layer, queries, pool):
     """LAVa (Shen et al. 2025): what the newest queries attend to, the largest of the group and of neighbours, times
     the largest L1 norm of a value in the head."""
-    scores = pooled(layer, layer.window_scores(queries).mean(axis=1).max(axis=0), pool, "max")
+    scores = pooled(layer, layer.window_means(queries).max(axis=0), pool, "max")
     largest, heads = np.zeros(len(layer.lengths), np.float32), layer.heads[layer.free]
     np.maximum.at(largest, heads, np.abs(layer.values[layer.free]).sum(axis=1))
     return scores * largest[layer.heads]
@@ -121,7 +121,7 @@ def contribution(layer, queries, pool, pooling):
     if layer.generated:
         attention = layer.window_scores(1).sum(axis=(0, 1))
         return over_heads(layer, attention * np.abs(layer.values).sum(axis=1))
-    return over_heads(layer, pooled(layer, layer.window_scores(queries).mean(axis=1).sum(axis=0), pool, pooling))
+    return over_heads(layer, pooled(layer, layer.window_means(queries).sum(axis=0), pool, pooling))
 
 
 def over_heads(layer, scores):
