@@ -249,6 +249,32 @@ def test_merge(device, rng, d, n_rows, n_entries):
     np.testing.assert_array_equal(out.get()[dest[alone]], words[alone])
 
 
+@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("d", [64, 128])
+def test_the_nearest_of_a_stretch(device, rng, real16, d):
+    """Of no candidates, of one, of many; of equal ones the first; rows of zeros are like nothing."""
+    words = to_words(rng.normal(size=(40, d)), real16)
+    words[7] = 0
+    words[[3, 30]] = words[11]
+    rows = np.float64(from_words(words, real16))
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    index, others = np.append(rng.permutation(40), 7), rng.permutation(np.append(np.arange(40), [11, 3, 7]))
+    lo = rng.integers(0, len(others), len(index))
+    hi = np.minimum(lo + rng.integers(0, 12, len(index)), len(others))
+    lo[:3], hi[:3], lo[3], hi[3] = 0, len(others), 5, 5
+    found, cosine = device.empty((len(index),), np.int32), device.empty((len(index),), F32)
+    tables = (device.upload(table.astype(np.int32)) for table in (index, others, lo, hi))
+    launch.nearest(device, device.upload(words), *tables, found, cosine, real16)
+    ours, similarity = found.get(), cosine.get()
+    for i, row in enumerate(index):
+        candidates = others[lo[i] : hi[i]]
+        cosines = [float(np.round(units[row] @ units[other], 9)) for other in candidates]
+        expected = candidates[int(np.argmax(cosines))] if len(candidates) else -1
+        assert ours[i] == expected
+        assert similarity[i] == pytest.approx(max(cosines, default=0), abs=1e-4)
+
+
 # clusters
 
 

@@ -32,6 +32,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "long_clusters": 40,
     "merge": 32,
     "merge_unrotated": 40,
+    "nearest": 40,
     "norm_gemv": 128,
     "norm_gemv_logits": 128,
     "norm_gemv_swiglu": 128,

@@ -257,7 +257,10 @@ class CudaOps:
 
     def nearest(self, keys, rows, others, first, last):
         """For each of some rows the one most like it of a stretch of others; on the host. See numpy_ops."""
-        return numpy_ops.nearest(self.stored_rows(keys), rows, others, first, last)
+        found, cosine = (self.device.empty((len(rows),), dtype) for dtype in (np.int32, np.float32))
+        arguments = (self._indices(array) for array in (rows, others, first, last))
+        launch.nearest(self.device, self._rows(keys), *arguments, found, cosine, self.real16)
+        return found.get().astype(np.int64), cosine.get()
 
     def _by_entry(self, dest, n_entries):
         """order: the rows that go somewhere, entry by entry; first (E + 1,): where those of an entry begin."""

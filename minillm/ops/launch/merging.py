@@ -36,6 +36,15 @@ def merge_unrotated(device, rows, unrotated, pos, order, first, weight, entry_po
     )
 
 
+def nearest(device, keys, rows, others, first, last, found, cosine, real16):
+    """found (n,) int32, cosine (n,): for each of rows (n,), the one of others[first : last] most like it, or -1."""
+    n = len(rows)
+    assert len(first) == len(last) == len(found) == len(cosine) == n
+    arguments = {"keys": keys, "rows": rows, "others": others, "first": first, "last": last}
+    arguments |= {"found": found, "cosine": cosine, "n": n}
+    run(device, "nearest", "nearest", (blocks(n, 8),), (256,), arguments, defines=head_defines(keys.shape[1], real16))
+
+
 def unit_rows(device, keys, out, real16):
     """out (C, d) float32 = keys (C, d), each over its norm."""
     n, d = out.shape
