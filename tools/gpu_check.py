@@ -104,8 +104,11 @@ def sanitizers(seconds):
     """compute-sanitizer on a few tests."""
     if not shutil.which("compute-sanitizer"):
         return {"skipped": "no compute-sanitizer on PATH"}
-    tests = [str(ROOT / "tests" / name) for name in ("test_cuda_kernels.py", "test_cuda_attention.py")]
-    chosen = "gpu and (merge or entries or append or clusters or decode)"
+    tests = [
+        str(ROOT / "tests" / name)
+        for name in ("test_cuda_kernels.py", "test_cuda_attention.py", "test_cuda_sampling.py")
+    ]
+    chosen = "gpu and (merge or entries or append or clusters or decode or ties)"
     out = {}
     for tool in ("memcheck", "racecheck"):
         command = [
