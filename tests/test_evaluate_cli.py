@@ -69,6 +69,8 @@ def test_methods_times_budgets_times_options():
         (["needle", "--length", "5000", "-n", "1"], "context is 4096"),
         (["needle", "--haystack", "/nowhere"], "/nowhere cannot be read"),
         (["needle", "-n", "0"], "at least 1"),
+        (["verbatim", "--length", "300"], "too short to repeat"),
+        (["verbatim", "--task", "keys2"], "not one of prose, code"),
         (["ruler", "--length", "200"], "does not fit"),
         (["longbench", "--data", "/nowhere"], "cannot be read from /nowhere"),
         (["perplexity", "--protocol", "aware,blind"], "'blind' is not one of aware, agnostic"),
@@ -105,6 +107,8 @@ def test_needle_from_flags_to_tables(run, tmp_path):
     [
         (["perplexity", "--length", "400", "--following", "40"], 4),
         (["fidelity", "--length", "400", "--text", "{text}"], 4),
+        (["verbatim", "--task", "prose,lists", "--length", "900", "--following", "20"], 8),
+        (["needle", "--task", "code,dialogue", "--length", "900"], 8),
         (["ruler", "--task", "vt,niah_single_1", "--length", "1800"], 8),
         (["longbench", "--task", "hotpotqa,samsum", "--data", "{data}"], 8),
     ],

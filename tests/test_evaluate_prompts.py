@@ -12,9 +12,9 @@ import tiny_chat
 
 from minillm import LLM
 from minillm.errors import MinillmError, UsageError
-from minillm.evaluate import continuation, longbench, needles, ruler
+from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.prompt import largest
-from minillm.evaluate.text import read_text, split_sentences
+from minillm.evaluate.text import HAYSTACKS, Text, read_haystack, read_text, split_sentences
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,17 @@ def test_sentences_end_where_a_reader_ends_them():
 
 def test_the_bundled_texts():
     hay, held_out = read_text(), read_text(None, "heldout.txt")
-    assert len(hay.sentences) > 3000 and len(hay.text) + len(held_out.text) < 600_000
-    assert not set(hay.sentences) & {s for s in held_out.sentences if len(s) > 60}
+    assert len(hay.parts) > 3000 and len(hay.text) + len(held_out.text) < 600_000
+    for name in HAYSTACKS:
+        text = read_haystack(name)
+        assert len(text.text) > 30_000 and max(map(len, text.parts)) < 1200 and all(map(str.strip, text.parts))
+        assert text.by_line == (name != "prose") and text.join(text.parts) == text.text
+
+
+def test_a_stretch_goes_on_at_the_beginning():
+    text = Text("a\n b\nc", "", by_line=True)
+    assert text.stretch(1, 4) == [" b", "c", "a", " b"] and text.join(text.stretch(0, 2)) == "a\n b"
+    assert Text("One. Two.", "").stretch(1, 2) == ["Two.", "One."]
 
 
 def test_a_haystack_of_files(tmp_path):
@@ -69,11 +78,11 @@ def test_largest():
 @pytest.mark.parametrize("kind", needles.KINDS)
 @pytest.mark.parametrize("length", [1000, 3000])
 def test_a_needle_sample_is_as_long_as_it_may_be_and_holds_its_needles(llm, kind, length):
-    hay = read_text()
+    hay = read_haystack(needles.haystack_of(kind))
     for sample in needles.samples([kind], [length], [None, 0.0, 0.5, 1.0], range(3), hay):
         prompt = needles.prompt(llm, sample, hay)
         n = len(prompt.context) + len(prompt.question)
-        longest = max(map(len, hay.sentences)) if kind != "noise" else 30
+        longest = max(len(part.encode()) for part in hay.parts) if kind != "noise" else 30
         assert length - longest < n <= length
         text = whole(llm, prompt)
         answer = text_of(llm, prompt.answer)
@@ -94,7 +103,7 @@ def test_the_needle_is_at_its_depth_at_the_end_of_a_sentence():
     for _ in range(200):
         hay = ["x" * rng.randrange(1, 30) + "." for _ in range(rng.randrange(1, 12))]
         depth = rng.choice([0, 1, rng.random()])
-        before, after = needles.hide(hay, ["NEEDLE"], [depth]).split("NEEDLE")
+        before, after = " ".join(needles.hide(hay, ["NEEDLE"], [depth])).split("NEEDLE")
         ends = [sum(map(len, hay[:i])) for i in range(len(hay) + 1)]
         wanted = max(end for end in ends if end <= depth * ends[-1])
         assert len(before.replace(" ", "")) == wanted
@@ -118,6 +127,43 @@ def test_a_length_without_room_for_a_needle(llm):
     sample = needles.samples(["prose"], [100], [None], [0], read_text())[0]
     with pytest.raises(UsageError, match="at least"):
         needles.prompt(llm, sample, read_text())
+
+
+# Verbatim
+
+
+@pytest.mark.parametrize("kind", HAYSTACKS)
+@pytest.mark.parametrize("length", [2000, 4000])
+def test_a_verbatim_sample_asks_for_what_stands_once_in_the_text(llm, kind, length):
+    text = read_haystack(kind)
+    for sample in verbatim.samples([kind], [length], 64, range(2), text):
+        prompt = verbatim.prompt(llm, sample, text)
+        assert len(prompt.answer) == 64
+        n = len(prompt.context) + len(prompt.question)
+        assert length - 2 * max(len(part.encode()) for part in text.parts) < n <= length
+        head, question = text_of(llm, prompt.context), text_of(llm, prompt.question)
+        begun = question.split("Repeat the text.<|im_end|>\n<|im_start|>assistant\n")[1]
+        assert len(begun.split()) == verbatim.CUE_WORDS and head.count(begun) == 1
+        wanted = b"".join(llm.tokenizer.token_bytes(i) for i in prompt.answer)  # may end within a letter
+        assert head.encode().split(begun.encode())[1].startswith(wanted)
+
+
+def test_the_cue_is_at_its_depth_and_skips_what_is_repeated():
+    words = [f"w{i}" for i in range(200)]
+    text, room = " ".join(words), 200 - verbatim.CUE_WORDS - 64
+    for depth in (0, 0.25, 0.9999):
+        assert text[verbatim.find_cue(text, depth, 64)].split() == words[int(depth * room) :][: verbatim.CUE_WORDS]
+    repeated = " ".join(words[:60] + words[:60] + words[100:200])
+    found = repeated[verbatim.find_cue(repeated, 0.1, 64)].split()
+    assert repeated.count(" ".join(found)) == 1 and found[-1] == "w0"  # the first that reaches over the seam
+    assert verbatim.find_cue(" ".join(words[:40]), 0.5, 64) is None
+    assert verbatim.find_cue("a b " * 100, 0.5, 64) is None
+
+
+def test_a_length_without_room_to_repeat(llm):
+    text = read_text()
+    with pytest.raises(UsageError, match="too short to repeat 64 tokens"):
+        verbatim.prompt(llm, verbatim.samples(["prose"], [400], 64, [0], text)[0], text)
 
 
 # RULER

@@ -73,7 +73,8 @@ WORDS = {
     ).split(),
     "goods": (
         "copper wire,oak boards,linen shirts,coffee beans,glass jars,ball bearings,writing paper,roof tiles,"
-        "garden hoses,wool blankets,paint brushes,steel bolts,olive oil,candles,light bulbs,door hinges,canvas bags,tea cups"
+        "garden hoses,"
+        "wool blankets,paint brushes,steel bolts,olive oil,candles,light bulbs,door hinges,canvas bags,tea cups"
     ).split(","),
     "place": (
         "the harbour,the north store,the old mill,the second floor,the archive,the workshop,the east gate,"
@@ -212,12 +213,8 @@ HELD_OUT_WORDS = {
     "who": "Aksel Birgit Cyrus Dagny Emre Fenna Goran Hanne Idris Jolanta Kasper Livia Matteo Noor Oskar".split(),
     "river": "Amstel Bidasoa Clyde Drava Ebro Fulda Gave Havel Isar Jarama Kolva Loire Meuse Neva Orava Pregel".split(),
     "find": "bronze ring,clay lamp,bone comb,iron key,glass bead,silver spoon,stone axe,lead seal,amber pin".split(","),
-    "star": "Altair Bellatrix Capella Deneb Electra Fomalhaut Gacrux Hamal Izar Kochab Mizar Naos Polaris".split(),
-    "tool": (
-        "pliers,spirit level,hand drill,mallet,try square,rasp,bench vice,oil stone,pencil,chalk line,gouge,clamp".split(
-            ","
-        )
-    ),
+    "star": "Altair Bellatrix Capella Deneb Electra Fomalhaut Gacrux Hamal Izar Kochab Mizar Naos".split(),
+    "tool": "pliers,spirit level,hand drill,mallet,try square,rasp,bench vice,oil stone,pencil,gouge,clamp".split(","),
     "wood": "ash,beech,cherry,elm,larch,maple,oak,pear,pine,walnut,yew,lime".split(","),
     "job": "plane,saw,glue,oil,measure,mark,sand,drill,turn,carve,clean,sharpen".split(","),
 }

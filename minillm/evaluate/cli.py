@@ -13,11 +13,11 @@ from minillm.bench import n_cores
 from minillm.compress.config import TABLES, CacheConfig
 from minillm.compress.methods import find_method, methods_table
 from minillm.errors import UsageError
-from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables
+from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables, verbatim
 from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import Store, read_rows
-from minillm.evaluate.text import read_text
+from minillm.evaluate.text import HAYSTACKS, read_haystack, read_text
 from minillm.evaluate.workers import here, on_ray, processes
 from minillm.hub import DEFAULT_MODEL
 from minillm.run import guarded
@@ -33,6 +33,7 @@ examples:
   python -m minillm.evaluate suite --out results.jsonl
   python -m minillm.evaluate needle --length 1024,4096 --kv-method semanticache,streaming --kv-budget 0.5,0.2
   python -m minillm.evaluate needle --kv-set chunking=delimiter,fixed:64,none       (a configuration for each value)
+  python -m minillm.evaluate verbatim --task prose,code,numbers --protocol agnostic --kv-budget 0.2,0.1,0.05
   python -m minillm.evaluate ruler --task vt,niah_multikey_1 --tau 0.9,0.8,0.7 --protocol agnostic
   python -m minillm.evaluate longbench --task hotpotqa --data data.zip -m meta-llama/Meta-Llama-3-8B-Instruct
   python -m minillm.evaluate table results.jsonl --out tables
@@ -167,8 +168,9 @@ def _command(parser, name):
             metavar="D,...",
             help="of the needle, 0 (first) to 1 (last); default: by lot, one a sample",
         )
-    if name == "perplexity":
-        add("--following", type=cli.positive, default=256, metavar="N", help="tokens that are scored (default 256)")
+    if name in FOLLOWING:
+        n = FOLLOWING[name]
+        add("--following", type=cli.positive, default=n, metavar="N", help=f"tokens that are scored (default {n})")
     if name == "efficiency":
         add("-r", "--repetitions", type=cli.positive, default=3, metavar="N", help="after one to warm up (default 3)")
     else:
@@ -190,8 +192,8 @@ def _command(parser, name):
         )
     if name not in ("longbench", "efficiency"):
         add("-s", "--seed", type=_natural, default=0, metavar="N", help="of the first sample (default 0)")
-    if name in ("needle", "ruler", "suite"):
-        add("--haystack", metavar="FILE", help="a text or a folder of .txt files in place of minillm's own")
+    if name in ("needle", "verbatim", "ruler", "suite"):
+        add("--haystack", metavar="FILE", help="prose (a text or a folder of .txt files) in place of minillm's own")
     if name in ("perplexity", "fidelity", "suite"):
         add("--text", metavar="FILE", help="held-out text in place of minillm's own")
     if name == "longbench":
@@ -327,9 +329,20 @@ def _protocols(args, task, samples):
 
 
 def _needle(args):
-    lengths, kinds = args.length or [1024], args.task or TASKS["needle"][1]
-    text = read_text(args.haystack)
-    return _protocols(args, "needle", needles.samples(kinds, lengths, args.depth or [None], _seeds(args), text))
+    lengths, depths, kinds = args.length or [1024], args.depth or [None], args.task or TASKS["needle"][1]
+    found = []
+    for kind in kinds:
+        text = read_haystack(needles.haystack_of(kind), args.haystack)
+        found += needles.samples([kind], lengths, depths, _seeds(args), text)
+    return _protocols(args, "needle", found)
+
+
+def _verbatim(args):
+    lengths, kinds, found = args.length or [1024], args.task or TASKS["verbatim"][1], []
+    for kind in kinds:
+        text = read_haystack(kind, args.haystack)
+        found += verbatim.samples([kind], lengths, args.following, _seeds(args), text)
+    return _protocols(args, "verbatim", found)
 
 
 def _ruler(args):
@@ -379,6 +392,7 @@ def _suite(args):
 
 CELLS = {
     "needle": _needle,
+    "verbatim": _verbatim,
     "ruler": _ruler,
     "longbench": _longbench,
     "perplexity": _perplexity,
@@ -388,6 +402,7 @@ CELLS = {
 }
 SUMMARIES = {
     "needle": "find numbers hidden in a text, at every length and depth",
+    "verbatim": "repeat a text from any place in it",
     "ruler": "the synthetic tasks of RULER",
     "longbench": "the 21 sets of LongBench",
     "perplexity": "held-out text, continued over a compressed context",
@@ -397,11 +412,14 @@ SUMMARIES = {
 }
 TASKS = {  # all, and those that are the default
     "needle": (tuple(needles.KINDS), ("noise", "prose", "keys4")),
+    "verbatim": (tuple(HAYSTACKS), ("prose",)),
     "ruler": (ruler.TASKS, ruler.TASKS),
     "longbench": (tuple(longbench.SETS), tuple(longbench.SETS)),
 }
+FOLLOWING = {"perplexity": 256, "verbatim": 64}
 LENGTHS = {
     "needle": "tokens of a prompt (default 1024)",
+    "verbatim": "tokens of a prompt (default 1024)",
     "ruler": "tokens of a prompt with its answer (default 4096)",
     "longbench": "tokens that longer prompts are cut to (default: the model's context less 500 and what is over 1000s)",
     "perplexity": "tokens that are compressed (default 1024)",

@@ -14,9 +14,9 @@ from minillm import hub
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
 from minillm.errors import UsageError
-from minillm.evaluate import continuation, longbench, needles, ruler
+from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.scoring import score
-from minillm.evaluate.text import read_text
+from minillm.evaluate.text import read_haystack, read_text
 from minillm.llm import LLM
 from minillm.profile.profile import of_files
 
@@ -145,7 +145,10 @@ class Evaluator:
     def prompt(self, task, sample):
         setup = self.setup
         make = {
-            "needle": partial(needles.prompt, text=read_text(setup.haystack)),
+            "needle": lambda llm, sample: needles.prompt(
+                llm, sample, read_haystack(needles.haystack_of(sample["kind"]), setup.haystack)
+            ),
+            "verbatim": lambda llm, sample: verbatim.prompt(llm, sample, read_haystack(sample["kind"], setup.haystack)),
             "ruler": partial(ruler.prompt, text=read_text(setup.haystack)),
             "longbench": partial(longbench.prompt, data=setup.data, offline=setup.offline),
             "perplexity": partial(continuation.prompt, text=read_text(setup.text, "heldout.txt")),

@@ -2,6 +2,7 @@
 
     noise   one number in five short sentences repeated        prose   one number in prose
     keys2, keys4   as many numbers in prose, one is asked for   sandwich   the classic sentence in prose, free answer
+    code, lists, dialogue, languages, numbers   one number among the lines of such a text
 
 Numbers are read teacher-forced after the beginning of the answer, which is exact for greedy decoding: the answer is
 right where each of its tokens is the most likely one. The sandwich is generated, and scored by containment and by the
@@ -12,6 +13,7 @@ import re
 
 from minillm.errors import UsageError
 from minillm.evaluate.prompt import Prompt, chat, encode, largest
+from minillm.evaluate.text import HAYSTACKS, Text
 
 NOISE = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
 CITIES = "Lisbon Oslo Quito Nairobi Hanoi Lima Dublin Cairo Prague Accra Havana Riga Kyoto Turin Bergen Cusco".split()
@@ -33,6 +35,11 @@ SANDWICH_PREFIX = "The best thing to do in San Francisco is"
 SANDWICH_TOKENS = 32
 
 KINDS = {"noise": 1, "prose": 1, "keys2": 2, "keys4": 4, "sandwich": 1}  # and how many needles each hides
+KINDS |= dict.fromkeys((name for name in HAYSTACKS if name != "prose"), 1)
+
+
+def haystack_of(kind):
+    return kind if kind in HAYSTACKS else "prose"
 
 
 def samples(kinds, lengths, depths, seeds, text):
@@ -63,12 +70,12 @@ def prompt(llm, sample, text):
     depths = [rng.random() for _ in needles]
     if sample["depth"] is not None:
         depths[0] = sample["depth"]
-    sentences = NOISE if kind == "noise" else text.sentences
-    start = 0 if kind == "noise" else rng.randrange(len(sentences))
+    hay = Text(" ".join(NOISE), "") if kind == "noise" else text
+    start = 0 if kind == "noise" else rng.randrange(len(hay.parts))
 
     def texts(n):
-        hay = [sentences[(start + i) % len(sentences)] for i in range(n)]
-        return chat(llm.tokenizer, intro + hide(hay, needles, depths), question, prefix)
+        hidden = hide(hay.stretch(start, n), needles, depths)
+        return chat(llm.tokenizer, intro + hay.join(hidden), question, prefix)
 
     def fits(n):
         return sum(map(len, encode(llm, *texts(n)))) <= length
@@ -83,17 +90,17 @@ def prompt(llm, sample, text):
 
 
 def hide(hay, needles, depths):
-    """The sentences of `hay` as one text with each needle at its depth (a share of the characters), moved back to the
-    end of a sentence."""
+    """The parts of a text with each needle at its depth (a share of the characters), moved back to the end of a
+    part."""
     total, begun, ends = sum(map(len, hay)), 0, []
-    for sentence in hay:
+    for part in hay:
         ends.append(begun)
-        begun += len(sentence)
+        begun += len(part)
     places = [sum(end <= depth * total for end in ends) - 1 if depth < 1 else len(hay) for depth in depths]
     hay = list(hay)
     for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
         hay.insert(place, needle)
-    return " ".join(hay)
+    return hay
 
 
 def grade(prediction):

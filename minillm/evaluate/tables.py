@@ -15,6 +15,7 @@ from minillm.evaluate.statistics import mean_of, mean_of_groups
 # The scores of a task that tables show, the first of which decides; those that are better when they are small.
 SHOWN = {
     "needle": ("accuracy", "nll", "em", "contained", "words"),
+    "verbatim": ("accuracy", "nll", "em"),
     "ruler": ("score",),
     "longbench": ("score",),
     "perplexity": ("nll", "kl"),
