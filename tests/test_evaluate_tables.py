@@ -164,6 +164,40 @@ def test_pictures(all_sorts, tmp_path):
     assert plots.draw([depth_by_lot], tmp_path) == []
 
 
+def test_labels_keep_their_distance_and_stay_near():
+    """No other places that keep the distance are nearer: none of many by lot, and none a little to either side."""
+    rng = random.Random(3)
+    for _ in range(50):
+        wanted, gap = sorted(rng.random() for _ in range(rng.randrange(1, 7))), rng.choice([0.02, 0.1, 0.15])
+        found = plots.spread(wanted, gap, 0, 1)
+        n = len(found)
+
+        def allowed(places, gap=gap):
+            return all(b - a >= gap - 1e-9 for a, b in zip(places, places[1:], strict=False)) and (
+                places[0] >= -1e-9 and places[-1] <= 1 + 1e-9
+            )
+
+        def cost(places, wanted=wanted):
+            return sum((a - b) ** 2 for a, b in zip(places, wanted, strict=True))
+
+        assert allowed(found)
+        for _ in range(300):
+            free = sorted(rng.random() for _ in range(n))
+            other = [(1 - (n - 1) * gap) * place + i * gap for i, place in enumerate(free)]
+            near = [place + rng.gauss(0, 0.02) for place in found]
+            for places in (other, near):
+                assert not allowed(places) or cost(places) >= cost(found) - 1e-9
+
+
+def test_the_best_methods_come_first():
+    def lines(score, **means):
+        return [{"cache": name, "asked": "20 %", "mean": mean, "score": score} for name, mean in means.items()]
+
+    full = {"cache": "full", "asked": "all", "mean": 1.0, "score": "accuracy"}
+    panels = {"needle": [full, *lines("accuracy", a=0.2, b=0.9, c=0.5)], "text": lines("kl", a=0.3, b=0.1, c=0.2)}
+    assert plots._ranked(panels) == ["b", "c", "a"]
+
+
 def test_pictures_need_matplotlib(all_sorts, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(plots.UsageError, match="pip install 'minillm-engine"):

@@ -1,7 +1,7 @@
 """Pictures of results, as PNG. Each is drawn where the rows suffice for it:
 
 needle    accuracy over length and depth, a panel a configuration     (needle with --depth)
-budget    the score over what was kept, a line a method               (two budgets or more)
+budget    the score over what was kept, a line a method, a panel a task (two budgets or more)
 heads     kept share of every layer and head, a panel a configuration (fidelity)
 speed     time a token and to the first one over the prompt's length  (efficiency with two lengths or more)"""
 
@@ -12,6 +12,11 @@ from minillm.evaluate import tables
 from minillm.evaluate.statistics import mean_of
 
 DPI = 110
+TICKS = (100, 50, 20, 10, 5, 2, 1)  # percent
+# Okabe and Ito's, without yellow and black, and two dark ones of Tol's: told apart by the colour-blind.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
+GREY, INK = "#b8b8b8", "#555555"
+LABEL_HEIGHT = 0.042  # of a label, as a share of a panel's
 
 
 def draw(rows, folder):
@@ -87,29 +92,114 @@ def _needle(rows):
 
 
 def _budget(rows):
+    """A panel a task. The methods that do best over all panels are coloured, the same in each; the others are grey."""
     quality = [row for row in rows if row["task"] in tables.SHOWN]
-    names = (_model, tables.task_of, tables.kind_of, tables.length_of, tables.protocol_of)
-    for (model, task, kind, length, protocol), part in tables.group(quality, *names).items():
-        score = tables.SHOWN[task][0]
-        lines = [line for line in tables.score_lines(part) if line["score"] == score]
-        methods = list(dict.fromkeys(line["cache"] for line in lines if line["cache"] != "full"))
-        if len({line["asked"] for line in lines if line["cache"] != "full"}) < 2:
+    for (model, length, protocol), part in tables.group(quality, _model, tables.length_of, tables.protocol_of).items():
+        panels = {}
+        for (task, kind), found in tables.group(part, tables.task_of, tables.kind_of).items():
+            score = tables.SHOWN[task][0]
+            lines = [line for line in tables.score_lines(found) if line["score"] == score]
+            if len({line["asked"] for line in lines if line["cache"] != "full"}) > 1:
+                panels[task, kind] = lines
+        if not panels:
             continue
-        figure, (axis,) = _figure(width=6.4, height=4.4)
-        for method in methods:
-            points = sorted((line for line in lines if line["cache"] == method), key=lambda line: line["kept"])
-            half = [0.0 if line["n"] < 2 else line["high"] - line["mean"] for line in points]
-            x, y = ([100 * line["kept"] for line in points], [line["mean"] for line in points])
-            axis.errorbar(x, y, half, marker="o", markersize=3, capsize=2, linewidth=1.2, label=method)
-        for line in lines:
-            if line["cache"] == "full":
-                axis.axhline(line["mean"], color="black", linestyle="--", linewidth=1, label="full")
-        axis.set_xlabel("kept, percent of the entries of a full cache")
-        axis.set_ylabel(f"{score} ({'less' if score in tables.LESS_IS_MORE else 'more'} is better)")
-        axis.set_title(f"{task} {kind}, {length or 'whole'} tokens, {protocol}, {model}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        yield _name("budget", task, kind, length, protocol, model), figure
+        colours = dict(zip(_ranked(panels), COLOURS, strict=False))
+        figure, axes = _figure(len(panels), width=5.6, height=4.2, columns=2)
+        for axis, ((task, kind), lines) in zip(axes, panels.items(), strict=True):
+            _curves(axis, lines, colours)
+            score = tables.SHOWN[task][0]
+            if score not in tables.LESS_IS_MORE:
+                axis.set_ylim(0, 1.03)
+            axis.set_title(f"{task}: {kind}", fontsize=10, loc="left")
+            axis.set_ylabel(f"{score} ({'less' if score in tables.LESS_IS_MORE else 'more'} is better)", fontsize=9)
+            _labels(axis, lines, colours)
+        figure.suptitle(f"{model}, {f'{length} tokens' if length else 'whole prompts'}, {protocol}", fontsize=11)
+        yield _name("budget", length or "whole", protocol, model), figure
+
+
+def _ranked(panels):
+    """The methods of {panel: lines}, the best first: by their mean rank over panels and budgets."""
+    ranks = {}
+    for lines in panels.values():
+        sign = 1 if lines[0]["score"] in tables.LESS_IS_MORE else -1
+        for (asked,), found in tables.group(lines, lambda line: line["asked"]).items():
+            if asked != "all":
+                for rank, line in enumerate(sorted(found, key=lambda line: sign * line["mean"])):  # noqa: B023
+                    ranks.setdefault(line["cache"], []).append(rank)
+    return sorted(ranks, key=lambda name: sum(ranks[name]) / len(ranks[name]))
+
+
+def _points(lines):
+    """{method: its lines, from the largest share kept to the smallest}"""
+    found = tables.group(lines, lambda line: line["cache"])
+    return {name: sorted(part, key=lambda line: -line["kept"]) for (name,), part in found.items()}
+
+
+def _curves(axis, lines, colours):
+    """Over the share kept, which falls to the right, from the full cache on. Bands are 95 % intervals."""
+    axis.set_xscale("log")
+    axis.set_xlim(100, 80 * min(line["kept"] for line in lines))
+    ticks = [tick for tick in TICKS if tick >= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks], fontsize=9)
+    axis.minorticks_off()
+    axis.tick_params(length=0, labelsize=9, colors=INK)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.set_xlabel("share of the cache that is kept", fontsize=9)
+    methods = _points(lines)
+    full = [line["mean"] for line in methods.pop("full", [])]
+    for mean in full:
+        axis.axhline(mean, color="black", linewidth=0.8)
+    for name, points in methods.items():
+        x, y = [100 * line["kept"] for line in points], [line["mean"] for line in points]
+        best = name in colours
+        style = {"color": colours.get(name, GREY), "zorder": 3 if best else 2, "linewidth": 1.8 if best else 1}
+        axis.plot([100] * len(full) + x, full + y, **style)
+        axis.plot(x, y, "o", markersize=3.5 if best else 2, **style)
+        if best:
+            bounds = ([line[side] if line["n"] > 1 else line["mean"] for line in points] for side in ("low", "high"))
+            axis.fill_between(x, *bounds, color=style["color"], alpha=0.1, linewidth=0)
+
+
+def _labels(axis, lines, colours):
+    """The name of each line: beside the panel, or under its end where that is far from there."""
+    ends = sorted(((points[-1], name) for name, points in _points(lines).items()), key=lambda end: end[0]["mean"])
+    last = 1.3 * min(line["kept"] for line, _ in ends)
+    beside = [(line, name) for line, name in ends if name == "full" or line["kept"] <= last]
+    low, high = axis.get_ylim()
+    places = spread([line["mean"] for line, _ in beside], (high - low) * LABEL_HEIGHT, low, high)
+    for (line, name), place in zip(beside, places, strict=True):
+        colour = "black" if name == "full" else colours.get(name, GREY)
+        axis.annotate(
+            name,
+            (80 * last / 1.3 if name == "full" else 100 * line["kept"], line["mean"]),
+            (1.06, place),
+            textcoords=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=INK if colour == GREY else colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkB": 2},
+            annotation_clip=False,
+        )
+    for line, name in (end for end in ends if end not in beside):
+        end = (100 * line["kept"], line["mean"])
+        axis.annotate(name, end, (3, -10), textcoords="offset points", fontsize=8, color=colours.get(name, INK))
+
+
+def spread(wanted, gap, low, high):
+    """Places as near to the wanted ones (rising) as can be, in least squares, with `gap` or more from one to the next
+    and all of them from low to high where that is possible: pool adjacent violators."""
+    blocks = []  # sums and numbers of what is left of places that touch when i gaps are taken off the i-th
+    for i, place in enumerate(wanted):
+        blocks.append((place - i * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            (total, n), (more, m) = blocks[-2:]
+            blocks[-2:] = [(total + more, n + m)]
+    means = [total / n for total, n in blocks for _ in range(n)]
+    top = max(low, high - (len(wanted) - 1) * gap)
+    return [min(max(mean, low), top) + i * gap for i, mean in enumerate(means)]
 
 
 def _heads(rows):
