@@ -87,14 +87,17 @@ def test_a_needle_sample_is_as_long_as_it_may_be_and_holds_its_needles(llm, kind
         text = whole(llm, prompt)
         answer = text_of(llm, prompt.answer)
         if kind == "sandwich":
-            assert text.count(needles.SANDWICH_NEEDLE) == 1 and answer == " " + needles.SANDWICH
-            assert text.endswith(needles.SANDWICH_PREFIX)
+            assert text.count(f"The best thing to do in San Francisco is {needles.EAT}.") == 1
+            assert text.endswith("The best thing to do in San Francisco is ") and answer == needles.EAT
             continue
-        found = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", text)
+        several = needles.KINDS[kind] > 1
+        said = r"The (\S+) has number (\d{7})\." if several else r"special magic numbers for (\S+) is: (\d{7})\."
+        ends = r"The (\S+) has number $" if several else r"number for (\S+) mentioned in the provided text is: $"
+        found = re.findall(said, text)
         assert len(found) == len({key for key, _ in found}) == needles.KINDS[kind]
-        asked = re.search(r"number for (\S+) mentioned in the provided text is:$", text)[1]
-        assert answer == " " + dict(found)[asked]
-        assert asked in text_of(llm, prompt.question) and asked + " is:" in text_of(llm, prompt.context)
+        asked = re.search(ends, text)[1]
+        assert answer == dict(found)[asked]
+        assert asked in text_of(llm, prompt.question) and asked in text_of(llm, prompt.context)
 
 
 def test_the_needle_is_at_its_depth_at_the_end_of_a_sentence():
