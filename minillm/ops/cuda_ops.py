@@ -9,7 +9,7 @@ import numpy as np
 
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
-from minillm.ops import cuda_device, launch, numpy_ops
+from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_clusters import GreedyClusters
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
