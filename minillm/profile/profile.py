@@ -55,6 +55,7 @@ class Profile:
         arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias} | self.curve
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.array(array, order="C") for name, array in arrays.items()}  # it writes memory as it lies
         save_file(arrays, path, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
 
 
