@@ -112,7 +112,7 @@ def _parser():
         "--kv-budget",
         type=budget,
         metavar="B",
-        help="share kept (0.2), entries a head (1024), auto or full; default 0.5",
+        help="share kept (0.2), entries a head (1024), auto or full; default 0.3",
     )
     add("--quality", type=float, metavar="Q", help="share of recall to be left instead (foresight; auto is 0.99)")
     add("--tau", type=float, help="a fixed threshold instead (semanticache): what is kept is then the outcome")
@@ -138,7 +138,7 @@ def machine_flags(add):
 
 def cache_flags(add):
     """The flags of a cache beside its method and how much that keeps."""
-    add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 32)")
+    add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 8, of most methods 32)")
     add("--kv-sinks", type=int, metavar="N", help="first tokens kept as they are (default 4)")
     add("--kv-recompress", type=int, metavar="N", help="compress the answer every N tokens; 0: never (default 256)")
     add("--kv-set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method (repeatable)")

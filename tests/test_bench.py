@@ -59,10 +59,10 @@ def test_what_is_read(tiny, capsys, monkeypatch, kind, n, depth, expected):
         tokens.append(cache.token_ids + list(ids))
         return extend(self, ids, cache, *rest)
 
-    def noted_decode(self, ids, caches):
+    def noted_decode(self, ids, caches, *rest):
         calls.append(("decode", len(ids), caches[0].seen))
         tokens.append(caches[0].token_ids + list(ids))
-        return decode(self, ids, caches)
+        return decode(self, ids, caches, *rest)
 
     monkeypatch.setattr(Model, "extend", noted_extend)
     monkeypatch.setattr(Model, "decode", noted_decode)
@@ -200,7 +200,7 @@ def labels(flags):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("", ["full", "default 0.5"]),
+        ("", ["full", "default 0.3"]),
         ("--kv-budget full,0.2 --kv-budget 512", ["full", "default 0.2", "default 512"]),
         (
             "--kv-budget full,0.2 --kv-method semanticache,streaming",
@@ -209,7 +209,7 @@ def labels(flags):
         ("--tau 0.7,0.8", ["semanticache tau=0.7", "semanticache tau=0.8"]),
         ("--tau 0.7 --kv-budget full", ["full", "semanticache tau=0.7"]),
         ("--kv-method full", ["full"]),
-        ("--kv-budget 0.2 --kv-window 8 --kv-set reach=9", ["default 0.2 window=8 reach=9"]),
+        ("--kv-budget 0.2 --kv-window 9 --kv-set reach=9", ["default 0.2 window=9 reach=9"]),
     ],
 )
 def test_caches(flags, expected):

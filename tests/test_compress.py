@@ -600,9 +600,11 @@ def test_what_makes_no_sense_is_refused_by_name(arguments, options, words):
 
 def test_defaults():
     config = CacheConfig()
-    assert config.method is None and config.budget == Budget(share=0.5)
-    assert (config.window, config.sinks, config.recompress) == (32, 4, 256)
+    assert config.method is None and config.budget == Budget(share=0.3)
+    assert (config.window, config.sinks, config.recompress) == (8, 4, 256)
     config = CacheConfig("semanticache")
+    assert config.budget == Budget(share=0.5)
+    assert (config.window, config.sinks, config.recompress) == (32, 4, 256)
     assert config.options["rope"] == "unrotated" and config.options["tau"] is None
     assert CacheConfig("streaming", 1).budget == Budget(entries=1)
     assert CacheConfig("streaming", 1.0).budget == Budget(share=1.0)

@@ -242,7 +242,7 @@ def change_identity(path, **change):
         ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
         ({}, ["--quantize", "q8_0"], "quantize None and this is 'q8_0'"),
         ({}, ["--kv-method", "streaming"], "method 'hindsight' and this is 'streaming'"),
-        ({}, ["--kv-budget", "0.2"], "budget 0.5 and this is 0.2"),
+        ({}, ["--kv-budget", "0.2"], "budget 0.3 and this is 0.2"),
         ({}, ["--kv-set", "reach=8"], "reach 16 and this is 8"),
     ],
 )

@@ -103,7 +103,7 @@ def test_aliases(flags, name, value):
 @pytest.mark.parametrize(
     "flags, budget, tau",
     [
-        ("", 0.5, None),
+        ("", 0.3, None),
         ("--kv-budget 0.2", 0.2, None),
         ("--kv-budget 1024", 1024, None),
         ("--kv-budget full", None, None),

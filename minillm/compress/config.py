@@ -12,7 +12,7 @@ from minillm.compress.plan import Budget
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 
-WINDOW, SINKS = 32, 4  # tokens
+BUDGET, WINDOW, SINKS = 0.5, 32, 4  # a share; tokens
 QUALITY = 0.99  # that budget "auto" means
 WITH_PROFILE, WITHOUT = "foresight", "hindsight"  # the methods taken for a model where none is named
 COMMON = {
@@ -29,8 +29,8 @@ class CacheConfig:
     """A method, how much it keeps, and its options.
 
     method: None: foresight where the model has a profile, else hindsight. budget: a share of the tokens seen (float in
-    (0, 1]), a number of entries a head (int), "auto", or "full"; default 0.5. quality: the share of what the model
-    recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
+    (0, 1]), a number of entries a head (int), "auto", or "full"; default: the method's, 0.5 or 0.3. quality: the share
+    of what the model recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
     window, sinks: the newest and the first tokens, kept as they are and counted in the budget (window < 1: a share of
     it); their defaults are the method's. recompress: during generation, what was generated is compressed every so many
     tokens (0: never) by methods that do that. score, allocate, merge: a part in place of the method's own, by its name
@@ -53,7 +53,7 @@ class CacheConfig:
             if name not in table:
                 valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
                 raise UsageError(f"cache method {method!r} has no option {name!r}; its options: {valid}")
-        defaults = {"window": WINDOW, "sinks": SINKS} | spec.defaults
+        defaults = {"budget": BUDGET, "window": WINDOW, "sinks": SINKS} | spec.defaults
         common = {"window": window, "sinks": sinks, "recompress": recompress}
         for name, value in common.items():
             value = defaults[name] if value is None else value
@@ -83,7 +83,9 @@ class CacheConfig:
         fixed = named != ["budget"] and named
         if method == "full" and budget not in (None, "full", 1, 1.0):
             raise UsageError("cache method 'full' keeps everything: leave the budget out, or name another method")
-        self.budget = None if fixed or self.method == "full" else self._budget(0.5 if budget is None else budget)
+        self.budget = (
+            None if fixed or self.method == "full" else self._budget(defaults["budget"] if budget is None else budget)
+        )
 
     def for_profile(self, profile, model):
         """The same for one model, by name, and its Profile (None: it has none): with a method, and with the threshold

@@ -17,9 +17,9 @@ ENTRY_POINTS = "minillm.methods"  # group in which other packages name Methods o
 class Method:
     """score, allocate and merge: names in SCORES, ALLOCATIONS and MERGES, or such parts (score None: the allocation
     needs none).
-    defaults: of common options (window, sinks) and of its parts', where they are not the tables'. generates: whether
-    what is generated is compressed as well; settles: whether entries that a compression made are left alone by the
-    next one."""
+    defaults: of common options (budget, window, sinks) and of its parts', where they are not the tables'.
+    generates: whether what is generated is compressed as well; settles: whether entries that a compression made are
+    left alone by the next one."""
 
     summary: str
     paper: str = ""
@@ -30,6 +30,8 @@ class Method:
     generates: bool = False
     settles: bool = False
 
+
+LOSSLESS = {"budget": 0.3, "window": 8}  # nearly, see README.md; what is near is scored as well as what is far
 
 METHODS = {
     "full": Method("every token is kept"),
@@ -48,6 +50,7 @@ METHODS = {
         "reread",
         "global",
         "fold",
+        defaults=LOSSLESS,
     ),
     "foresight": Method(
         "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",
@@ -55,6 +58,7 @@ METHODS = {
         "predicted",
         "global",
         "fold",
+        defaults=LOSSLESS,
         generates=True,
     ),
     "streaming": Method(
