@@ -53,7 +53,7 @@ def weights_of(model):
     return named
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.score != "predicted"])
 def test_identical_query_heads_are_the_model_without_groups(method):
     """Oracle 12, on a model: a prompt, a turn and a generation, the same entries in every head."""
     alone = model_of(config_of(n_heads=2, n_kv_heads=2))
@@ -81,7 +81,7 @@ def test_identical_query_heads_are_the_model_without_groups(method):
 # backends
 
 
-READING = [name for name, score in SCORES.items() if score.reads]
+READING = [name for name, score in SCORES.items() if score.reads in ("new", "again")]
 ERROR = {"portable": 3e-5, "avx2": 3e-5, "avx512": 5e-2, "amx": 5e-2, "cuda": 5e-2}  # of the largest score
 
 
