@@ -307,7 +307,7 @@ def test_a_method_of_another_package(own, monkeypatch):
 
     monkeypatch.syspath_prepend(str(own.parent))
     point = EntryPoint("keynorm", "keynorm:KEYNORM", methods.ENTRY_POINTS)
-    monkeypatch.setattr(methods, "entry_points", lambda group: EntryPoints([point]).select(group=group))
+    monkeypatch.setattr(methods, "entry_points", lambda: EntryPoints([point]).select(group=methods.ENTRY_POINTS))
     Sequence(CacheConfig("keynorm", 0.3)).read(200).check_kept(0.3)
     assert "\nkeynorm " in methods_table() and "    power = 1.0: " in methods_table()
 

@@ -3,7 +3,6 @@
 import runpy
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 
 from minillm.compress.allocate import ALLOCATIONS, Allocation
 from minillm.compress.merge import MERGES, Merge
@@ -189,6 +188,13 @@ def parts(method, **chosen):
     return [table[part] if isinstance(part := named[kind], str | None) else part for kind, table in tables.items()]
 
 
+def entry_points():
+    """Those of other packages that name methods of theirs."""
+    from importlib import metadata  # a ninth of the time that minillm takes to start: only names we do not know need it
+
+    return metadata.entry_points(group=ENTRY_POINTS)
+
+
 def find_method(name):
     """The Method of a name in METHODS, of "FILE.py:NAME" or of an entry point of other packages. Raises UsageError."""
     if isinstance(name, str) and name in METHODS:
@@ -197,7 +203,7 @@ def find_method(name):
     if path.endswith(".py"):
         method = _from_file(path, attribute)
     else:
-        others = entry_points(group=ENTRY_POINTS)
+        others = entry_points()
         if name not in others.names:
             known = ", ".join([*METHODS, *sorted(others.names)])
             raise UsageError(f"cache method {name!r} is unknown; methods: {known}, and your own: FILE.py:NAME")
@@ -220,7 +226,7 @@ def _from_file(path, attribute):
 
 def methods_table():
     """The methods as aligned text, a line each: name, what it keeps, paper; below it its three parts and options."""
-    methods = METHODS | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+    methods = METHODS | {point.name: point.load() for point in entry_points()}
     width = max(map(len, methods))
     lines = []
     for name, method in methods.items():
