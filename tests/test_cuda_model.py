@@ -208,6 +208,17 @@ def test_predicted_scores(device, ids, kind):
     assert not twins.models[0].runner.step.foresees
 
 
+def test_a_prompt_that_is_read_in_blocks(device, ids, monkeypatch):
+    """The first block's logits do not hang on what is dropped; hidden states of all of them are joined."""
+    monkeypatch.setattr("minillm.compress.compressor.BLOCK_TOKENS", 64)
+    twins = Twins(device, cache="foresight", budget=0.4)
+    pair = twins.caches()
+    logits = twins.extend(ids[:200], pair)
+    assert logits[0].shape == logits[1].shape == (200, SMALL.vocab_size)
+    twins.close([rows[:64] for rows in logits])
+    assert abs(pair[0].entries - pair[1].entries) <= 8 and pair[0].kept < 0.5
+
+
 @pytest.mark.parametrize("tau", [0.3, None])
 def test_the_entries_of_a_plan(device, tau):
     """The same rows through both backends: the same clusters, and sums up to the rounding of 16 bits. Cached keys,
