@@ -87,6 +87,7 @@ class Model:
         """Predict scores with these projections from now on: weight (L, H, dim), bias (L, H), both float32."""
         for block, w, b in zip(self.blocks, weight, bias, strict=True):
             block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
+        self.runner = None  # on a GPU it holds matrices, which the new one makes again
         self.runner = self.ops.runner(self)
 
     def extend(self, token_ids, cache, compressor=None, progress=None):

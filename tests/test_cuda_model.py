@@ -45,16 +45,11 @@ def weights_of(config, kind, seed=0):
     return out
 
 
-def score_weights(config):
-    """What a profile adds."""
-    rng, out = np.random.default_rng(7), {}
-    for layer in range(config.n_layers):
-        w = rng.normal(0, config.dim**-0.5, (config.n_kv_heads, config.dim)).astype(np.float32)
-        out[f"model.layers.{layer}.self_attn.score.weight"] = Weight("F32", w, w.shape)
-        out[f"model.layers.{layer}.self_attn.score.bias"] = Weight(
-            "F32", rng.normal(size=len(w)).astype(np.float32), ()
-        )
-    return out
+def score_projections(config):
+    """What a profile says: weight (L, H, dim), bias (L, H)."""
+    rng, shape = np.random.default_rng(7), (config.n_layers, config.n_kv_heads)
+    weight = rng.normal(0, config.dim**-0.5, (*shape, config.dim)).astype(np.float32)
+    return weight, rng.normal(size=shape).astype(np.float32)
 
 
 class Twins:
@@ -62,8 +57,10 @@ class Twins:
 
     def __init__(self, device, config=SMALL, kind="F16", cache="full", **options):
         cache = CacheConfig(cache, **options)
-        weights = lambda: weights_of(config, kind) | (score_weights(config) if cache.foresees else {})  # noqa: E731
-        self.models = [Model(config, weights(), ops) for ops in (CudaOps(device), numpy_ops)]
+        self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
+        if cache.foresees:
+            for model in self.models:
+                model.foresee(*score_projections(config))
         self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
         self.compressors = [
