@@ -42,7 +42,7 @@ examples:
 exit status: 0 done, 1 it failed, 2 bad arguments, 130 ended by Ctrl-C; what is done is kept"""
 
 BUDGETS = (0.5, 0.35, 0.2)
-SUITE_SAMPLES, SUITE_LENGTH = 24, 1024
+SUITE_SAMPLES, SUITE_LENGTH, SUITE_TEXT, SUITE_FOLLOWING = 24, 1024, 384, 32
 FILE = "results.jsonl"
 
 
@@ -383,10 +383,10 @@ def _efficiency(args):
 
 def _suite(args):
     """Small enough for ten minutes on two cores with the default model, and tasks it can do with the full cache."""
-    seeds, n = _seeds(args), continuation.FIDELITY_TOKENS
+    seeds = _seeds(args)
     hay, text = read_text(args.haystack), read_text(args.text, "heldout.txt")
     found = _protocols(args, "needle", needles.samples(["prose"], [SUITE_LENGTH], [None], seeds, hay))
-    stretches = continuation.samples([SUITE_LENGTH // 2], n, seeds[: len(seeds) // 2], text)
+    stretches = continuation.samples([SUITE_TEXT], SUITE_FOLLOWING, seeds, text)
     return found + [("fidelity", sample, "agnostic") for sample in stretches]
 
 
