@@ -38,9 +38,14 @@ def literal_clusters(keys, starts, lengths, tau):
     return seed, sure
 
 
+def clusters_of(keys, starts, lengths):
+    """GreedyClusters whose segments are stretches of the keys."""
+    return numpy_ops.GreedyClusters(keys, np.arange(len(keys)), starts, lengths)
+
+
 def check_clusters(keys, starts, lengths, taus):
     keys, starts, lengths = keys.astype(F32), np.asarray(starts), np.asarray(lengths)
-    clusters = numpy_ops.GreedyClusters(keys, starts, lengths)
+    clusters = clusters_of(keys, starts, lengths)
     in_segment = np.zeros(len(keys), bool)
     for start, length in zip(starts, lengths, strict=True):
         in_segment[start : start + length] = True
@@ -52,7 +57,7 @@ def check_clusters(keys, starts, lengths, taus):
         np.testing.assert_array_equal(seed[sure], expected[sure])
         own = np.arange(len(keys))
         np.testing.assert_array_equal(seed[~in_segment], own[~in_segment])
-        assert clusters.count(tau) == np.count_nonzero((seed == own) & in_segment)
+        assert clusters.counts([tau, 0.4]) == [np.count_nonzero((seed == own) & in_segment), *clusters.counts([0.4])]
         product = norms * norms[seed]
         cosine = np.divide((np.float64(keys) * keys[seed]).sum(axis=1), product, np.zeros(len(keys)), where=product > 0)
         np.testing.assert_allclose(similarity, np.where(seed == own, 1.0, cosine), atol=1e-6)
@@ -94,7 +99,7 @@ def test_a_similarity_of_exactly_tau_is_not_enough():
     starts, n = segments_of(rng, lengths)
     keys = np.zeros((n, 3), F32)
     keys[np.arange(n), rng.integers(0, 3, n)] = rng.choice([-4.0, -1.0, 0.0, 0.5, 2.0], n)
-    clusters = numpy_ops.GreedyClusters(keys, starts, lengths)
+    clusters = clusters_of(keys, starts, lengths)
     for tau in (-1.0, 0.0, 1.0):
         expected = np.arange(n)
         for start, length in zip(starts, lengths, strict=True):
@@ -107,15 +112,15 @@ def test_a_similarity_of_exactly_tau_is_not_enough():
                         expected[row] = first
                 free = [row for row, cosine in zip(rest, signs, strict=True) if not cosine > tau]
         np.testing.assert_array_equal(clusters.assign(tau)[0], expected)
-        assert clusters.count(tau) == sum(len(set(expected[s : s + m])) for s, m in zip(starts, lengths, strict=True))
+        assert clusters.counts([tau])[0] == sum(len(set(expected[s : s + m])) for s, m in zip(starts, lengths, strict=True))
 
 
 def test_tau_below_and_above_every_cosine():
     keys = np.random.default_rng(0).normal(size=(100, 4)).astype(F32)
     keys[10:20] = 0
     keys[50:60] = keys[50]
-    clusters = numpy_ops.GreedyClusters(keys, np.array([0, 40]), np.array([40, 60]))
-    assert clusters.count(-1.01) == 2 and clusters.count(1.01) == 100
+    clusters = clusters_of(keys, np.array([0, 40]), np.array([40, 60]))
+    assert clusters.counts([-1.01])[0] == 2 and clusters.counts([1.01])[0] == 100
     np.testing.assert_array_equal(clusters.assign(-1.01)[0], [0] * 40 + [40] * 60)
     np.testing.assert_array_equal(clusters.assign(1.01)[0], np.arange(100))
 
@@ -126,9 +131,9 @@ def test_equal_keys_are_not_more_alike_than_one(d):
     keys = np.repeat(np.random.default_rng(d).normal(size=(500, d)).astype(F32), 2, axis=0)
     for length in (2, 100):
         starts = np.arange(0, len(keys), length)
-        clusters = numpy_ops.GreedyClusters(keys, starts, np.full(len(starts), length))
-        assert clusters.count(1.0) == len(keys)
-        assert clusters.count(0.99999) == len(keys) // 2
+        clusters = clusters_of(keys, starts, np.full(len(starts), length))
+        assert clusters.counts([1.0])[0] == len(keys)
+        assert clusters.counts([0.99999])[0] == len(keys) // 2
 
 
 @pytest.mark.parametrize("similarities", [4 << 20, 5000, 1])
@@ -149,10 +154,10 @@ def test_clusters_of_a_segment_beyond_a_thousand_rows(monkeypatch):
 
 def test_clusters_of_nothing():
     none = np.zeros(0, np.int64)
-    clusters = numpy_ops.GreedyClusters(np.zeros((3, 2), F32), none, none)
-    assert clusters.count(0.5) == 0
+    clusters = clusters_of(np.zeros((3, 2), F32), none, none)
+    assert clusters.counts([0.5])[0] == 0
     np.testing.assert_array_equal(clusters.assign(0.5)[0], [0, 1, 2])
-    assert len(numpy_ops.GreedyClusters(np.zeros((0, 2), F32), none, none).assign(0.5)[0]) == 0
+    assert len(clusters_of(np.zeros((0, 2), F32), none, none).assign(0.5)[0]) == 0
 
 
 # chunks and cores

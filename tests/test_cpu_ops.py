@@ -271,42 +271,73 @@ def test_merge(path, rng, n, d, n_entries):
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
 def test_the_nearest_of_a_stretch(path, rng, n_keys, n, m, d):
     check_nearest(cpu_ops, rng, n_keys, n, m, d, first_of_equals=True)
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("n, d, n_entries, factor", [(0, 8, 0, 1), (1, 64, 1, 1), (5, 6, 3, 1.3), (3000, 64, 900, 1.1)])
+def test_merge_unrotated(path, rng, ops, n, d, n_entries, factor):
+    """Every other row alone at its own place is copied, bit for bit."""
+    dest, w = rng.integers(-1, n_entries, n) if n else np.zeros(0, int), normal(rng, n)
+    pos, entry_pos = rng.integers(0, 500, n).astype(np.int32), rng.integers(0, 500, n_entries).astype(np.int32)
+    alone = np.flatnonzero((np.bincount(dest[dest >= 0], minlength=n_entries + 1) == 1)[dest] & (dest >= 0))[::2]
+    w[alone], pos[alone] = 1, entry_pos[dest[alone]]
+    rope = FakeRope(d, factor=factor)
+    rows = np.float32(rope.rotated(normal(rng, n, d), pos))
+    exact = np.zeros((n_entries, d))
+    np.add.at(exact, dest[dest >= 0], (rope.undone(rows, pos) * w[:, None])[dest >= 0])
+    got = ops.merge_unrotated(rows, pos, dest, w, entry_pos, *rope.tables(np.arange(500), 500))
+    np.testing.assert_allclose(got, rope.rotated(exact, entry_pos), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got[dest[alone]], rows[alone])
 
 
 def test_equal_keys_are_not_more_alike_than_one(path, rng):
     keys = np.repeat(rng.normal(size=(500, 64)).astype(np.float32), 2, axis=0)
-    for length in (2, 1000):  # cosines that are kept, and that are not
+    for length in (2, 1000):
         starts = np.arange(0, len(keys), length)
-        assert cpu_ops.GreedyClusters(keys, starts, np.full(len(starts), length)).count(1.0) == len(keys)
+        clusters = cpu_ops.GreedyClusters(keys, np.arange(len(keys)), starts, np.full(len(starts), length))
+        assert clusters.counts([1.0, 0.9999]) == [len(keys), len(keys) // 2]
 
 
-@pytest.mark.parametrize("tau", [-1.1, 0.3, 0.6, 0.9, 1.0])
-def test_greedy_clusters(path, rng, tau):
-    lengths = np.array([1, 3, 70, 0, 600, 31, 2])
-    starts = np.cumsum(lengths) - lengths + np.arange(len(lengths))  # a row of no segment between two of them
-    rows = int((starts + lengths).max()) + 1
-    keys = normal(rng, rows, 16) + 2 * normal(rng, 16)
-    keys[5] = 0
-    clusters = cpu_ops.GreedyClusters(keys, starts, lengths)
-    seed, similarity = clusters.assign(tau)
-    unit = keys.astype(np.float64) / np.maximum(np.linalg.norm(keys.astype(np.float64), axis=1, keepdims=True), 1e-300)
-    expected = np.arange(rows)
-    for start, length in zip(starts, lengths, strict=True):  # algorithm 1, literally
-        free = list(range(start, start + length))
-        while free:
-            first, *rest = free
-            cosines = unit[rest] @ unit[first]
-            assert (np.abs(cosines - tau) > 1e-6).all() or tau == 1.0
-            expected[[r for r, c in zip(rest, cosines, strict=True) if c > tau]] = first
-            free = [r for r, c in zip(rest, cosines, strict=True) if not c > tau]
-    if tau < 1.0:  # a cosine of 1 may round to either side of 1
-        np.testing.assert_array_equal(seed, expected)
-        assert clusters.count(tau) == sum(
-            (expected == np.arange(rows))[a : a + n].sum() for a, n in zip(starts, lengths, strict=True)
-        )
-    alone = seed == np.arange(rows)
-    assert (similarity[alone] == 1).all()
-    np.testing.assert_allclose(similarity[~alone], (unit * unit[seed]).sum(1)[~alone], atol=1e-5)
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("d, rotated", [(16, False), (16, True), (80, True), (7, False)])
+def test_greedy_clusters(path, rng, ops, d, rotated):
+    lengths = np.array([1, 3, 70, 0, 600, 31, 2, 16, 33])
+    starts = np.cumsum(lengths) - lengths + np.arange(len(lengths))  # one of no segment between two of them
+    n_rows = int((starts + lengths).max()) + 100
+    rows = np.sort(rng.permutation(n_rows)[:-90])
+    content, pos = normal(rng, n_rows, d) + 2 * normal(rng, d), rng.integers(0, 900, n_rows).astype(np.int32)
+    content[rows[5]] = 0
+    rope, rotation, keys = FakeRope(d, factor=1.2), None, content
+    if rotated:
+        keys, rotation = np.float32(rope.rotated(content, pos)), (pos, *rope.tables(np.arange(900), 900))
+        content = rope.undone(keys, pos)
+    clusters = ops.GreedyClusters(keys, rows, starts, lengths, rotation)
+    unit = content.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
+    taus = [0.31, *np.linspace(0.6, 0.95, 18), 1.01, -1.1]
+    counts = clusters.counts(taus)
+    for tau, count in zip(taus, counts, strict=True):
+        seed, similarity = clusters.assign(tau)
+        sure = np.zeros(n_rows, bool)  # rows of segments in which float32 has no doubt
+        expected = np.arange(n_rows)
+        for start, length in zip(starts, lengths, strict=True):  # algorithm 1, literally
+            segment = free = rows[start : start + length]
+            margin = 1.0
+            while len(free):
+                first, rest = free[0], free[1:]
+                cosines = unit[rest] @ unit[first]
+                margin = min(margin, np.abs(cosines - tau).min(initial=1))
+                expected[rest[cosines > tau]] = first
+                free = rest[~(cosines > tau)]
+            sure[segment] = margin > 1e-6
+        np.testing.assert_array_equal(seed[sure], expected[sure])
+        assert sure.sum() > 100
+        inside = np.concatenate([rows[a : a + n] for a, n in zip(starts, lengths, strict=True)])
+        assert count == (seed == np.arange(n_rows))[inside].sum()
+        outside = np.setdiff1d(np.arange(n_rows), inside)
+        np.testing.assert_array_equal(seed[outside], outside)
+        alone = seed == np.arange(n_rows)
+        assert (similarity[alone] == 1).all()
+        np.testing.assert_allclose(similarity[~alone], (unit * unit[seed]).sum(1)[~alone], atol=1e-5)
+    assert len(set(counts)) > 15
 
 
 def test_bf16_pages_round_to_nearest_even(path):

@@ -1,82 +1,128 @@
-/* Greedy seed-based clustering (SemantiCache, algorithm 1) of many segments of rows of norm 1, for one tau.
+/* Greedy seed-based clustering (SemantiCache, algorithm 1) of many segments of rows, for several taus in one reading of the keys.
  *
- * The free rows of a segment are a list that only shrinks: each seed is compared with what is left of it. Cosines of segments up
- * to KEPT rows are computed once, when the clustering is made, and serve every tau of the search. */
+ * The rows of a segment, of norm 1 and with RoPE undone where that is asked for, lie in memory that stays in a cache. Row by row,
+ * those taus under which the row is still free make it a seed: it is compared with the rows after it once for all of them, and
+ * under each the similar ones are free no longer. Which rows are free is a bit a row and tau; four rows that are free under no tau
+ * are not looked at. */
 #include "minillm_cpu.h"
+#include "rotate.h"
 
-enum { SEGMENTS = 16 }; /* a task */
-
-typedef struct {
-    const float *unit;                        /* (R, d) */
-    const int64_t *starts, *lengths, *place;  /* (M,) segments; where each one's cosines begin, -1: not kept */
-    float *kept;                              /* of each kept segment (length, length), the part above the diagonal */
-    int64_t d, n_segments;
-} Segments;
+enum { SEGMENTS = 16 /* a task */, WORD = 16 /* rows */, QUAD = 4 };
 
 typedef struct {
     const Segments *s;
-    float tau;
-    int64_t *counts;    /* (M,) clusters of each segment */
-    int64_t *seed;      /* (R,) or NULL */
-    float *similarity;  /* (R,) or NULL */
+    const float *taus;
+    int n_taus;
+    int64_t *counts;
+    int64_t *seed;
+    float *similarity;
 } Scan;
 
-static void keep(void *context, int64_t task, int thread)
+/* Key `row` with norm 1 as unit (width,), padded with zeros; a key of norm zero is zeros. */
+static void unit_row(const Segments *s, int64_t row, float *unit, int64_t width)
 {
-    (void)thread;
-    const Segments *s = context;
-    for (int64_t m = task * SEGMENTS; m < least((task + 1) * SEGMENTS, s->n_segments); m++)
-        for (int64_t i = 0; s->place[m] >= 0 && i + 1 < s->lengths[m]; i++)
-            kernels->cosines(s->unit, s->d, s->starts[m] + i, s->starts[m] + i + 1, s->starts[m] + s->lengths[m],
-                             s->kept + s->place[m] + i * s->lengths[m] + i + 1);
+    const float *key = s->keys + row * s->d;
+    const int64_t half = s->d / 2;
+    for (int64_t i = s->d; i < width; i++)
+        unit[i] = 0;
+    if (s->pos)
+        rotate(key, s->cos + s->pos[row] * half, s->sin + s->pos[row] * half, -1, unit, half);
+    else
+        memcpy(unit, key, sizeof(float) * (size_t)s->d);
+    vf squares = splat(0);
+    for (int64_t i = 0; i < width; i += VW)
+        squares += load(unit + i) * load(unit + i);
+    const float norm = sqrtf(sum(squares));
+    const vf inverse = splat(norm > 0 ? 1 / norm : 0);
+    for (int64_t i = 0; i < width; i += VW)
+        store(unit + i, load(unit + i) * inverse);
 }
 
-static void segment(const Scan *c, int64_t m, int thread)
+/* out (QUAD,) = a . b (QUAD, width), at most 1, which the sum of rounded products may exceed. */
+INLINE void cosines(const float *a, const float *b, int64_t width, float *out)
+{
+    vf totals[QUAD] = {splat(0), splat(0), splat(0), splat(0)};
+    for (int64_t i = 0; i < width; i += VW)
+        for (int j = 0; j < QUAD; j++)
+            totals[j] += load(a + i) * load(b + j * width + i);
+    sum4(totals, out);
+    for (int j = 0; j < QUAD; j++)
+        out[j] = fminf(out[j], 1);
+}
+
+/* Bit j: cosine j of WORD is greater than tau. */
+INLINE uint32_t similar(const float *cosine, float tau)
+{
+    uint32_t bits = 0;
+    for (int j = 0; j < WORD; j += VW)
+        bits |= greater(load(cosine + j), splat(tau)) << j;
+    return bits;
+}
+
+/* Row i of a segment of `words` words becomes a seed under the taus whose bit is set in `seeds`. */
+static void absorb(const Scan *c, const int64_t *rows, const float *unit, int64_t width, uint16_t *is_free, int64_t words, int64_t i, uint32_t seeds)
+{
+    float cosine[WORD] = {0};
+    for (int64_t word = i / WORD; word < words; word++) {
+        uint32_t any_free = 0;
+        for (int t = 0; t < c->n_taus; t++)
+            if (seeds >> t & 1)
+                any_free |= is_free[t * words + word];
+        for (int j = 0; j < WORD; j += QUAD)
+            if (any_free >> j & 15)
+                cosines(unit + i * width, unit + (word * WORD + j) * width, width, cosine + j);
+        for (int t = 0; any_free && t < c->n_taus; t++) {
+            if (!(seeds >> t & 1))
+                continue;
+            uint32_t taken = similar(cosine, c->taus[t]) & is_free[t * words + word];
+            is_free[t * words + word] ^= (uint16_t)taken;
+            for (; c->seed && taken; taken &= taken - 1) {
+                const int j = __builtin_ctz(taken);
+                c->seed[rows[word * WORD + j]] = rows[i];
+                c->similarity[rows[word * WORD + j]] = cosine[j];
+            }
+        }
+    }
+}
+
+static void segment(const Scan *c, int64_t m, int thread, int64_t *counts)
 {
     const Segments *s = c->s;
-    const int64_t start = s->starts[m], length = s->lengths[m];
-    int64_t *free_rows = scratch(thread, 2, 8 * (size_t)length), n_free = length, count = 0;
+    const int64_t *rows = s->rows + s->starts[m], length = s->lengths[m], words = round_up(length, WORD) / WORD, width = round_up(s->d, VW);
+    float *unit = scratch(thread, 2, sizeof(float) * (size_t)(words * WORD * width));
+    uint16_t *is_free = scratch(thread, 3, sizeof(uint16_t) * (size_t)(c->n_taus * words));
     for (int64_t i = 0; i < length; i++)
-        free_rows[i] = i;
-    while (n_free) {
-        const int64_t seed = free_rows[0];
-        int64_t left = 0;
-        count++;
-        for (int64_t j = 1; j < n_free; j++) {
-            const int64_t row = free_rows[j];
-            float cosine;
-            if (s->place[m] >= 0)
-                cosine = s->kept[s->place[m] + seed * length + row];
-            else
-                kernels->cosines(s->unit, s->d, start + seed, start + row, start + row + 1, &cosine);
-            if (!(cosine > c->tau))
-                free_rows[left++] = row;
-            else if (c->seed)
-                c->seed[start + row] = start + seed, c->similarity[start + row] = cosine;
+        unit_row(s, rows[i], unit + i * width, width);
+    memset(unit + length * width, 0, sizeof(float) * (size_t)((words * WORD - length) * width));
+    for (int64_t w = 0; w < c->n_taus * words; w++)
+        is_free[w] = (uint16_t)((1u << least(WORD, length - w % words * WORD)) - 1);
+    for (int64_t i = 0; i < length; i++) {
+        uint32_t seeds = 0;
+        for (int t = 0; t < c->n_taus; t++) {
+            uint16_t *word = is_free + t * words + i / WORD;
+            const uint32_t own = *word >> i % WORD & 1;
+            *word ^= (uint16_t)(own << i % WORD);
+            seeds |= own << t;
+            counts[t] += own;
         }
-        n_free = left;
+        if (seeds)
+            absorb(c, rows, unit, width, is_free, words, i, seeds);
     }
-    c->counts[m] = count;
 }
 
-static void scan(void *context, int64_t task, int thread)
+static void some_segments(void *context, int64_t task, int thread)
 {
     const Scan *c = context;
+    int64_t counts[MAX_TAUS] = {0};
     for (int64_t m = task * SEGMENTS; m < least((task + 1) * SEGMENTS, c->s->n_segments); m++)
-        segment(c, m, thread);
+        segment(c, m, thread, counts);
+    for (int t = 0; t < c->n_taus; t++)
+        __atomic_fetch_add(&c->counts[t], counts[t], __ATOMIC_RELAXED);
 }
 
-EXPORT void minillm_unit_rows(const float *keys, int64_t n, int64_t d, float *unit) { kernels->unit_rows(keys, n, d, unit); }
-
-EXPORT void minillm_keep_cosines(const Segments *s) { parallel((s->n_segments + SEGMENTS - 1) / SEGMENTS, keep, (void *)s); }
-
-/* The number of clusters; with seed and similarity (R,), prepared as "every row is its own seed, similarity 1", also whose. */
-EXPORT int64_t minillm_clusters(const Segments *s, float tau, int64_t *counts, int64_t *seed, float *similarity)
+void FN(clusters)(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity)
 {
-    Scan c = {s, tau, counts, seed, similarity};
-    parallel((s->n_segments + SEGMENTS - 1) / SEGMENTS, scan, &c);
-    int64_t total = 0;
-    for (int64_t m = 0; m < s->n_segments; m++)
-        total += counts[m];
-    return total;
+    Scan c = {s, taus, n_taus, counts, seed, similarity};
+    memset(counts, 0, sizeof(int64_t) * (size_t)n_taus);
+    parallel((s->n_segments + SEGMENTS - 1) / SEGMENTS, some_segments, &c);
 }

@@ -91,9 +91,11 @@ EXPORT void minillm_rows(const Matrix *w, const int64_t *ids, int64_t n, float *
 EXPORT void minillm_prefill_attention(const PrefillAttention *a) { kernels->prefill_attention(a); }
 EXPORT void minillm_decode_attention(const DecodeAttention *a) { kernels->decode_attention(a); }
 EXPORT void minillm_scores(const Scores *a) { kernels->scores(a); }
-EXPORT void minillm_merge(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out)
+EXPORT void minillm_unit_rows(const float *keys, int64_t n, int64_t d, float *unit) { kernels->unit_rows(keys, n, d, unit); }
+EXPORT void minillm_merge(const Merge *m) { kernels->merge(m); }
+EXPORT void minillm_clusters(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity)
 {
-    kernels->merge(rows, dest, weight, n, d, n_entries, out);
+    kernels->clusters(s, taus, n_taus, counts, seed, similarity);
 }
 EXPORT void minillm_nearest(const Nearest *a) { kernels->nearest(a); }
 EXPORT void minillm_bf16_from(const float *x, int64_t n, uint16_t *out) { kernels->bf16_from(x, n, out); }

@@ -1,7 +1,7 @@
 /* The operations that touch every element once: rms_norm, rope, swiglu, conversions to and from bf16, and the reading of memory
  * that bandwidth is measured with. Each is split over threads where it takes longer than waking them (some 20 us). */
 #include "minillm_cpu.h"
-#include "simd.h"
+#include "rotate.h"
 
 enum { CHUNK = 1 << 14 }; /* elements a task */
 
@@ -50,20 +50,8 @@ static void rotate_rows(void *context, int64_t task, int thread)
     const Elements *c = context;
     int64_t half = c->dim / 2;
     for (int64_t row = task * c->rows; row < least((task + 1) * c->rows, c->n); row++) {
-        const float *x1 = c->x + row * c->dim, *x2 = x1 + half;
-        const float *cos = c->cos + row % c->n * half, *sin = c->sin + row % c->n * half;
-        float *y1 = c->y + row * c->dim, *y2 = y1 + half;
-        int64_t i = 0;
-        for (; i + VW <= half; i += VW) {
-            vf a = load(x1 + i), b = load(x2 + i);
-            store(y1 + i, a * load(cos + i) - b * load(sin + i));
-            store(y2 + i, b * load(cos + i) + a * load(sin + i));
-        }
-        for (; i < half; i++) {
-            float a = x1[i], b = x2[i];
-            y1[i] = a * cos[i] - b * sin[i];
-            y2[i] = b * cos[i] + a * sin[i];
-        }
+        const int64_t at = row % c->n * half;
+        rotate(c->x + row * c->dim, c->cos + at, c->sin + at, 1, c->y + row * c->dim, half);
     }
 }
 

@@ -104,6 +104,28 @@ typedef struct {
     float *product;               /* (n,) 0 for none */
     int64_t n, m, d;
 } Nearest;
+/* Sums of rows, out (n_entries, d): out[dest[r]] += weight[r] * rows[r] for dest[r] >= 0. With pos, rows are keys that were rotated
+ * there: they are summed with RoPE undone, and the sum is rotated to its entry's position; an entry that is one row of weight 1 at
+ * its own position is that row. */
+typedef struct {
+    const float *rows;              /* (n, d) */
+    const int64_t *dest;            /* (n,) */
+    const float *weight;            /* (n,) */
+    float *out;
+    const int32_t *pos, *entry_pos; /* (n,), (n_entries,); or NULL: rows are summed as they are */
+    const float *cos, *sin;         /* (positions, d / 2) */
+    int64_t n, d, n_entries;
+} Merge;
+
+/* Rows to be clustered: segment m is rows[starts[m]] ... rows[starts[m] + lengths[m] - 1] of the keys. */
+enum { MAX_TAUS = 16 };
+typedef struct {
+    const float *keys;                       /* (R, d) */
+    const int64_t *rows, *starts, *lengths;  /* starts, lengths (n_segments,) */
+    const int32_t *pos;                      /* (R,) positions whose rotation is undone; NULL: keys as they are */
+    const float *cos, *sin;                  /* (positions, d / 2) */
+    int64_t d, n_segments;
+} Segments;
 
 typedef struct {
     const char *name;
@@ -117,9 +139,11 @@ typedef struct {
     void (*prefill_attention)(const PrefillAttention *a);
     void (*decode_attention)(const DecodeAttention *a);
     void (*scores)(const Scores *a);
-    void (*merge)(const float *rows, const int64_t *dest, const float *weight, int64_t n, int64_t d, int64_t n_entries, float *out);
+    void (*merge)(const Merge *m);
+    /* counts (n_taus,): clusters of all segments together. Of one tau, seed and similarity (R,) or NULL, prepared as "every row is its
+     * own seed, similarity 1": whose cluster each row is in, and its cosine with that seed. */
+    void (*clusters)(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity);
     void (*unit_rows)(const float *keys, int64_t n, int64_t d, float *unit);
-    void (*cosines)(const float *unit, int64_t d, int64_t row, int64_t lo, int64_t hi, float *out);
     void (*nearest)(const Nearest *a);
     void (*bf16_from)(const float *x, int64_t n, uint16_t *out);
     void (*bf16_to)(const uint16_t *x, int64_t n, float *out);

@@ -6,6 +6,44 @@
 #include "minillm_cpu.h"
 #include "simd.h"
 
+INLINE float dot(const float *a, const float *b, int64_t d)
+{
+    vf total = splat(0);
+    int64_t i = 0;
+    for (; i + VW <= d; i += VW)
+        total += load(a + i) * load(b + i);
+    float result = sum(total);
+    for (; i < d; i++)
+        result += a[i] * b[i];
+    return result;
+}
+
+typedef struct {
+    const float *keys;
+    int64_t n, d;
+    float *unit;
+} Unit;
+
+enum { ROWS = 256 }; /* a task */
+
+static void some_rows(void *context, int64_t task, int thread)
+{
+    (void)thread;
+    const Unit *c = context;
+    for (int64_t r = task * ROWS; r < least((task + 1) * ROWS, c->n); r++) {
+        const float *key = c->keys + r * c->d, norm = sqrtf(dot(key, key, c->d));
+        for (int64_t i = 0; i < c->d; i++)
+            c->unit[r * c->d + i] = norm > 0 ? key[i] / norm : 0;
+    }
+}
+
+/* unit (n, d) = keys / their norms; a key of norm zero stays zero. */
+void FN(unit_rows)(const float *keys, int64_t n, int64_t d, float *unit)
+{
+    Unit c = {keys, n, d, unit};
+    parallel((n + ROWS - 1) / ROWS, some_rows, &c);
+}
+
 enum { TILE = VW == 16 ? 12 : 6, COLUMNS = 2 * VW, TILES = 8 }; /* rows whose sums fit the registers; others in a panel; a task */
 
 typedef struct {

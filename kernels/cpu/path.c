@@ -11,9 +11,9 @@ void FN(rows)(const Matrix *, const int64_t *, int64_t, float *);
 void FN(prefill_attention)(const PrefillAttention *);
 void FN(decode_attention)(const DecodeAttention *);
 void FN(scores)(const Scores *);
-void FN(merge)(const float *, const int64_t *, const float *, int64_t, int64_t, int64_t, float *);
+void FN(merge)(const Merge *);
+void FN(clusters)(const Segments *, const float *, int, int64_t *, int64_t *, float *);
 void FN(unit_rows)(const float *, int64_t, int64_t, float *);
-void FN(cosines)(const float *, int64_t, int64_t, int64_t, int64_t, float *);
 void FN(nearest)(const Nearest *);
 void FN(bf16_from)(const float *, int64_t, uint16_t *);
 void FN(bf16_to)(const uint16_t *, int64_t, float *);
@@ -24,5 +24,5 @@ double FN(stream)(const float *, int64_t);
 
 const Kernels FN(kernels) = {
     NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
-    FN(decode_attention), FN(scores), FN(merge), FN(unit_rows), FN(cosines), FN(nearest), FN(bf16_from), FN(bf16_to), FN(stream),
+    FN(decode_attention), FN(scores), FN(merge), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(bf16_to), FN(stream),
 };

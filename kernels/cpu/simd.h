@@ -48,6 +48,22 @@ INLINE vf vmax(vf a, vf b)
 #endif
 }
 
+/* Bit i: a[i] > b[i]. */
+INLINE uint32_t greater(vf a, vf b)
+{
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)(a > b));
+#else
+    const vi mask = a > b;
+    uint32_t bits = 0;
+    for (int i = 0; i < VW; i++)
+        bits |= (uint32_t)(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
 INLINE int any(vi mask)
 {
 #if defined(__AVX512F__)

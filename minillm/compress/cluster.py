@@ -61,38 +61,34 @@ def parse_chunking(text):
 
 
 def ladder(chunking, n_rows):
-    """(Chunking, tau) from fine to coarse. First tau falls through the paper's range with the chunking as asked.
-    Below that, weak delimiters join the chunk before them (blanks, then , ; :, then . ? !), ever more neighbouring
-    chunks become one, and at last a head is a single core."""
-    for tau in TAUS:
-        yield chunking, tau
+    """(Chunking, taus) from fine to coarse; a rung is one of them and one of its taus. First tau falls through the
+    paper's range with the chunking as asked. Below that, weak delimiters join the chunk before them (blanks, then
+    , ; :, then . ? !), ever more neighbouring chunks become one, and at last a head is a single core."""
+    yield chunking, TAUS
+    lowest = TAUS[-1:]
     for n_alone in range(len(chunking.alone) - 1, 0, -1):
-        yield Chunking(chunking.alone[:n_alone], chunking.width), TAUS[-1]
+        yield Chunking(chunking.alone[:n_alone], chunking.width), lowest
     joined = 2
     while joined < n_rows:
-        yield Chunking((SPECIAL,), chunking.width, joined), TAUS[-1]
+        yield Chunking((SPECIAL,), chunking.width, joined), lowest
         joined *= 2
-    yield Chunking((), chunking.width, joined), -1.1
+    yield Chunking((), chunking.width, joined), (-1.1,)
 
 
 def seeds(layer, scores, target, tau, rope, chunking):
     """The clusters of each chunk, as `into`: with `target`, those of the finest rung of the ladder that makes no more
     entries, and of their members as many set free, the least like their seeds first, as there is room for; without,
     those at tau."""
-    n = len(layer.pos)
-    if target is None:
-        clusters, rows = _clusters(layer, rope, parse_chunking(chunking))
-        layer.memo = {"tau": tau}
-        return _seeds(n, rows, clusters, tau)[0]
-    for chunks, tau in ladder(parse_chunking(chunking), n):
-        count = _count(layer, rope, chunks, tau)
-        if count <= target:
-            break
-    clusters, rows = _clusters(layer, rope, chunks)
+    chunks, room = parse_chunking(chunking), 0
+    if target is not None:
+        for chunks, tau, count in _rungs(layer, rope, chunking):
+            if count <= target:
+                room = target - count
+                break
+    into, similarity = _clusters(layer, rope, chunks).assign(tau)
     layer.memo = {"tau": tau}  # the clusters are not needed any more
-    into, similarity = _seeds(n, rows, clusters, tau)
-    members = np.flatnonzero(into != np.arange(n))
-    free = members[np.argsort(similarity[members], kind="stable")[: max(target - count, 0)]]
+    members = np.flatnonzero(into != np.arange(len(into)))
+    free = members[_least(similarity[members], room)]
     into[free] = free
     return into
 
@@ -100,10 +96,8 @@ def seeds(layer, scores, target, tau, rope, chunking):
 def spread(ledger, layer, scores, tau, rope, chunking):
     """What the finest rung whose forecast for all layers keeps to the ledger makes in this one, and a share of what the
     next finer one would make more, as large as leaves room for the same share in the layers to come."""
-    n = len(layer.pos)
-    finer_count, finer_forecast = n, sum(ledger.rows[-ledger.to_come :])
-    for rung, (chunks, threshold) in enumerate(ladder(parse_chunking(chunking), n)):
-        count = _count(layer, rope, chunks, threshold)
+    finer_count, finer_forecast = len(layer.pos), sum(ledger.rows[-ledger.to_come :])
+    for rung, (_, _, count) in enumerate(_rungs(layer, rope, chunking)):
         forecast = ledger.forecast(rung, count)
         if forecast <= ledger.left:
             break
@@ -112,32 +106,44 @@ def spread(ledger, layer, scores, tau, rope, chunking):
     return [*ledger.targets, ledger.bounded(round(count + max(room, 0.0) * (finer_count - count)))]
 
 
-def _clusters(layer, rope, chunking):
-    """(GreedyClusters of the chunks, the rows they are about); those asked for last are kept."""
-    key = rope, chunking
-    if layer.memo.get("clusters", [None])[0] != key:
+def _rungs(layer, rope, chunking):
+    """Of each rung of the ladder its Chunking, its tau and the entries that the layer would have: clusters, and rows
+    outside the chunks."""
+    n = len(layer.pos)
+    for chunks, taus in ladder(parse_chunking(chunking), n):
+        key = "counts", rope, chunks
+        if key not in layer.memo:
+            outside = n - len(_segments(layer, chunks)[0])
+            layer.memo[key] = [outside + count for count in _clusters(layer, rope, chunks).counts(taus)]
+        for tau, count in zip(taus, layer.memo[key], strict=True):
+            yield chunks, tau, count
+
+
+def _clusters(layer, rope, chunks):
+    """GreedyClusters of the chunks; those asked for last are kept."""
+    last, clusters = layer.memo.get("clusters", (None, None))
+    if last != (rope, chunks):
         layer.memo.pop("clusters", None)
-        keys = layer.k_unrotated if rope == "unrotated" else layer.k
-        rows, starts, lengths = chunking.segments(layer)
-        layer.memo["clusters"] = key, layer.ops.GreedyClusters(layer.ops.take(keys, rows), starts, lengths), rows
-    return layer.memo["clusters"][1:]
+        rotation = (layer.pos, layer.cos, layer.sin) if rope == "unrotated" else None
+        clusters = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
+        layer.memo["clusters"] = (rope, chunks), clusters
+    return clusters
 
 
-def _count(layer, rope, chunking, tau):
-    """Entries that the layer would have: clusters, and rows outside the chunks."""
-    key = rope, chunking, tau
-    if key not in layer.memo:
-        clusters, rows = _clusters(layer, rope, chunking)
-        layer.memo[key] = len(layer.pos) - len(rows) + clusters.count(tau)
-    return layer.memo[key]
+def _segments(layer, chunks):
+    """Chunking.segments, computed once."""
+    if chunks not in layer.shared:
+        layer.shared[chunks] = chunks.segments(layer)
+    return layer.shared[chunks]
 
 
-def _seeds(n_rows, rows, clusters, tau):
-    """seed (R,) and similarity (R,) for all rows, from clusters of a part of them."""
-    seed, similarity = np.arange(n_rows), np.ones(n_rows, np.float32)
-    inner_seed, similarity[rows] = clusters.assign(tau)
-    seed[rows] = rows[inner_seed]
-    return seed, similarity
+def _least(values, n):
+    """The numbers of the n least of values (m,), of equal ones the first."""
+    if not 0 < n < len(values):
+        return np.arange(len(values) if n else 0)
+    bound = np.partition(values, n - 1)[n - 1]
+    less, equal = np.flatnonzero(values < bound), np.flatnonzero(values == bound)
+    return np.append(less, equal[: n - len(less)])
 
 
 def _chunking(value):

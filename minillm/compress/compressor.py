@@ -122,6 +122,8 @@ class Compression:
         self.scores = []  # (E,) of the entries of each layer stored, where the method scores
         self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
         self.next_pos = {}  # of each layer whose Plan says so
+        self.prompt = None  # log_size, pos and lengths of a first prompt's rows: the same in every layer
+        self.attributes = None, {}  # the pos of the rows that came last, and what else a Layer says of them
 
     @property
     def reads(self):
@@ -187,8 +189,9 @@ class Compression:
         n = 0 if k is None else k.shape[1]
         new_pos = np.arange(cache.position, cache.position + n, dtype=np.int32)
         if n and not (cache.lengths[index] - settled).any():  # a first prompt: nothing is copied
-            k, v = k.reshape(-1, d), v.reshape(-1, d)
-            return Entries(k, v, np.zeros(n_heads * n, np.float32), np.tile(new_pos, n_heads), np.full(n_heads, n))
+            if self.prompt is None:
+                self.prompt = np.zeros(n_heads * n, np.float32), np.tile(new_pos, n_heads), np.full(n_heads, n)
+            return Entries(k.reshape(-1, d), v.reshape(-1, d), *self.prompt)
         old = cache.read(index, settled)
         if not n:
             return old
@@ -215,19 +218,30 @@ class Compression:
         old = np.zeros(0, np.float32) if self.cache.scores is None else self.cache.scores[index]
         return _joined(rows.lengths - noted.shape[1], old, noted)
 
+    def _attributes(self, rows):
+        """What a Layer says of its rows beside k, v, pos and lengths: found once where the next layer's have the same
+        pos."""
+        if self.attributes[0] is not rows.pos:
+            cache = self.cache
+            token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
+            known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
+            self.attributes = rows.pos, {
+                "size": np.exp(rows.log_size),
+                "classes": np.where(known, self.classes[token * known], 0).astype(np.uint8),
+                "protected": (rows.pos < self.sinks) | (token >= self.end),
+                "shared": {},
+            }
+        return self.attributes[1]
+
     def _layer(self, index, rows, queries=(), history=None, predicted=None):
-        compressor, cache, threshold = self.compressor, self.cache, self.thresholds[index]
-        token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
-        known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
+        compressor, threshold = self.compressor, self.thresholds[index]
         return Layer(
             index=index,
             k=rows.k,
             v=rows.v,
-            size=np.exp(rows.log_size),
             pos=rows.pos,
-            classes=np.where(known, self.classes[token * known], 0).astype(np.uint8),
-            protected=(rows.pos < self.sinks) | (token >= self.end),
             lengths=rows.lengths,
+            **self._attributes(rows),
             cos=self.cos,
             sin=self.sin,
             ops=compressor.ops,

@@ -34,16 +34,15 @@ def drop(layer, scores, into, positions):
 def cores(layer, scores, into, rope, log_size):
     """SemantiCache (eqs. 2-4): a row that stays becomes the mean of itself and the rows that join it, weighted by their
     sizes, at their mean position, and of the size of them all; what joins none is dropped."""
-    joined = into >= 0
-    stays, dest = np.unique(into[joined], return_inverse=True)
-    size = np.bincount(dest, layer.size[joined]).astype(np.float32)
-    weight = np.zeros(len(into), np.float32)
-    weight[joined] = layer.size[joined] / size[dest]
-    pos = np.rint(np.bincount(dest, weight[joined] * layer.pos[joined])).astype(np.int32)
+    stays = into == np.arange(len(into))
+    joined, number = into >= 0, np.cumsum(stays)  # of the entry that each row that stays becomes, from 1
+    dest = np.where(joined, number[into], 0)
+    size = np.bincount(dest, layer.size).astype(np.float32)
+    weight = np.where(joined, layer.size / size[dest], np.float32(0))
+    size = size[1:]
+    pos = np.rint(np.bincount(dest, weight * layer.pos)[1:]).astype(np.int32)
     lengths = np.bincount(layer.heads[stays], minlength=len(layer.lengths))
-    places = np.full(len(into), -1)
-    places[joined] = dest
-    return Plan(places, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
+    return Plan(dest - 1, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
 
 
 def average(layer, scores, into, chunking, rope, log_size):

@@ -50,11 +50,14 @@ class Layer:
     scale: float = 1.0  # of the logits
     attention_window: int | None = None  # the model's sliding window
     memo: dict = field(default_factory=dict)  # what a method computes once and uses again
+    shared: dict = field(default_factory=dict)  # the same, of what is alike in layers whose rows are of the same tokens
 
-    @cached_property
+    @property
     def heads(self):
         """(R,) the KV head of each row."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+        if "heads" not in self.shared:
+            self.shared["heads"] = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return self.shared["heads"]
 
     @cached_property
     def free(self):
@@ -143,8 +146,7 @@ class Plan:
         v = ops.merge(layer.v if self.v is None else self.v, self.dest, self.weight, n)
         weight = self.weight if self.key_weight is None else self.key_weight
         if self.unrotate:
-            keys = layer.k, layer.k_unrotated, layer.pos
-            k = ops.merge_unrotated(*keys, self.dest, weight, self.pos, layer.cos, layer.sin)
+            k = ops.merge_unrotated(layer.k, layer.pos, self.dest, weight, self.pos, layer.cos, layer.sin)
         else:
             k = ops.merge(layer.k, self.dest, weight, n)
         return Entries(k, v, np.log(self.size), self.pos, self.lengths)

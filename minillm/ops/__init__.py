@@ -15,11 +15,13 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
                                                          their sum or maximum over many queries, for each row
     new_slab(n_pages, page_size, head_dim)               memory for pages
     page_bytes(page_size, head_dim)                      bytes of one page
-    GreedyClusters(keys, starts, lengths)                greedy seed-based clustering inside segments, for any tau
+    GreedyClusters(keys, rows, starts, lengths, rotation)
+                                                         greedy seed-based clustering inside segments, for any tau
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
     nearest(keys, rows, others, first, last)             of a stretch of other rows the one most alike, for each row
     unrotated(rows, pos, cos, sin)                       keys with RoPE undone
-    merge_unrotated(rows, rows_unrotated, ...)           merge of keys: summed without their rotation
+    merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin)
+                                                         merge of keys: summed without their rotation
     take(rows, index), concatenate(parts)                some rows; rows of several arrays
     write_entries(layer, start, entries)                 Entries into the pages of a layer
     read_entries(layer, start)                           and out of them

@@ -89,11 +89,17 @@ class Nearest(Structure):
     ]
 
 
+class Merge(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("rows", "dest", "weight", "out", "pos", "entry_pos", "cos", "sin")),
+        *((name, c_int64) for name in ("n", "d", "n_entries")),
+    ]
+
+
 class Segments(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("unit", "starts", "lengths", "place", "kept")),
-        ("d", c_int64),
-        ("n_segments", c_int64),
+        *((name, c_void_p) for name in ("keys", "rows", "starts", "lengths", "pos", "cos", "sin")),
+        *((name, c_int64) for name in ("d", "n_segments")),
     ]
 
 
@@ -112,10 +118,9 @@ _SIGNATURES = {  # name -> (result, arguments)
     "prefill_attention": (None, [POINTER(PrefillAttention)]),
     "decode_attention": (None, [POINTER(DecodeAttention)]),
     "scores": (None, [POINTER(Scores)]),
-    "merge": (None, [_P, _P, _P, _N, _N, _N, _P]),
+    "merge": (None, [POINTER(Merge)]),
+    "clusters": (None, [POINTER(Segments), _P, c_int, _P, _P, _P]),
     "unit_rows": (None, [_P, _N, _N, _P]),
-    "keep_cosines": (None, [POINTER(Segments)]),
-    "clusters": (c_int64, [POINTER(Segments), c_float, _P, _P, _P]),
     "nearest": (None, [POINTER(Nearest)]),
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),

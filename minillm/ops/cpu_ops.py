@@ -186,10 +186,23 @@ def _scores(out, reduce, q, keys, lengths, log_size, pos, q_pos, scale, window, 
 def merge(rows, dest, weight, n_entries):
     """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest, weight (R,) -> (n_entries, d)
     float32."""
+    return _merge(rows, dest, weight, n_entries, None, None, None, None)
+
+
+def merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin):
+    """`merge` of keys rows (R, d), rotated at pos (R,), summed with RoPE undone and turned to entry_pos (E,). cos, sin
+    (positions, d/2). See numpy_ops."""
+    pos, entry_pos = np.ascontiguousarray(pos, np.int32), np.ascontiguousarray(entry_pos, np.int32)
+    assert len(pos) == len(rows) and max(pos.max(initial=0), entry_pos.max(initial=0)) < len(cos) == len(sin)
+    return _merge(rows, dest, weight, len(entry_pos), pos, entry_pos, floats(cos), floats(sin))
+
+
+def _merge(rows, dest, weight, n_entries, pos, entry_pos, cos, sin):
     rows, dest, weight = floats(rows), np.ascontiguousarray(dest, np.int64), floats(weight)
     out = np.empty((n_entries, rows.shape[1]), np.float32)
     assert len(rows) == len(dest) == len(weight) and dest.max(initial=-1) < n_entries
-    _lib.merge(pointer(rows), pointer(dest), pointer(weight), len(rows), rows.shape[1], n_entries, pointer(out))
+    pointers = (pointer(a) for a in (rows, dest, weight, out, pos, entry_pos, cos, sin))
+    _lib.merge(byref(cpu_lib.Merge(*pointers, *rows.shape, n_entries)))
     return out
 
 
@@ -205,7 +218,6 @@ def nearest(keys, rows, others, first, last):
 
 
 unrotated = functools.partial(numpy_ops.unrotated, rope=rope)
-merge_unrotated = functools.partial(numpy_ops.merge_unrotated, rope=rope, merge=merge)
 
 
 def trim():

@@ -11,11 +11,11 @@ KEPT_COSINES = 256 << 20  # all of them together
 class GreedyClusters:
     """Segments of rows, and their clusters for any tau.
 
-    keys (R, d) of the device; starts, lengths (M,): segment m is rows starts[m] : starts[m] + lengths[m]. What a
-    cluster is, numpy_clusters says."""
+    keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows; starts, lengths (M,): segment m is
+    the keys starts[m] : starts[m] + lengths[m]. What a cluster is, numpy_clusters says."""
 
-    def __init__(self, device, real16, keys, starts, lengths):
-        self.device, self.real16, self.n_rows = device, real16, len(keys)
+    def __init__(self, device, real16, keys, rows, n_rows, starts, lengths):
+        self.device, self.real16, self.rows, self.n_rows = device, real16, rows, n_rows
         starts, lengths = (np.ascontiguousarray(a, np.int32) for a in (starts, lengths))
         squares = np.where(lengths <= KEPT_LENGTH, lengths.astype(np.int64) ** 2, 0)
         ends = np.cumsum(squares)
@@ -27,28 +27,22 @@ class GreedyClusters:
         self.kept = self.device.empty(int(squares[place >= 0].sum()), np.float32)
         tables = self.starts, self.lengths, self.place
         launch.keep_cosines(self.device, self.unit, *tables, self.kept, self.real16)
-        self.counts = {}  # tau -> clusters
 
-    def count(self, tau):
-        """The number of clusters of all segments together."""
-        return self.counts_of([tau])[0]
-
-    def counts_of(self, taus):
-        """`count` of each of several taus, those not known yet in one launch."""
-        new = [tau for tau in taus if tau not in self.counts]
-        if new:
-            self.counts |= zip(new, self._run(new, None, None).tolist(), strict=True)
-        return [self.counts[tau] for tau in taus]
+    def counts(self, taus):
+        """For each of `taus` the number of clusters of all segments together, in one launch."""
+        return self._run(taus, None, None).tolist()
 
     def assign(self, tau):
-        """seed (R,) int64, similarity (R,), on the host."""
-        seed = self.device.upload(np.arange(self.n_rows, dtype=np.int32))
-        similarity = self.device.upload(np.ones(self.n_rows, np.float32))
-        self._run([tau], seed, similarity)
-        return seed.get().astype(np.int64), similarity.get()
+        """seed (n_rows,) int64, similarity (n_rows,), on the host."""
+        number = self.device.upload(np.arange(len(self.rows), dtype=np.int32))  # of each one's seed among `rows`
+        cosine = self.device.upload(np.ones(len(self.rows), np.float32))
+        self._run([tau], number, cosine)
+        seed, similarity = np.arange(self.n_rows), np.ones(self.n_rows, np.float32)
+        seed[self.rows], similarity[self.rows] = self.rows[number.get()], cosine.get()
+        return seed, similarity
 
     def _run(self, taus, seed, similarity):
-        upload, shape = self.device.upload, (len(taus), self.n_rows)
+        upload, shape = self.device.upload, (len(taus), len(self.rows))
         counts, taken = upload(np.zeros(len(taus), np.int32)), None
         if self.some_long:
             taken = self.device.empty(shape, np.uint8)

@@ -200,10 +200,10 @@ class CudaOps:
         launch.merge(self.device, self._rows(rows), order, first, self.device.upload(weight), out, self.real16)
         return out
 
-    def merge_unrotated(self, rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin):
+    def merge_unrotated(self, rows, pos, dest, weight, entry_pos, cos, sin):
         """As `merge`, of keys: summed with RoPE undone, then turned to entry_pos (E,); what is one row of weight 1 at
         its own position is copied."""
-        out = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16)
+        out, rows_unrotated = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16), self.unrotated(rows, pos, cos, sin)
         order, first = self._by_entry(dest, len(entry_pos))
         weight, pos, entry_pos = self.device.upload(weight), self._indices(pos), self._indices(entry_pos)
         tables = self._upload_once(cos), self._upload_once(sin)
@@ -252,8 +252,12 @@ class CudaOps:
         launch.score_lse(self.device, q, rows, at, lse, scale, window or 0, self.real16)
         return lse
 
-    def GreedyClusters(self, keys, starts, lengths):
-        return GreedyClusters(self.device, self.real16, keys, starts, lengths)
+    def GreedyClusters(self, keys, rows, starts, lengths, rotation=None):
+        n_rows, keys = len(keys), self.take(keys, rows)
+        if rotation:
+            pos, cos, sin = rotation
+            keys = self.unrotated(keys, pos[rows], cos, sin)
+        return GreedyClusters(self.device, self.real16, keys, rows, n_rows, starts, lengths)
 
     def nearest(self, keys, rows, others, first, last):
         """For each of some rows the one most like it of a stretch of others; on the host. See numpy_ops."""

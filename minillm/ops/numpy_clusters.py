@@ -5,21 +5,27 @@ so that a step of the greedy scan costs a few word operations for a whole bucket
 
 import numpy as np
 
+from minillm.ops.numpy_rope import unrotated
+
 SIMILARITIES = 4 << 20  # that exist at a time; where there are more, they are computed anew for every tau, in blocks
 
 
 class GreedyClusters:
     """Segments of rows, and their clusters for any tau.
 
-    keys (R, d); starts, lengths (M,): segment m is rows starts[m] : starts[m] + lengths[m], and clusters stay inside
-    it. Scanning a segment, a row without a cluster becomes a seed and absorbs every later free row whose cosine
-    similarity with the seed is greater (strictly) than tau; no cosine is greater than 1, rounded or not. A key of norm
-    zero is similar to nothing (cosine 0)."""
+    keys (R, d); rows (C,); starts, lengths (M,): segment m is rows[starts[m] : starts[m] + lengths[m]], and clusters
+    stay inside it. rotation: (pos (R,), cos, sin (positions, d/2)) that the keys have and that is undone first; None:
+    they are compared as they are. Scanning a segment, a row without a cluster becomes a seed and absorbs every later
+    free row whose cosine similarity with the seed is greater (strictly) than tau; no cosine is greater than 1, rounded
+    or not. A key of norm zero is similar to nothing (cosine 0)."""
 
-    def __init__(self, keys, starts, lengths):
+    def __init__(self, keys, rows, starts, lengths, rotation=None):
+        self.n_rows, self.rows, keys = len(keys), rows, keys[rows]
+        if rotation:
+            pos, cos, sin = rotation
+            keys = unrotated(keys, pos[rows], cos, sin)
         norms = np.sqrt(np.einsum("rd,rd->r", keys, keys))[:, None]
         self.unit = np.divide(keys, norms, out=np.zeros_like(keys), where=norms > 0)
-        self.n_rows = len(keys)
         # Widths 8, 16, 32, 64 fit one word; longer ones take several words of 64 bits.
         widths = np.where(lengths > 64, -(-lengths // 64) * 64, 8 << np.searchsorted([8, 16, 32], lengths))
         keep = int((widths.astype(np.int64) ** 2).sum()) <= SIMILARITIES
@@ -62,20 +68,25 @@ class GreedyClusters:
                 free ^= taken
                 yield seed, taken
 
-    def count(self, tau):
-        """The number of clusters of all segments together."""
-        return sum(int(seed.sum(dtype=np.int64)) for bucket in self.buckets for seed, _ in self._absorbed(bucket, tau))
+    def counts(self, taus):
+        """For each of `taus` the number of clusters of all segments together."""
+        return [
+            sum(int(seed.sum(dtype=np.int64)) for bucket in self.buckets for seed, _ in self._absorbed(bucket, tau))
+            for tau in taus
+        ]
 
     def assign(self, tau):
         """seed (R,) int64: the row that is the seed of each row's cluster; a row of no segment is its own seed.
         similarity (R,): cosine of each row with its seed, 1 for seeds."""
-        seed = np.arange(self.n_rows)
+        number = np.arange(len(self.rows))  # of each one's seed among `rows`
         for bucket in self.buckets:
             rows, real, _ = bucket
             width = rows.shape[1]
             for i, (_, taken) in enumerate(self._absorbed(bucket, tau)):
                 members = np.unpackbits(taken.view(np.uint8), axis=1, count=width, bitorder="little").view(bool)
-                seed[rows[members]] = np.broadcast_to(rows[:, i, None], rows.shape)[members]
-        similarity = np.einsum("rd,rd->r", self.unit, self.unit[seed])
+                number[rows[members]] = np.broadcast_to(rows[:, i, None], rows.shape)[members]
+        seed, similarity = np.arange(self.n_rows), np.ones(self.n_rows, np.float32)
+        seed[self.rows] = self.rows[number]
+        similarity[self.rows] = np.einsum("rd,rd->r", self.unit, self.unit[number])
         similarity[seed == np.arange(self.n_rows)] = 1.0
         return seed, similarity

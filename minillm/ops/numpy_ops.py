@@ -8,6 +8,7 @@ import numpy as np
 
 from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
+from minillm.ops.numpy_rope import rope, unrotated
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
 NEAREST_ROWS = 128  # rows that look for the nearest at a time: their products stay in the L2 cache
@@ -45,19 +46,6 @@ def rms_norm(x, weight, eps):
     (dim,)."""
     mean_square = np.einsum("nd,nd->n", x, x) / x.shape[-1]
     return x * (1.0 / np.sqrt(mean_square + eps)).astype(np.float32)[:, None] * weight
-
-
-def rope(x, cos, sin):
-    """Rotate the halves of the last axis: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin). x (..., d); cos, sin
-    broadcast to (..., d/2). With -sin it is the inverse rotation."""
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    out = np.empty_like(x)
-    np.multiply(x1, cos, out=out[..., :half])
-    out[..., :half] -= x2 * sin
-    np.multiply(x2, cos, out=out[..., half:])
-    out[..., half:] += x1 * sin
-    return out
 
 
 def swiglu(gate, up):
@@ -289,14 +277,7 @@ def nearest(keys, rows, others, first, last):
     return found, cosine
 
 
-def unrotated(rows, pos, cos, sin, rope=rope):
-    """rows (R, d) with RoPE undone: what it was applied to at pos (R,). cos, sin (positions, d/2)."""
-    norm = np.float32(cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
-    cos, sin = cos / norm, -sin / norm
-    return rope(rows, cos.take(pos, axis=0), sin.take(pos, axis=0))
-
-
-def merge_unrotated(rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin, rope=rope, merge=merge):
+def merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin):
     """`merge` of keys rows (R, d), rotated at pos (R,): they are summed with RoPE undone and the sum is rotated to
     entry_pos (E,). An entry that is one row of weight 1, at its own position, is that row. -> (E, d)"""
     n_rows = np.bincount(dest[dest >= 0], minlength=len(entry_pos))
@@ -305,7 +286,7 @@ def merge_unrotated(rows, rows_unrotated, pos, dest, weight, entry_pos, cos, sin
     made = np.ones(len(entry_pos), bool)
     made[dest[copied]] = False
     number = np.where(made, np.cumsum(made) - 1, -1)  # of an entry among those that are made
-    summed = merge(rows_unrotated, np.where(dest >= 0, number[dest], -1), weight, int(made.sum()))
+    summed = merge(unrotated(rows, pos, cos, sin), np.where(dest >= 0, number[dest], -1), weight, int(made.sum()))
     out = np.empty((len(entry_pos), rows.shape[1]), np.float32)
     out[made] = rope(summed, cos.take(entry_pos[made], axis=0), sin.take(entry_pos[made], axis=0))
     out[dest[copied]] = rows[copied]
