@@ -128,10 +128,10 @@ class Model:
         x = self.ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
         again = Rereading(self, token_ids, first) if "again" in reads else None
         for index, block in enumerate(self.blocks):
-            q, k, v, scores, mixed = self._attention(index, x, cos, sin, first.layer(index), wants)
+            q, lse, k, v, scores, mixed = self._attention(index, x, cos, sin, first.layer(index), wants)
             for cache in noting:
                 cache.predicted[index].append(scores)
-            queries = {"new": [Queries(q, pos)]}
+            queries = {"new": [Queries(q, pos, lse)]}
             if again:
                 queries["again"] = again.layer(index, k, v, pos)
             for cache, compression in zip(caches, compressions, strict=True):
@@ -140,7 +140,7 @@ class Model:
                 else:
                     cache.append(index, k, v, pos)
                     cache.forget()
-            del q, k, v, queries
+            del q, lse, k, v, queries
             self._check_finite(self._output(index, x, mixed), index)
             if progress:
                 progress(index + 1, len(self.blocks))
@@ -152,9 +152,9 @@ class Model:
         return x
 
     def _attention(self, index, x, cos, sin, past, wants=()):
-        """The first half of a layer: x (n, dim) -> q (Hq, n, d); k, v (H, n, d); q and k rotated; predicted scores (H,
-        n) on the host; mixed (n, Hq * d), the attention's output. q and scores may be None where `wants` lacks
-        "queries" or "scores"."""
+        """The first half of a layer: x (n, dim) -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n, d); q and k
+        rotated; predicted scores (H, n) on the host; mixed (n, Hq * d), the attention's output. q, lse and scores may be
+        None where `wants` lacks "queries" or "scores"."""
         if self.runner:
             return self.runner.attention(index, x, cos, sin, past, wants)
         ops, block, config = self.ops, self.blocks[index], self.config
@@ -162,8 +162,8 @@ class Model:
         q, k, v = self._qkv(block, h)
         scores = self._scores(block, h) if "scores" in wants else None
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-        mixed = ops.prefill_attention(q, k, v, past, self.scale, config.sliding_window)
-        return q, k, v, scores, mixed
+        mixed, lse = ops.prefill_attention(q, k, v, past, self.scale, config.sliding_window)
+        return q, lse, k, v, scores, mixed
 
     def _output(self, index, x, mixed):
         """The second half: x += W_O mixed, x += mlp(norm(x)). -> whether x is finite."""
@@ -296,9 +296,9 @@ class Rereading:
         for rows in self.blocks:
             x, pos = self.x[rows], self.position + np.arange(rows.stop - rows.start)
             tables = model.rope.tables(pos, int(pos[-1]) + 1)
-            q, keys, _, _, mixed = model._attention(index, x, *tables, past, {"queries"})
+            q, lse, _, _, _, mixed = model._attention(index, x, *tables, past, {"queries"})
             model._output(index, x, mixed)
-            queries.append(Queries(q, pos, keys))
+            queries.append(Queries(q, pos, lse))
         return queries
 
 

@@ -16,20 +16,25 @@ NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by m
 def attend(q, entries, scale, query_pos, window=None):
     """softmax(q.k * scale + log s) v over the entries a query at `query_pos` sees. q (d,); entries: k (m, d), v (m, d),
     log_size (m,), pos (m,) -> (d,)."""
+    return attend_and_sum(q, entries, scale, query_pos, window)[0]
+
+
+def attend_and_sum(q, entries, scale, query_pos, window=None):
+    """`attend`, and the log of the sum of exponentials that it divides by."""
     k, v, log_size, pos = (np.asarray(column, np.float64) for column in entries)
     logits = k @ np.float64(q) * scale + log_size
     if window is not None:
         logits[pos <= query_pos - window] = -np.inf
     p = np.exp(logits - logits.max())
-    return p @ v / p.sum()
+    return p @ v / p.sum(), logits.max() + np.log(p.sum())
 
 
 def prefill(q, k, v, past, seen, scale, window=None, rows=None):
     """Causal attention of new tokens over stored entries `past` (one tuple as in `attend` a KV head) and themselves, of
-    all new tokens or of `rows` of them. -> (rows, Hq * d)"""
+    all new tokens or of `rows` of them. -> (rows, Hq * d); (Hq, rows) logs of the sums of exponentials"""
     n_heads, n, d = q.shape
     rows = range(n) if rows is None else rows
-    out = np.zeros((len(rows), n_heads, d))
+    out, lse = np.zeros((len(rows), n_heads, d)), np.zeros((n_heads, len(rows)))
     for head in range(n_heads):
         kv_head = head * len(k) // n_heads
         k_past, v_past, log_size, pos = past[kv_head]
@@ -40,8 +45,8 @@ def prefill(q, k, v, past, seen, scale, window=None, rows=None):
                 np.concatenate([log_size, np.zeros(i + 1)]),
                 np.concatenate([pos, np.arange(seen, seen + i + 1)]),
             )
-            out[row, head] = attend(q[head, i], entries, scale, seen + i, window)
-    return out.reshape(len(rows), -1)
+            out[row, head], lse[head, row] = attend_and_sum(q[head, i], entries, scale, seen + i, window)
+    return out.reshape(len(rows), -1), lse
 
 
 def rotated(x, angle, factor=1.0):

@@ -80,8 +80,7 @@ class Sequence:
         self._note(n)
         for layer in range(len(k)):
             if compression:
-                again = k[layer] if compression.reads == "again" else None
-                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos, again)], self.wo[layer])
+                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos)], self.wo[layer])
             else:
                 cache.append(layer, k[layer], v[layer], pos)
         compression.finish() if compression else cache.advance(ids)

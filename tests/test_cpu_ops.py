@@ -226,8 +226,8 @@ def test_logits_of_any_size(path, rng, size):
     q, d = normal(rng, 1, 6, 64) * np.float32(size), 64
     got = cpu_ops.decode_attention(q, [layer], 0.125).reshape(6, d)
     new = normal(rng, 6, 3, d) * np.float32(size), normal(rng, 2, 3, d), normal(rng, 2, 3, d)
-    prefill = cpu_ops.prefill_attention(*new, layer, 0.125).reshape(3, 6, d)
-    assert np.isfinite(prefill).all()
+    prefill, lse = cpu_ops.prefill_attention(*new, layer, 0.125)
+    assert np.isfinite(prefill).all() and np.isfinite(lse).all()
     for head in range(6):
         k, v, log_size, _ = entries(layer, head // 3)
         logits = k.astype(np.float64) @ q[0, head] * 0.125
@@ -246,7 +246,8 @@ def test_logits_of_any_size(path, rng, size):
 def test_prefill_attention(path, rng, ops, d, group, lengths, n, window):
     layer = paged(rng, ops, lengths, d, seen=300)
     q, k, v = normal(rng, group * len(lengths), n, d), normal(rng, len(lengths), n, d), normal(rng, len(lengths), n, d)
-    got = cpu_ops.prefill_attention(q, k, v, layer, d**-0.5, window).reshape(n, -1, d)
+    got, lse = cpu_ops.prefill_attention(q, k, v, layer, d**-0.5, window)
+    got = got.reshape(n, -1, d)
     tolerance = 2e-2 if path in ("avx512", "amx") else 1e-5
     for head in range(len(q)):
         k_past, v_past, log_size, pos = entries(layer, head // group)
@@ -258,6 +259,8 @@ def test_prefill_attention(path, rng, ops, d, group, lengths, n, window):
             if window:
                 visible &= pos > layer.seen + i - window
             close(got[i, head], attend(q[head, i], keys, values, log_size, visible, d**-0.5), tolerance)
+            logits = (keys.astype(np.float64) @ q[head, i] * d**-0.5 + log_size)[visible]
+            close(lse[head, i], np.log(np.exp(logits).sum()), tolerance)
 
 
 @pytest.mark.parametrize("n, d, n_entries", [(0, 8, 0), (1, 64, 1), (5, 7, 3), (3000, 64, 900), (4000, 12, 1)])

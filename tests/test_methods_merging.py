@@ -33,9 +33,10 @@ def softmax(logits):
     return [x / sum(e) for x in e]
 
 
-def attention(layer, queries, own_keys=None):
-    """{(query head, i, row): probability} of Queries over the rows of a layer, own_keys (H, m, d) seen as well."""
-    group, out = len(queries.q) // len(layer.lengths), {}
+def logits_of(layer, queries, own_keys=None):
+    """(query head, i, the rows it sees, their logits and those of own_keys (H, m, d), seen as well) of Queries over the
+    rows of a layer."""
+    group = len(queries.q) // len(layer.lengths)
     for head, (n, end) in enumerate(zip(layer.lengths, np.cumsum(layer.lengths), strict=True)):
         for member in range(group):
             for i, at in enumerate(queries.pos):
@@ -44,10 +45,24 @@ def attention(layer, queries, own_keys=None):
                 logits = [q @ np.float64(layer.k[row]) * layer.scale + math.log(layer.size[row]) for row in rows]
                 if own_keys is not None:
                     logits += [q @ np.float64(own_keys[head, j]) * layer.scale for j in range(i + 1)]
-                if logits:
-                    for row, p in zip(rows, softmax(logits), strict=False):
-                        out[head * group + member, i, row] = p
+                yield head * group + member, i, rows, logits
+
+
+def attention(layer, queries, own_keys=None):
+    """{(query head, i, row): probability}"""
+    out = {}
+    for head, i, rows, logits in logits_of(layer, queries, own_keys):
+        if logits:
+            out |= {(head, i, row): p for row, p in zip(rows, softmax(logits), strict=False)}
     return out
+
+
+def log_sums(layer, queries, own_keys):
+    """lse (Hq, m) float32"""
+    lse = np.full(queries.q.shape[:2], -np.inf, F32)
+    for head, i, _, logits in logits_of(layer, queries, own_keys):
+        lse[head, i] = max(logits) + math.log(sum(math.exp(x - max(logits)) for x in logits))
+    return lse
 
 
 def head_of(layer, row):
@@ -81,8 +96,9 @@ def layer_of(rng, lengths, *, group=1, merged=False, ties=False, d=6, n_queries=
     layer = make_layer(heads, rope, n_positions=longest + n_queries)
     q = rng.normal(size=(group * len(lengths), n_queries, d)).astype(F32)
     if again:
-        own = rng.normal(size=(len(lengths), n_queries, d)).astype(F32)
-        layer.queries = [Queries(q, longest + np.arange(n_queries), own)]
+        layer.own = rng.normal(size=(len(lengths), n_queries, d))
+        layer.queries = [Queries(q, longest + np.arange(n_queries))]
+        layer.queries[0].lse = log_sums(layer, layer.queries[0], layer.own)
     else:
         layer.queries = [Queries(q, longest - n_queries + np.arange(n_queries))]
     return layer, rope
@@ -279,7 +295,7 @@ def test_kvcompose_scores(group, options):
     for n, n_heads in ((1, 1), (1, 3), (9, 1), (14, 3), (20, 2)):
         layer, _ = layer_of(rng, [n] * n_heads, group=group, again=True, ties=True)
         names = {"queries_agree": "agree"}
-        own = layer.queries[0].keys
+        own = layer.own
         expected = literal_composite(layer, own, **{names.get(name, name): x for name, x in options.items()})
         got = SCORES["composite"](layer, options=options_of(SCORES["composite"], **options))
         np.testing.assert_allclose(got, expected.ravel(), rtol=2e-5, atol=1e-7)

@@ -65,10 +65,11 @@ typedef struct {
     int32_t slab_pages, page_size, bf16, unused;
 } Paged;
 
-/* n queries, keys and values of one layer over a past: q (Hq, n, d), k and v (H, n, d), out (n, Hq d). */
+/* n queries, keys and values of one layer over a past: q (Hq, n, d), k and v (H, n, d), out (n, Hq d). lse (Hq, n), or NULL: natural
+ * log of each query's sum of exponentials. */
 typedef struct {
     const float *q, *k, *v;
-    float *out;
+    float *out, *lse;
     Paged past;
     int32_t n, n_heads, n_kv_heads, head_dim, window, unused;
     float scale;

@@ -12,6 +12,7 @@
 
 enum { QUERIES = 32, KEYS = 128 };
 #define LOG2E 1.44269504f
+#define LN2 0.69314718f
 #define MASKED -1e30f /* logit of a key that is not seen: finite, so that no difference is NaN */
 #define LOWEST -1e29f /* where a maximum begins */
 #define SLACK 8.0f
@@ -181,9 +182,12 @@ static void queries(void *context, int64_t task, int thread)
         FN(mm)(c->values + key * c->v_rows, KEYS, p, PANEL * KEYS, out, QUERIES, c->d_v, QUERIES / PANEL, n, 1);
     }
     FN(mm_end)();
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < d; j++)
             a->out[((lo + i) * a->n_heads + head) * d + j] = out[j * QUERIES + i] / total[i];
+        if (a->lse)
+            a->lse[head * a->n + lo + i] = (peak[i] + log2f(total[i])) * LN2;
+    }
 }
 
 void FN(prefill_attention)(const PrefillAttention *a)

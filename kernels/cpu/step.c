@@ -4,10 +4,11 @@
 
 #include <string.h>
 
-/* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, k, v (H, n, d), q and k rotated, and mixed
- * (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL. cos, sin (n, d / 2). */
+/* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, and lse (Hq, n) of its attention, or NULL; k, v
+ * (H, n, d), q and k rotated, and mixed (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL.
+ * cos, sin (n, d / 2). */
 EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
-                                    float *q, float *k, float *v, float *score, float *mixed)
+                                    float *q, float *lse, float *k, float *v, float *score, float *mixed)
 {
     const Block *block = &m->blocks[layer];
     const int64_t d = m->head_dim;
@@ -20,7 +21,7 @@ EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, i
     kernels->linear(products, score ? 4 : 3, x, n, block->attention_norm, m->eps);
     kernels->rope(q, cos, sin, q, m->n_heads, n, d);
     kernels->rope(k, cos, sin, k, m->n_kv_heads, n, d);
-    const PrefillAttention a = {q, k, v, mixed, *past, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
+    const PrefillAttention a = {q, k, v, mixed, lse, *past, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
     kernels->prefill_attention(&a);
 }
 

@@ -16,12 +16,12 @@ SHORT = 128  # sequences up to this length are left whole: there is nothing to g
 class Queries:
     """Queries of one layer whose attention says what matters.
 
-    keys: where the queries are a second reading of the text, the keys of that reading, which they see as well (each
-    those up to its own) and which are no rows of the layer."""
+    lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows and,
+    in a second reading of the text, what it had read of that. None: over the rows."""
 
     q: np.ndarray  # (Hq, m, d) rotated
     pos: np.ndarray  # (m,)
-    keys: np.ndarray | None = None  # (H, m, d) rotated
+    lse: np.ndarray | None = None  # (Hq, m)
 
 
 @dataclass
@@ -99,21 +99,13 @@ class Layer:
     def column_scores(self, reduce, min_distance=0):
         """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;
         only queries at least min_distance positions after it count."""
-        parts = [self._column_scores(queries, reduce, min_distance) for queries in self.queries]
+        rows = self.k, self.lengths, np.log(self.size), self.pos
+        common = {"reduce": reduce, "min_distance": min_distance}
+        parts = [
+            self.ops.column_scores(x.q, *rows, x.pos, self.scale, self.attention_window, lse=x.lse, **common)
+            for x in self.queries
+        ]
         return np.sum(parts, axis=0) if reduce == "sum" else np.max(parts, axis=0)
-
-    def _column_scores(self, queries, reduce, min_distance):
-        k, log_size, pos, lengths = self.k, np.log(self.size), self.pos, self.lengths
-        own = np.ones(len(k), bool)
-        if queries.keys is not None:  # a head's rows, and after them the keys of the second reading
-            n_heads, m, d = queries.keys.shape
-            order = np.argsort(np.append(self.heads, np.repeat(np.arange(n_heads), m)), kind="stable")
-            k = self.ops.take(self.ops.concatenate([k, queries.keys.reshape(-1, d)]), order)
-            log_size = np.append(log_size, np.zeros(n_heads * m, np.float32))[order]
-            pos, own = np.append(pos, np.tile(queries.pos, n_heads))[order], order < len(own)
-            lengths = lengths + m
-        arguments = (queries.q, k, lengths, log_size, pos, queries.pos, self.scale, self.attention_window)
-        return self.ops.column_scores(*arguments, reduce=reduce, min_distance=min_distance)[:, own]
 
 
 @dataclass

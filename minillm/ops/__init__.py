@@ -7,7 +7,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     rms_norm(x, weight, eps)                             x / rms(x) * w
     rope(x, cos, sin)                                    half-split rotation
     swiglu(gate, up)                                     silu(gate) * up
-    prefill_attention(q, k, v, past, scale, window)      new tokens over stored entries and themselves
+    prefill_attention(q, k, v, past, scale, window)      new tokens over stored entries and themselves; log of each sum
     decode_attention(q, past, scale, window)             one token of each sequence over its stored entries
     window_scores(q, keys, lengths, log_size, pos, q_pos, scale, window)
                                                          attention probabilities of a few queries over rows
@@ -22,7 +22,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     unrotated(rows, pos, cos, sin)                       keys with RoPE undone
     merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin)
                                                          merge of keys: summed without their rotation
-    take(rows, index), concatenate(parts)                some rows; rows of several arrays
+    concatenate(parts)                                   rows of several arrays
     write_entries(layer, start, entries)                 Entries into the pages of a layer
     read_entries(layer, start)                           and out of them
     store_rows(stored, rows), stored_rows(stored)        K or V of entries into a slab's words, and back to float32

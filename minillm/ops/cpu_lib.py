@@ -61,7 +61,7 @@ _SHAPE = [(name, c_int32) for name in ("n_heads", "n_kv_heads", "head_dim", "win
 
 class PrefillAttention(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "lse")),
         ("past", Paged),
         ("n", c_int32),
         *_SHAPE,
@@ -125,7 +125,7 @@ _SIGNATURES = {  # name -> (result, arguments)
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),
-    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), *[_P] * 5]),
+    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), *[_P] * 6]),
     "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
     "logits": (None, [POINTER(Model), _P, _N, _P]),
     "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),

@@ -22,7 +22,6 @@ from minillm.ops.numpy_ops import (  # noqa: F401
     concatenate,
     random_words,
     read_entries,
-    take,
     write_entries,
 )
 
@@ -126,16 +125,16 @@ def swiglu(gate, up):
 def prefill_attention(q, k, v, past, scale, window=None):
     """Causal attention of n new tokens over stored entries and over one another.
 
-    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer. -> (n, Hq * d). See numpy_ops."""
+    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer. -> (n, Hq * d); lse (Hq, n). See numpy_ops."""
     q, k, v, slabs = floats(q), floats(k), floats(v), slab_table(past.pool)
     n_heads, n, d = q.shape
-    out = np.empty((n, n_heads * d), np.float32)
+    out, lse = np.empty((n, n_heads * d), np.float32), np.empty((n_heads, n), np.float32)
     table = paged(past, slabs)
-    pointers = (pointer(a) for a in (q, k, v, out))
+    pointers = (pointer(a) for a in (q, k, v, out, lse))
     _lib.prefill_attention(
         byref(cpu_lib.PrefillAttention(*pointers, table, n, n_heads, len(k), d, window or 0, 0, scale))
     )
-    return out
+    return out, lse
 
 
 def decode_attention(q, past, scale, window=None):

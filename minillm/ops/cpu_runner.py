@@ -32,14 +32,17 @@ class Runner:
         )
 
     def attention(self, layer, x, cos, sin, past, wants):
-        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and k rotated; score
-        (H, n); mixed (n, Hq * d). q and score are None where `wants` lacks "queries" and "scores"."""
+        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n,
+        d); q and k rotated; score (H, n); mixed (n, Hq * d). q and lse are None where `wants` lacks "queries", score
+        where it lacks "scores"."""
         n, c, slabs = len(x), self.model.config, slab_table(past.pool)
-        q = np.empty((c.n_heads, n, c.head_dim), np.float32) if "queries" in wants else None
+        q, lse = None, None
+        if "queries" in wants:
+            q, lse = np.empty((c.n_heads, n, c.head_dim), np.float32), np.empty((c.n_heads, n), np.float32)
         score = np.empty((c.n_kv_heads, n), np.float32) if "scores" in wants else None
         k, v = (np.empty((c.n_kv_heads, n, c.head_dim), np.float32) for _ in "kv")
         mixed, cos, sin = np.empty((n, c.n_heads * c.head_dim), np.float32), floats(cos), floats(sin)
-        tables, outputs = (pointer(cos), pointer(sin), byref(paged(past, slabs))), (q, k, v, score, mixed)
+        tables, outputs = (pointer(cos), pointer(sin), byref(paged(past, slabs))), (q, lse, k, v, score, mixed)
         self.lib.layer_attention(byref(self.table), layer, pointer(x), n, *tables, *map(pointer, outputs))
         return outputs
 

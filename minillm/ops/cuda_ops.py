@@ -212,7 +212,7 @@ class CudaOps:
         )
         return out
 
-    def take(self, rows, index):
+    def _take(self, rows, index):
         """Rows `index` (n,) -> (n, d)."""
         out = self.device.empty((len(index), rows.shape[1]), np.uint16)
         launch.take(self.device, rows, self._indices(index), out)
@@ -253,7 +253,7 @@ class CudaOps:
         return lse
 
     def GreedyClusters(self, keys, rows, starts, lengths, rotation=None):
-        n_rows, keys = len(keys), self.take(keys, rows)
+        n_rows, keys = len(keys), self._take(keys, rows)
         if rotation:
             pos, cos, sin = rotation
             keys = self.unrotated(keys, pos[rows], cos, sin)

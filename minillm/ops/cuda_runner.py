@@ -62,9 +62,9 @@ class Runner:
     # a prompt
 
     def attention(self, index, x, cos, sin, past, wants):
-        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); k, v (H, n, d); q and
-        k rotated; predicted scores (H, n) float32 on the host, or None where `wants` lacks "scores"; mixed (n, Hq * d);
-        all but the scores of 16 bits."""
+        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) float32 of
+        its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32 on the host, or None where
+        `wants` lacks "scores"; mixed (n, Hq * d); the others of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
         normed = self._normed(x, layer.attention_norm)
@@ -78,7 +78,7 @@ class Runner:
         mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
         past, window = self.ops.paged(past), c.sliding_window or 0
         launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
-        return q, k, v, scores, mixed.reshape(n, -1)
+        return q, lse, k, v, scores, mixed.reshape(n, -1)
 
     def _scores(self, layer, normed):
         scores = self.device.empty((len(normed), layer.w_score.shape[0]), np.float32)

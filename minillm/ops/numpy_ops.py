@@ -59,13 +59,15 @@ def swiglu(gate, up):
 
 
 def _softmax_values(scores, v):
-    """softmax of scores (rows, m) times v (m, d); overwrites `scores`. Normalised after the product: d < m."""
-    scores -= scores.max(axis=1, keepdims=True)
+    """softmax of scores (rows, m) times v (m, d), and the log of each row's sum of exponentials (rows,); overwrites
+    `scores`. Normalised after the product: d < m."""
+    top = scores.max(axis=1, keepdims=True)
+    scores -= top
     np.exp(scores, out=scores)
     total = scores.sum(axis=1, keepdims=True)
     out = scores @ v
     out /= total
-    return out
+    return out, (top + np.log(total))[:, 0]
 
 
 def prefill_attention(q, k, v, past, scale, window=None):
@@ -73,11 +75,12 @@ def prefill_attention(q, k, v, past, scale, window=None):
 
     q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer, whose entries all come before the new tokens. The
     logit of an entry is q.k * scale + log s (SemantiCache eq. 4). window: a query at position p sees positions > p -
-    window. -> (n, Hq * d). No more than G x ROW_BLOCK x (entries + n) scores exist at a time."""
+    window. -> (n, Hq * d); lse (Hq, n), the natural log of each query's sum of exponentials. No more than
+    G x ROW_BLOCK x (entries + n) scores exist at a time."""
     n_heads, n, d = q.shape
     n_kv_heads = k.shape[0]
     group = n_heads // n_kv_heads
-    out = np.empty((n, n_heads, d), np.float32)
+    out, lse = np.empty((n, n_heads, d), np.float32), np.empty((n_heads, n), np.float32)
     new_pos = np.arange(past.seen, past.seen + n)
     above_diagonal = np.triu(np.full((min(n, ROW_BLOCK),) * 2, -np.inf, np.float32), 1)
     for head in range(n_kv_heads):
@@ -105,9 +108,10 @@ def prefill_attention(q, k, v, past, scale, window=None):
             ]
             if window is not None:
                 np.copyto(scores, -np.inf, where=pos[left:right] <= new_pos[lo:hi, None] - window)
-            mixed = _softmax_values(scores.reshape(-1, right - left), values[left:right])
+            mixed, log_sums = _softmax_values(scores.reshape(-1, right - left), values[left:right])
             out[lo:hi, query_heads] = mixed.reshape(group, hi - lo, d).transpose(1, 0, 2)
-    return out.reshape(n, n_heads * d)
+            lse[query_heads, lo:hi] = log_sums.reshape(group, hi - lo)
+    return out.reshape(n, n_heads * d), lse
 
 
 def decode_attention(q, past, scale, window=None):
@@ -291,11 +295,6 @@ def merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin):
     out[made] = rope(summed, cos.take(entry_pos[made], axis=0), sin.take(entry_pos[made], axis=0))
     out[dest[copied]] = rows[copied]
     return out
-
-
-def take(rows, index):
-    """Rows `index` (n,) -> (n, d)."""
-    return rows.take(index, axis=0)
 
 
 def concatenate(parts):
