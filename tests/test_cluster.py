@@ -112,7 +112,9 @@ def test_a_similarity_of_exactly_tau_is_not_enough():
                         expected[row] = first
                 free = [row for row, cosine in zip(rest, signs, strict=True) if not cosine > tau]
         np.testing.assert_array_equal(clusters.assign(tau)[0], expected)
-        assert clusters.counts([tau])[0] == sum(len(set(expected[s : s + m])) for s, m in zip(starts, lengths, strict=True))
+        assert clusters.counts([tau])[0] == sum(
+            len(set(expected[s : s + m])) for s, m in zip(starts, lengths, strict=True)
+        )
 
 
 def test_tau_below_and_above_every_cosine():

@@ -7,7 +7,7 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 import numpy as np
 import pytest
 from compiled import PATHS, cpu_ops
-from literal import NEAREST, check_nearest
+from literal import NEAREST, FakeRope, check_nearest
 
 from minillm.cache import KVCache, PagePool
 from minillm.errors import UsageError
@@ -260,7 +260,7 @@ def test_prefill_attention(path, rng, ops, d, group, lengths, n, window):
                 visible &= pos > layer.seen + i - window
             close(got[i, head], attend(q[head, i], keys, values, log_size, visible, d**-0.5), tolerance)
             logits = (keys.astype(np.float64) @ q[head, i] * d**-0.5 + log_size)[visible]
-            close(lse[head, i], np.log(np.exp(logits).sum()), tolerance)
+            assert abs(lse[head, i] - np.log(np.exp(logits).sum())) <= tolerance
 
 
 @pytest.mark.parametrize("n, d, n_entries", [(0, 8, 0), (1, 64, 1), (5, 7, 3), (3000, 64, 900), (4000, 12, 1)])
@@ -340,7 +340,7 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
         alone = seed == np.arange(n_rows)
         assert (similarity[alone] == 1).all()
         np.testing.assert_allclose(similarity[~alone], (unit * unit[seed]).sum(1)[~alone], atol=1e-5)
-    assert len(set(counts)) > 15
+    assert len(set(counts)) > 10
 
 
 def test_bf16_pages_round_to_nearest_even(path):

@@ -22,20 +22,25 @@ typedef struct {
 static void unit_row(const Segments *s, int64_t row, float *unit, int64_t width)
 {
     const float *key = s->keys + row * s->d;
-    const int64_t half = s->d / 2;
-    for (int64_t i = s->d; i < width; i++)
-        unit[i] = 0;
-    if (s->pos)
-        rotate(key, s->cos + s->pos[row] * half, s->sin + s->pos[row] * half, -1, unit, half);
-    else
-        memcpy(unit, key, sizeof(float) * (size_t)s->d);
     vf squares = splat(0);
-    for (int64_t i = 0; i < width; i += VW)
-        squares += load(unit + i) * load(unit + i);
-    const float norm = sqrtf(sum(squares));
-    const vf inverse = splat(norm > 0 ? 1 / norm : 0);
-    for (int64_t i = 0; i < width; i += VW)
-        store(unit + i, load(unit + i) * inverse);
+    int64_t i = 0;
+    for (; i + VW <= s->d; i += VW)
+        squares += load(key + i) * load(key + i);
+    float total = sum(squares);
+    for (; i < s->d; i++)
+        total += key[i] * key[i];
+    const float norm = sqrtf(total), inverse = norm > 0 ? 1 / norm : 0;
+    for (i = s->d; i < width; i++)
+        unit[i] = 0;
+    if (s->pos) {
+        const int64_t half = s->d / 2, at = s->pos[row] * half;
+        rotate(key, s->cos + at, s->sin + at, -1, inverse / s->cos[0], unit, half); /* yarn's factor: position 0 shows it */
+        return;
+    }
+    for (i = 0; i + VW <= s->d; i += VW)
+        store(unit + i, load(key + i) * splat(inverse));
+    for (; i < s->d; i++)
+        unit[i] = key[i] * inverse;
 }
 
 /* out (QUAD,) = a . b (QUAD, width), at most 1, which the sum of rounded products may exceed. */
@@ -89,11 +94,11 @@ static void segment(const Scan *c, int64_t m, int thread, int64_t *counts)
 {
     const Segments *s = c->s;
     const int64_t *rows = s->rows + s->starts[m], length = s->lengths[m], words = round_up(length, WORD) / WORD, width = round_up(s->d, VW);
-    float *unit = scratch(thread, 2, sizeof(float) * (size_t)(words * WORD * width));
+    float *unit = scratch(thread, 2, sizeof(float) * (size_t)(round_up(length, QUAD) * width));
     uint16_t *is_free = scratch(thread, 3, sizeof(uint16_t) * (size_t)(c->n_taus * words));
     for (int64_t i = 0; i < length; i++)
         unit_row(s, rows[i], unit + i * width, width);
-    memset(unit + length * width, 0, sizeof(float) * (size_t)((words * WORD - length) * width));
+    memset(unit + length * width, 0, sizeof(float) * (size_t)((round_up(length, QUAD) - length) * width));
     for (int64_t w = 0; w < c->n_taus * words; w++)
         is_free[w] = (uint16_t)((1u << least(WORD, length - w % words * WORD)) - 1);
     for (int64_t i = 0; i < length; i++) {

@@ -51,7 +51,7 @@ static void rotate_rows(void *context, int64_t task, int thread)
     int64_t half = c->dim / 2;
     for (int64_t row = task * c->rows; row < least((task + 1) * c->rows, c->n); row++) {
         const int64_t at = row % c->n * half;
-        rotate(c->x + row * c->dim, c->cos + at, c->sin + at, 1, c->y + row * c->dim, half);
+        rotate(c->x + row * c->dim, c->cos + at, c->sin + at, 1, 1, c->y + row * c->dim, half);
     }
 }
 

@@ -48,13 +48,13 @@ static void unrotated_sums(const Merge *m, int64_t lo, int64_t hi, int thread)
             made_of[entry - lo] = 0;
             continue;
         }
-        rotate(row, m->cos + at, m->sin + at, -1, turned, half);
-        add(m->out + entry * d, turned, m->weight[r] * inverse, d);
+        rotate(row, m->cos + at, m->sin + at, -1, inverse, turned, half);
+        add(m->out + entry * d, turned, m->weight[r], d);
     }
     for (int64_t entry = lo; entry < hi; entry++)
         if (made_of[entry - lo]) {
             const int64_t at = m->entry_pos[entry] * half;
-            rotate(m->out + entry * d, m->cos + at, m->sin + at, 1, m->out + entry * d, half);
+            rotate(m->out + entry * d, m->cos + at, m->sin + at, 1, 1, m->out + entry * d, half);
         }
 }
 

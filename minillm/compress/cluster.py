@@ -6,6 +6,7 @@ falls, and where the delimiters and one core a chunk already cost more than the 
 by step."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -61,18 +62,29 @@ def parse_chunking(text):
 
 
 def ladder(chunking, n_rows):
-    """(Chunking, taus) from fine to coarse; a rung is one of them and one of its taus. First tau falls through the
-    paper's range with the chunking as asked. Below that, weak delimiters join the chunk before them (blanks, then
-    , ; :, then . ? !), ever more neighbouring chunks become one, and at last a head is a single core."""
-    yield chunking, TAUS
-    lowest = TAUS[-1:]
+    """(Chunking, tau) from fine to coarse. First tau falls through the paper's range with the chunking as asked. Below
+    that, weak delimiters join the chunk before them (blanks, then , ; :, then . ? !), ever more neighbouring chunks
+    become one, and at last a head is a single core."""
+    for tau in TAUS:
+        yield chunking, tau
+    lowest = TAUS[-1]
     for n_alone in range(len(chunking.alone) - 1, 0, -1):
         yield Chunking(chunking.alone[:n_alone], chunking.width), lowest
     joined = 2
     while joined < n_rows:
         yield Chunking((SPECIAL,), chunking.width, joined), lowest
         joined *= 2
-    yield Chunking((), chunking.width, joined), (-1.1,)
+    yield Chunking((), chunking.width, joined), -1.1
+
+
+def finest(rung, n_rungs, fits):
+    """The finest of n_rungs rungs (the first is 0) that fits, or the last one: from `rung` on to coarser ones until one
+    fits, and then to finer ones as long as they do."""
+    while rung + 1 < n_rungs and not fits(rung):
+        rung += 1
+    while rung and fits(rung - 1):
+        rung -= 1
+    return rung
 
 
 def seeds(layer, scores, target, tau, rope, chunking):
@@ -81,14 +93,14 @@ def seeds(layer, scores, target, tau, rope, chunking):
     those at tau."""
     chunks, room = parse_chunking(chunking), 0
     if target is not None:
-        for chunks, tau, count in _rungs(layer, rope, chunking):
-            if count <= target:
-                room = target - count
-                break
+        rungs = Rungs(layer, rope, chunks)
+        rung = finest(layer.memo.get("rung", 0), len(rungs), lambda rung: rungs.count(rung) <= target)
+        (chunks, tau), room = rungs[rung], max(target - rungs.count(rung), 0)
     into, similarity = _clusters(layer, rope, chunks).assign(tau)
     layer.memo = {"tau": tau}  # the clusters are not needed any more
     members = np.flatnonzero(into != np.arange(len(into)))
     free = members[_least(similarity[members], room)]
+    into = into.copy()
     into[free] = free
     return into
 
@@ -96,38 +108,45 @@ def seeds(layer, scores, target, tau, rope, chunking):
 def spread(ledger, layer, scores, tau, rope, chunking):
     """What the finest rung whose forecast for all layers keeps to the ledger makes in this one, and a share of what the
     next finer one would make more, as large as leaves room for the same share in the layers to come."""
-    finer_count, finer_forecast = len(layer.pos), sum(ledger.rows[-ledger.to_come :])
-    for rung, (_, _, count) in enumerate(_rungs(layer, rope, chunking)):
-        forecast = ledger.forecast(rung, count)
-        if forecast <= ledger.left:
-            break
-        finer_count, finer_forecast = count, forecast
-    room = (ledger.left - forecast) / max(finer_forecast - forecast, 1e-9)
+    rungs = Rungs(layer, rope, parse_chunking(chunking))
+    forecast = cache(lambda rung: ledger.forecast(rung, rungs.count(rung)))
+    rung = finest(ledger.rung, len(rungs), lambda rung: forecast(rung) <= ledger.left)
+    ledger.rung = layer.memo["rung"] = rung
+    count, finer_count, finer_forecast = rungs.count(rung), len(layer.pos), sum(ledger.rows[-ledger.to_come :])
+    if rung:
+        finer_count, finer_forecast = rungs.count(rung - 1), forecast(rung - 1)
+    room = (ledger.left - forecast(rung)) / max(finer_forecast - forecast(rung), 1e-9)
     return [*ledger.targets, ledger.bounded(round(count + max(room, 0.0) * (finer_count - count)))]
 
 
-def _rungs(layer, rope, chunking):
-    """Of each rung of the ladder its Chunking, its tau and the entries that the layer would have: clusters, and rows
-    outside the chunks."""
-    n = len(layer.pos)
-    for chunks, taus in ladder(parse_chunking(chunking), n):
-        key = "counts", rope, chunks
-        if key not in layer.memo:
-            outside = n - len(_segments(layer, chunks)[0])
-            layer.memo[key] = [outside + count for count in _clusters(layer, rope, chunks).counts(taus)]
-        for tau, count in zip(taus, layer.memo[key], strict=True):
-            yield chunks, tau, count
+class Rungs(list):
+    """The ladder of a layer."""
+
+    def __init__(self, layer, rope, chunking):
+        self.layer, self.rope = layer, rope
+        super().__init__(ladder(chunking, len(layer.pos)))
+
+    def count(self, rung):
+        """Entries that the layer would have: clusters, and rows outside the chunks."""
+        chunks, tau = self[rung]
+        memo, key = self.layer.memo, (self.rope, chunks)
+        if (*key, tau) not in memo:
+            outside = len(self.layer.pos) - len(_segments(self.layer, chunks)[0])
+            near = [near for of, near in self[max(rung - 1, 0) : rung + 2] if of == chunks]  # which are asked for next
+            counts = _clusters(self.layer, self.rope, chunks).counts(near)
+            memo |= {(*key, tau): outside + count for tau, count in zip(near, counts, strict=True)}
+        return memo[(*key, tau)]
 
 
 def _clusters(layer, rope, chunks):
-    """GreedyClusters of the chunks; those asked for last are kept."""
-    last, clusters = layer.memo.get("clusters", (None, None))
-    if last != (rope, chunks):
-        layer.memo.pop("clusters", None)
+    """GreedyClusters of the chunks; the two that were made last are kept: a rung that fits and the next finer one."""
+    kept, key = layer.memo.setdefault("clusters", {}), (rope, chunks)
+    if key not in kept:
+        if len(kept) == 2:
+            kept.pop(next(iter(kept)))
         rotation = (layer.pos, layer.cos, layer.sin) if rope == "unrotated" else None
-        clusters = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
-        layer.memo["clusters"] = (rope, chunks), clusters
-    return clusters
+        kept[key] = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
+    return kept[key]
 
 
 def _segments(layer, chunks):

@@ -225,12 +225,15 @@ class Compression:
             cache = self.cache
             token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
             known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
-            self.attributes = rows.pos, {
-                "size": np.exp(rows.log_size),
-                "classes": np.where(known, self.classes[token * known], 0).astype(np.uint8),
-                "protected": (rows.pos < self.sinks) | (token >= self.end),
-                "shared": {},
-            }
+            self.attributes = (
+                rows.pos,
+                {
+                    "size": np.exp(rows.log_size),
+                    "classes": np.where(known, self.classes[token * known], 0).astype(np.uint8),
+                    "protected": (rows.pos < self.sinks) | (token >= self.end),
+                    "shared": {},
+                },
+            )
         return self.attributes[1]
 
     def _layer(self, index, rows, queries=(), history=None, predicted=None):

@@ -1,5 +1,7 @@
 """Ledger: the entries that the layers of one pass may make together."""
 
+from collections import defaultdict
+
 import numpy as np
 
 
@@ -18,7 +20,8 @@ class Ledger:
         self.held = []  # entries that each layer seen holds now
         self.weights = []  # of the layers seen, where a rule shares out in proportion
         self.pool = np.zeros(0, np.float32), np.zeros(0, np.int64)  # the best scores so far, and whose they are
-        self.counts = []  # for each rung of a ladder, the entries it makes in the layers seen where it was tried
+        self.counts = defaultdict(list)  # for a rung of a ladder, the entries it makes in the layers where it was tried
+        self.rung = 0  # that the last layer came to
 
     @property
     def left(self):
@@ -44,8 +47,6 @@ class Ledger:
     def forecast(self, rung, count):
         """Entries that the next layer and those after it will make at `rung` of a ladder, which makes `count` in the
         next: the others are taken to resemble the layers seen."""
-        if rung == len(self.counts):
-            self.counts.append([])
         self.counts[rung].append(count)
         return count + (self.to_come - 1) * sum(self.counts[rung]) / len(self.counts[rung])
 

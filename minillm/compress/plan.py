@@ -16,8 +16,8 @@ SHORT = 128  # sequences up to this length are left whole: there is nothing to g
 class Queries:
     """Queries of one layer whose attention says what matters.
 
-    lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows and,
-    in a second reading of the text, what it had read of that. None: over the rows."""
+    lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows
+    and, in a second reading of the text, what it had read of that. None: over the rows."""
 
     q: np.ndarray  # (Hq, m, d) rotated
     pos: np.ndarray  # (m,)

@@ -203,7 +203,8 @@ class CudaOps:
     def merge_unrotated(self, rows, pos, dest, weight, entry_pos, cos, sin):
         """As `merge`, of keys: summed with RoPE undone, then turned to entry_pos (E,); what is one row of weight 1 at
         its own position is copied."""
-        out, rows_unrotated = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16), self.unrotated(rows, pos, cos, sin)
+        rows_unrotated = self.unrotated(rows, pos, cos, sin)
+        out = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16)
         order, first = self._by_entry(dest, len(entry_pos))
         weight, pos, entry_pos = self.device.upload(weight), self._indices(pos), self._indices(entry_pos)
         tables = self._upload_once(cos), self._upload_once(sin)

@@ -24,7 +24,7 @@ def second_reading(llm, token_ids):
     x, again = ops.embed(model.embedding, token_ids), Rereading(model, token_ids, empty)
     for index, block in enumerate(model.blocks):
         h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
-        _, k, v, _, mixed = model._attention(index, x, cos, sin, empty.layer(index))
+        _, _, k, v, _, mixed = model._attention(index, x, cos, sin, empty.layer(index))
         rows = Layer(
             index,
             k.reshape(-1, config.head_dim),
