@@ -90,7 +90,8 @@ def test_quantize_computes_with_the_rounded_weights(quantize, path, tmp_path, mo
     with LLM.load(str(tiny), quantize=quantize) as llm, LLM.load(str(floats)) as reference:
         assert llm.dtype == quantize
         got, expected = (model.logits(list(range(40))) for model in (llm, reference))
-        share = {"numpy": 1e-6, "portable": 1e-5, "avx2": 1e-5}.get(path, 2e-2)  # bf16 operands in both
+        # avx2: activations of 16 bits meet the blocks; avx512, amx: bf16 operands
+        share = {"numpy": 1e-6, "portable": 1e-5, "avx2": 3e-4}.get(path, 2e-2)
         assert np.sqrt(((got - expected) ** 2).mean()) <= share * np.sqrt((expected**2).mean())
 
 

@@ -3,7 +3,7 @@
  * Few rows: a weight is read once and used at once. Blocks meet activations of 16 bits, 32 to a scale, as two int8 halves:
  * q = 256 hi + lo. One half alone (llama.cpp's Q8_0 activations) cost the default model 5 % of its logits and other words; the
  * second costs arithmetic that hides behind the reading of the weights. Other kinds meet float32 activations. */
-#include "many.h"
+#include "many_blocks.h"
 #include "panels.h"
 
 #include <assert.h>
@@ -29,13 +29,18 @@ typedef struct {
 
 INLINE int is_blocks(int kind) { return kind >= Q8_0; }
 
-/* Whether so few rows are computed faster weight by weight. */
-int FN(few)(const Product *products, int count, int64_t n)
+int FN(all_blocks)(const Product *products, int count)
 {
     int blocks = 1;
     for (int i = 0; i < count; i++)
         blocks &= is_blocks(products[i].w.kind);
-    return n <= (blocks ? FEW_BLOCKS : FEW_FLOATS);
+    return blocks;
+}
+
+/* Whether so few rows are computed faster weight by weight. */
+int FN(few)(const Product *products, int count, int64_t n)
+{
+    return n <= (FN(all_blocks)(products, count) ? FEW_BLOCKS : FEW_FLOATS);
 }
 
 static void quantise_row(void *context, int64_t row, int thread)
@@ -297,6 +302,12 @@ void FN(linear)(const Product *products, int count, const float *x, int64_t n, c
     Linear c = {.products = products, .count = count, .x = x, .n = n, .n_in = products[0].w.n_in};
     int any_blocks = 0;
     assert(count <= MAX_PRODUCTS);
+#if MANY_BLOCKS
+    if (!FN(few)(products, count, n) && FN(all_blocks)(products, count)) {
+        FN(blocks_many)(products, count, FN(left_integers)(x, n, c.n_in, norm, eps), n);
+        return;
+    }
+#endif
     if (!FN(few)(products, count, n)) {
         FN(linear_many)(products, count, FN(left_operand)(x, n, c.n_in, norm, eps), n);
         return;

@@ -1,5 +1,6 @@
 /* Products of many rows. A thread widens two panels (32 rows of W) to the operand of mm.h, which stays in its L2 cache, and multiplies
  * them with a block of rows of x. On avx512 and amx the operands are bf16, the sums float32.
+ * Without AMX, weights in blocks go another way: many_blocks.c.
  *
  * gate and up are one product: a task takes 16 rows of each, and silu(gate) * up leaves the L1 cache once, as the operand of w_down.
  * Written out in float32 in between, it cost 20 bytes of memory traffic an element instead of 2. */

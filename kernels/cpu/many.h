@@ -7,6 +7,9 @@
 
 enum { UNIT = 2 * PANEL, MAX_PRODUCTS = 4 }; /* UNIT: rows of W that a task takes at least */
 
+/* Whether the weights of all are blocks. */
+int FN(all_blocks)(const Product *products, int count);
+
 /* Whether `n` rows are few for these products. */
 int FN(few)(const Product *products, int count, int64_t n);
 

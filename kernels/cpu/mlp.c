@@ -1,5 +1,5 @@
 /* x (n, dim) += w_down (silu(w_gate h) * (w_up h)), h = rms_norm(x): the second half of a layer, in place. */
-#include "many.h"
+#include "many_blocks.h"
 
 enum { ROWS = 1024 }; /* rows of the wide middle that exist at a time */
 
@@ -19,6 +19,11 @@ void FN(mlp)(const Block *block, float *x, int64_t n, float eps)
             FN(linear)(wide, 2, part, rows, block->mlp_norm, eps);
             FN(swiglu)(gate, up, rows * ffn_dim);
             FN(linear)(&down, 1, gate, rows, NULL, 0);
+#if MANY_BLOCKS
+        } else if (FN(all_blocks)(wide, 2) && FN(all_blocks)(&down, 1)) {
+            const Integers h = FN(blocks_gated)(&wide[0], &wide[1], FN(left_integers)(part, rows, dim, block->mlp_norm, eps), rows);
+            FN(blocks_many)(&down, 1, h, rows);
+#endif
         } else {
             mm_t *h = scratch(SHARED, 7, sizeof(mm_t) * (size_t)(round_up(rows, 32) * round_up(ffn_dim, MM_K)));
             FN(gated_many)(&wide[0], &wide[1], FN(left_operand)(part, rows, dim, block->mlp_norm, eps), rows, h);

@@ -1,8 +1,8 @@
 """The contract of `minillm.ops` on kernels/cpu: compiled C, one thread pool, bf16 pages, weights used as they are
 stored.
 
-Results differ from numpy_ops by rounding: weights in blocks meet activations of 16 bits when few rows are computed, and
-on avx512 and amx both operands of large products are bf16. Sums are float32 everywhere.
+Results differ from numpy_ops by rounding: weights in blocks meet activations of 16 bits when few rows are computed, on
+avx2 and avx512 always; on avx512 and amx both operands of other large products are bf16. Sums are float32 everywhere.
 """
 
 import functools
