@@ -153,8 +153,8 @@ class Model:
 
     def _attention(self, index, x, cos, sin, past, wants=()):
         """The first half of a layer: x (n, dim) -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n, d); q and k
-        rotated; predicted scores (H, n) on the host; mixed (n, Hq * d), the attention's output. q, lse and scores may be
-        None where `wants` lacks "queries" or "scores"."""
+        rotated; predicted scores (H, n) on the host; mixed (n, Hq * d), the attention's output. q, lse and scores may
+        be None where `wants` lacks "queries" or "scores"."""
         if self.runner:
             return self.runner.attention(index, x, cos, sin, past, wants)
         ops, block, config = self.ops, self.blocks[index], self.config

@@ -274,6 +274,8 @@ def test_merge(path, rng, n, d, n_entries):
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
 def test_the_nearest_of_a_stretch(path, rng, n_keys, n, m, d):
     check_nearest(cpu_ops, rng, n_keys, n, m, d, first_of_equals=True)
+
+
 @pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
 @pytest.mark.parametrize("n, d, n_entries, factor", [(0, 8, 0, 1), (1, 64, 1, 1), (5, 6, 3, 1.3), (3000, 64, 900, 1.1)])
 def test_merge_unrotated(path, rng, ops, n, d, n_entries, factor):

@@ -210,7 +210,8 @@ def nearest(keys, rows, others, first, last):
     keys = floats(keys)
     unit, found, cosine = np.empty_like(keys), np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     _lib.unit_rows(pointer(keys), *keys.shape, pointer(unit))
-    arrays = take(unit, rows), take(unit, others), *(np.ascontiguousarray(a, np.int64) for a in (first, last))
+    stretches = (np.ascontiguousarray(a, np.int64) for a in (first, last))
+    arrays = unit.take(rows, axis=0), unit.take(others, axis=0), *stretches
     assert len(first) == len(last) == len(rows)
     _lib.nearest(byref(cpu_lib.Nearest(*map(pointer, (*arrays, found, cosine)), len(rows), len(others), keys.shape[1])))
     return np.append(others, -1)[found], cosine

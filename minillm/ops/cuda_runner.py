@@ -62,8 +62,8 @@ class Runner:
     # a prompt
 
     def attention(self, index, x, cos, sin, past, wants):
-        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) float32 of
-        its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32 on the host, or None where
+        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) float32
+        of its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32 on the host, or None where
         `wants` lacks "scores"; mixed (n, Hq * d); the others of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
