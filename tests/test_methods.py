@@ -8,7 +8,7 @@ from literal import FakeRope, make_layer
 from test_compress import CLASSES, F32, Sequence, positions
 
 from minillm.cache import KVCache, PagePool
-from minillm.compress.allocate import leveled, top
+from minillm.compress.allocate import largest, leveled
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.output import Output
@@ -436,7 +436,7 @@ def test_the_best_of_many_with_ties():
         scores[rng.random(n) < 0.2] = -np.inf
         for count in (-1, 0, 1, n // 2, n, n + 3):
             expected = sorted(sorted(range(n), key=lambda i: (-scores[i], i))[: max(count, 0)])
-            assert top(scores, count).tolist() == expected
+            assert largest(scores, count).tolist() == expected
 
 
 def test_heads_are_filled_level_by_level():
