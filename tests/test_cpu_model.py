@@ -9,6 +9,7 @@ import pytest
 from compiled import PATHS
 
 from minillm import LLM, CacheConfig
+from minillm.cache import KVCache
 
 FLOAT, BF16 = 1e-5, 3e-2  # small random models make much of a rounding; the default model's logits move by 1e-2
 
@@ -59,6 +60,32 @@ def test_a_batch_of_forks_decodes_like_its_sequences(tiny_models, path):
             alone.read()
             for logits, token in zip(together, tokens, strict=True):
                 np.testing.assert_allclose(logits[column], llm.model.decode([token], [alone.cache])[0], atol=1e-4)
+
+
+def predicted(llm, weight, bias, ids):
+    """(L, H, n) scores noted of a prompt, but for its last two tokens, which are decoded in two sequences."""
+    llm.model.foresee(weight, bias)
+    cache = KVCache(llm.pool, *weight.shape[:2])
+    cache.predicted = [[np.zeros((weight.shape[1], 0), np.float32)] for _ in weight]
+    llm.model.extend(ids[:-2], cache)
+    other = cache.fork()
+    for token in ids[-2:]:
+        llm.model.decode([token, 3], [cache, other])
+    return np.stack([np.concatenate(noted, axis=1) for noted in cache.predicted])
+
+
+def test_predicted_scores_are_those_of_numpy(tiny_models, path, monkeypatch):
+    rng, ids = np.random.default_rng(0), list(range(5, 45))
+    with load(tiny_models["tied-head"]) as llm:
+        c = llm.config
+        weight = rng.normal(0, 0.3, (c.n_layers, c.n_kv_heads, c.dim)).astype(np.float32)
+        bias = rng.normal(size=weight.shape[:2]).astype(np.float32)
+        found = predicted(llm, weight, bias, ids)
+    monkeypatch.setenv("MINILLM_CPU", "numpy")
+    with load(tiny_models["tied-head"]) as llm:
+        expected = predicted(llm, weight, bias, ids)
+    assert found.shape == (*weight.shape[:2], len(ids))
+    close(found, expected, BF16)
 
 
 def test_what_is_not_finite_is_found_and_nothing_is_lost(tiny_models, path):
