@@ -42,7 +42,7 @@ examples:
 exit status: 0 done, 1 it failed, 2 bad arguments, 130 ended by Ctrl-C; what is done is kept"""
 
 BUDGETS = (0.5, 0.35, 0.2)
-SUITE_SAMPLES, SUITE_LENGTH, SUITE_TEXT, SUITE_FOLLOWING = 24, 1024, 384, 32
+SUITE_SAMPLES, SUITE_LENGTH, SUITE_TEXT, SUITE_FOLLOWING = 24, 512, 256, 32
 FILE = "results.jsonl"
 
 
