@@ -19,7 +19,7 @@ from minillm.evaluate.text import read_text  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "data" / "fidelity_golden.json"
 LAYERS = (2, 14, 27)
-TOKENS, BUDGET = 448, 0.35
+TOKENS, BUDGET = 256, 0.35
 CONFIGS = {name: CacheConfig(name, BUDGET) for name in ready_methods("a profile") if name != "full"}
 
 

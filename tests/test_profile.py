@@ -9,7 +9,7 @@ import tiny_chat
 from oracle import rms_norm
 from test_extend import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
 
-from minillm import LLM, CacheConfig, cli
+from minillm import LLM, CacheConfig, SamplingParams, cli
 from minillm.compress import compressor as compressor_module
 from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
@@ -282,7 +282,7 @@ def known(folder):
 def test_without_a_method_the_profile_decides(known):
     with LLM.load(known, cache=CacheConfig(budget=0.3)) as llm:
         assert (llm.cache_config.method, llm.cache_config.budget.share) == ("foresight", 0.3)
-        assert llm.generate("a" * 300) and llm.stats()["cache"]["method"] == "foresight"
+        assert llm.generate("a" * 300, SamplingParams(5)) and llm.stats()["cache"]["method"] == "foresight"
 
 
 def test_a_quality_is_a_threshold_of_the_profile(known):
