@@ -99,8 +99,6 @@ def _parser():
         prog="minillm.bench",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
@@ -195,8 +193,7 @@ def _measure_model(name, args, caches, tests, text, source, out):
             f"{files.name} reads {config.context} tokens, and -d with -p or -n comes to {longest}: lower one"
         )
     ids = _encode(files, text, longest, source)
-    load = {"device": args.device, "dtype": args.dtype, "quantize": args.quantize}
-    load |= {"threads": args.threads, "offline": True}
+    load = cli.machine(args) | {"offline": True}
     common = {
         "model": files.name,
         "model_n_params": n_parameters(config),

@@ -31,7 +31,12 @@ exit status: 0 done, 1 it failed, 2 bad arguments, 130 ended by Ctrl-C"""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its usage and leave."""
+    """Keeps the lines of its texts, takes flags in full only, and raises UsageError where argparse would print its
+    usage and leave."""
+
+    def __init__(self, **settings):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"formatter_class": formatter, "allow_abbrev": False} | settings)
 
     def error(self, message):
         if message.startswith("unrecognized"):
@@ -69,8 +74,6 @@ def _parser():
         prog="minillm",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the prompt, as with -p")
     add = parser.add_argument_group("model").add_argument
@@ -134,6 +137,11 @@ def machine_flags(add):
     add("--quantize", choices=QUANTIZED, help="turn 16- and 32-bit weights into blocks at load; the head into q8_0")
     add("-t", "--threads", type=positive, metavar="N", help="threads (default: one a core)")
     add("--offline", action="store_true", help="fetch nothing")
+
+
+def machine(args):
+    """The keywords of LLM.load that the flags of `machine_flags` name."""
+    return {name: getattr(args, name) for name in ("device", "dtype", "quantize", "threads", "offline")}
 
 
 def cache_flags(add):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 
 from minillm import hub, ops
-from minillm.cache import PagePool
+from minillm.cache import KVCache, PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.config import read_config
@@ -51,14 +51,22 @@ class LLM:
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
-        self.cache_config = cache = cache.for_profile(self.profile, self.config.name)
-        tokenizer = self.tokenizer
+        self.compressor = self.compressor_for(cache)
+        self.cache_config = self.compressor.config
+
+    def compressor_for(self, cache):
+        """The Compressor of a CacheConfig and this model."""
+        cache = cache.for_profile(self.profile, self.config.name)
         classes = np.zeros(self.config.vocab_size, np.uint8)
-        if tokenizer:
-            known = tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
+        if self.tokenizer:
+            known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
         model, config = self.model, self.config
-        self.compressor = Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
+        return Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
+
+    def new_cache(self, window=None):
+        """An empty KVCache in this model's pool. window: see there."""
+        return KVCache(self.pool, self.config.n_layers, self.config.n_kv_heads, window)
 
     @classmethod
     def load(

@@ -66,14 +66,10 @@ def _run(args):
         args.model,
         cache=args.cache,
         context=args.ctx_size,
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        threads=args.threads,
         chat_template=args.chat_template,
         profile=args.profile,
-        offline=args.offline,
         progress=not args.quiet,
+        **cli.machine(args),
     )
     terminal.header(llm)
     if args.cache.method is None and llm.profile is None:

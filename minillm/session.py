@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.cache import KVCache
 from minillm.errors import MinillmError
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
@@ -112,7 +111,7 @@ class Session:
     def __init__(self, llm):
         self.llm = llm
         window = llm.config.sliding_window if llm.cache_config.method == "full" else None
-        self.cache = KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads, window)
+        self.cache = llm.new_cache(window)
         self.unread = []  # token ids that were fed or generated and not read yet
         self.messages = []  # the chat so far
         self.rendered = None  # the chat template's text up to the last answer

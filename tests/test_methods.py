@@ -8,9 +8,10 @@ from literal import FakeRope, make_layer
 from test_compress import CLASSES, F32, Sequence, positions
 
 from minillm.cache import KVCache, PagePool
-from minillm.compress.allocate import largest, leveled
+from minillm.compress.allocate import leveled
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.ledger import largest
 from minillm.compress.output import Output
 from minillm.compress.plan import Queries
 from minillm.ops import numpy_ops

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from minillm import LLM, CacheConfig
-from minillm.cache import KVCache
 
 CITIES = "Lisbon Oslo Quito Nairobi Hanoi Lima Dublin Cairo Prague Accra Havana Riga Kyoto Turin Bergen Cusco".split()
 NEEDLE = "One of the special magic numbers for {} is: {}."
@@ -76,7 +75,7 @@ def main():
         rows = [[] for _ in configurations]
         for seed in tqdm(range(args.n), f"{n_keys} keys", disable=None):
             prompt, answer = sample(llm, sentences, seed, args.tokens, n_keys)
-            caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in configurations]
+            caches = [llm.new_cache() for _ in configurations]
             compressors = []
             for configuration in configurations:
                 llm.set_cache(cache_config(*configuration))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.compress import cluster, retrieval
-from minillm.compress.ledger import split
+from minillm.compress.ledger import largest, split
 from minillm.compress.options import Option, Part, number, one_of
 from minillm.compress.score import QUERIES
 
@@ -122,19 +122,6 @@ def best(layer, scores, counts, kept):
         rows = end - n + np.flatnonzero(~kept[end - n : end])
         out[rows[largest(scores[rows], count)]] = True
     return out
-
-
-def largest(scores, count):
-    """Where the `count` largest of scores (n,) are, in their order; of equal ones the earlier."""
-    if count >= len(scores):
-        return np.arange(len(scores))
-    if count <= 0:
-        return np.arange(0)
-    last = np.partition(scores, -count)[-count]
-    above = scores > last
-    equal = np.flatnonzero(scores == last)[: count - np.count_nonzero(above)]
-    above[equal] = True
-    return np.flatnonzero(above)
 
 
 def ranked(layer, scores, kept):

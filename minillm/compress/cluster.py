@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from minillm.compress.ledger import largest
 from minillm.compress.options import Option, number, one_of, text
 
 MAX_CHUNK = 256  # a chunk without a delimiter is split at this many rows
@@ -99,7 +100,7 @@ def seeds(layer, scores, target, tau, rope, chunking):
     into, similarity = _clusters(layer, rope, chunks).assign(tau)
     layer.memo = {"tau": tau}  # the clusters are not needed any more
     members = np.flatnonzero(into != np.arange(len(into)))
-    free = members[_least(similarity[members], room)]
+    free = members[largest(-similarity[members], room)]
     into = into.copy()
     into[free] = free
     return into
@@ -154,15 +155,6 @@ def _segments(layer, chunks):
     if chunks not in layer.shared:
         layer.shared[chunks] = chunks.segments(layer)
     return layer.shared[chunks]
-
-
-def _least(values, n):
-    """The numbers of the n least of values (m,), of equal ones the first."""
-    if not 0 < n < len(values):
-        return np.arange(len(values) if n else 0)
-    bound = np.partition(values, n - 1)[n - 1]
-    less, equal = np.flatnonzero(values < bound), np.flatnonzero(values == bound)
-    return np.append(less, equal[: n - len(less)])
 
 
 def _chunking(value):

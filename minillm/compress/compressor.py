@@ -205,9 +205,9 @@ class Compression:
         """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
         if not self.config.adds_up or self.cache.scores is None:
             return None
-        old, n_heads = self.cache.scores[index], len(rows.lengths)
-        n_new = (len(rows.pos) - len(old)) // n_heads
-        return _joined(rows.lengths - n_new, old, np.zeros((n_heads, n_new), np.float32))
+        n_heads = len(rows.lengths)
+        n_new = (len(rows.pos) - len(self.cache.scores[index])) // n_heads
+        return self._scored(index, rows, np.zeros((n_heads, n_new), np.float32))
 
     def _predicted(self, index, rows):
         """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
@@ -215,8 +215,12 @@ class Compression:
             return None
         noted = np.exp(np.concatenate(self.cache.predicted[index], axis=1))  # (H, tokens since the last compression)
         self.cache.predicted[index] = [noted[:, :0]]
+        return self._scored(index, rows, noted)
+
+    def _scored(self, index, rows, new):
+        """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
         old = np.zeros(0, np.float32) if self.cache.scores is None else self.cache.scores[index]
-        return _joined(rows.lengths - noted.shape[1], old, noted)
+        return _joined(rows.lengths - new.shape[1], old, new)
 
     def _attributes(self, rows):
         """What a Layer says of its rows beside k, v, pos and lengths: found once where the next layer's have the same

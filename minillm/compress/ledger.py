@@ -62,6 +62,19 @@ class Ledger:
         return (self.protected + split(self.room, weights, rows)).tolist()[: len(self.targets) + 1]
 
 
+def largest(scores, count):
+    """Where the `count` largest of scores (n,) are, in their order; of equal ones the earlier."""
+    if count >= len(scores):
+        return np.arange(len(scores))
+    if count <= 0:
+        return np.arange(0)
+    last = np.partition(scores, -count)[-count]
+    above = scores > last
+    equal = np.flatnonzero(scores == last)[: count - np.count_nonzero(above)]
+    above[equal] = True
+    return np.flatnonzero(above)
+
+
 def split(total, weights, most):
     """Whole numbers in proportion to `weights` (n,), none above `most` (n,); their sum is `total`, or that of `most`
     where that is less. What a bound takes from one goes to the others; fractions by the largest remainder, of equal

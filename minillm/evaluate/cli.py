@@ -130,17 +130,15 @@ def _parser():
         prog="minillm.evaluate",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUMMARIES.items():
-        _command(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False), name)
+        _command(commands.add_parser(name, help=summary, description=summary), name)
     for name, summary in (
         ("table", "tables of results, as Markdown; with --out also as files, Markdown and CSV"),
         ("plot", "pictures of results, as PNG (needs the extra eval)"),
     ):
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("file", nargs="*", type=Path, help=f"of results (default: {FILE})")
         command.add_argument("--out", type=Path, metavar="FOLDER", help="where files go")
         command.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")

@@ -3,7 +3,6 @@ where there is one right answer, greedy generation where there are many."""
 
 import numpy as np
 
-from minillm.cache import KVCache
 from minillm.compress.config import CacheConfig
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
@@ -15,8 +14,7 @@ FREE_SHARE = 0.5  # of the free memory that the caches of one prefill may take
 
 
 def compressor_of(llm, config):
-    llm.set_cache(config)
-    return None if config.method == "full" else llm.compressor
+    return None if config.method == "full" else llm.compressor_for(config)
 
 
 def score(llm, prompt, configs, protocol, processes=1):
@@ -56,7 +54,7 @@ def groups(llm, prompt, configs, processes):
 def _score_group(llm, prompt, configs, protocol):
     """The first cache is the full one, which the others are compared with."""
     compressors = [None, *(compressor_of(llm, config) for config in configs)]
-    caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in compressors]
+    caches = [llm.new_cache() for _ in compressors]
     try:
         first = prompt.context + (prompt.question if protocol == "aware" else [])
         hidden = llm.model.extend_each(first, caches, compressors)

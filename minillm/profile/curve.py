@@ -2,23 +2,17 @@
 
 import numpy as np
 
-from minillm.cache import KVCache
 from minillm.compress.config import CacheConfig
 
 CUE, REPEATED, STRETCHES = 16, 64, 4  # tokens that are given, tokens that are to follow, and how often in a text
 
 
-def compressor(llm, threshold):
-    """Of a cache that keeps what is predicted to be worth at least `threshold`."""
-    llm.set_cache(CacheConfig("foresight", threshold=float(threshold)))
-    return llm.compressor
-
-
 def repeat(llm, token_ids, thresholds):
     """Read a text, and then stretches of it once more. -> (kept (m,), right (m + 1,)): the share of the entries kept at
     each of m thresholds, and the number of tokens of the stretches foretold there and, last, with the full cache."""
-    compressors = [*(compressor(llm, threshold) for threshold in thresholds), None]
-    caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in compressors]
+    configs = [CacheConfig("foresight", threshold=float(threshold)) for threshold in thresholds]
+    compressors = [*map(llm.compressor_for, configs), None]
+    caches = [llm.new_cache() for _ in compressors]
     try:
         llm.model.extend_each(token_ids, caches, compressors)
         kept = np.array([cache.kept for cache in caches[:-1]])

@@ -4,7 +4,6 @@ Closed form: ridge regression by normal equations that are added up text after t
 
 import numpy as np
 
-from minillm.cache import KVCache
 from minillm.compress.plan import Layer
 from minillm.compress.score import reread
 from minillm.model import Rereading
@@ -18,7 +17,7 @@ def second_reading(llm, token_ids):
     (H, n) of the largest attention each token gets in the second."""
     model, config = llm.model, llm.config
     ops, n = model.ops, len(token_ids)
-    empty = KVCache(llm.pool, config.n_layers, config.n_kv_heads)
+    empty = llm.new_cache()
     pos = np.arange(n)
     cos, sin = model.rope.tables(pos, n)
     x, again = ops.embed(model.embedding, token_ids), Rereading(model, token_ids, empty)

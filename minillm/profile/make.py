@@ -1,7 +1,6 @@
 """python -m minillm.profile: texts are read twice, and what the second reading attends to is fitted. Some of the texts
 are held out, and say how well the fit foretells it and what is left of a text at each threshold."""
 
-import argparse
 import datetime
 import hashlib
 from importlib.metadata import version
@@ -39,16 +38,7 @@ def main(argv=None):
 def _run(argv):
     args = _parser().parse_args(argv)
     texts = read_texts(args.texts)
-    llm = LLM.load(
-        args.model,
-        cache=CacheConfig("full"),
-        device=args.device,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        threads=args.threads,
-        offline=args.offline,
-        progress=True,
-    )
+    llm = LLM.load(args.model, cache=CacheConfig("full"), progress=True, **cli.machine(args))
     readings = encode(llm, texts, min(args.length, llm.context))
     fitted, held_out = split(readings)
     with tqdm(total=len(fitted) + 2 * len(held_out), unit="text", disable=None) as bar:
@@ -67,8 +57,6 @@ def _parser():
     parser = cli.Parser(
         prog="minillm.profile",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
