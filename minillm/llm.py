@@ -39,9 +39,7 @@ class LLM:
         self.pool = PagePool(model.ops, config.head_dim)
         self.load_seconds = 0.0
         self._last = None  # the session that answered last
-        self.profile = None
-        if profile:
-            self.set_profile(profile)
+        self.profile = profile  # whose scores the model predicts already
         self.set_cache(cache)
 
     def set_profile(self, profile):
@@ -125,8 +123,8 @@ class LLM:
         require(backend, files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
         weights = load_weights(files.path, config, dtype=dtype, progress=progress)
         stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
-        model = Model(config, weights, backend)
-        profile = find_profile(config, model.norms, files.path, profile)
+        profile = find_profile(config, weights, files.path, profile)
+        model = Model(config, weights, backend, profile and (profile.weight, profile.bias))
         llm = cls(config, model, tokenizer, cache, context or config.context, dtype, stop_ids, profile)
         llm.load_seconds = time.perf_counter() - start
         return llm

@@ -59,9 +59,10 @@ class Block:
 
 
 class Model:
-    """Weights of one model and the operations of one backend. config: ModelConfig; weights: name -> Weight."""
+    """Weights of one model and the operations of one backend. config: ModelConfig; weights: name -> Weight; scores: see
+    `foresee`."""
 
-    def __init__(self, config, weights, ops):
+    def __init__(self, config, weights, ops, scores=None):
         self.config, self.ops, self.rope = config, ops, Rope(config)
         for name in [name for name, weight in weights.items() if len(weight.shape) > 1]:
             weights[name] = ops.prepare(weights[name])  # one at a time: the words it was made from are given back
@@ -70,6 +71,8 @@ class Model:
         self.norm = weights["model.norm.weight"].data
         self.head = self.embedding if config.tied_head else weights["lm_head.weight"]
         self.scale = config.head_dim**-0.5
+        if scores:
+            self._project(*scores)
         self.runner = ops.runner(self)  # the same steps in fewer calls, or None
 
     @property
@@ -85,10 +88,13 @@ class Model:
 
     def foresee(self, weight, bias):
         """Predict scores with these projections from now on: weight (L, H, dim), bias (L, H), both float32."""
-        for block, w, b in zip(self.blocks, weight, bias, strict=True):
-            block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
+        self._project(weight, bias)
         self.runner = None  # on a GPU it holds matrices, which the new one makes again
         self.runner = self.ops.runner(self)
+
+    def _project(self, weight, bias):
+        for block, w, b in zip(self.blocks, weight, bias, strict=True):
+            block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
 
     def extend(self, token_ids, cache, compressor=None, progress=None):
         """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.

@@ -109,16 +109,20 @@ def places(mark, path):
 def of_files(files):
     """The Profile of the model of ModelFiles, or None."""
     config = read_config(files.path, files.name)
+    weights = load_weights(files.path, config, dtype="stored", only=norm_names(config).__contains__)
+    return find(config, weights, files.path)
+
+
+def norm_names(config):
+    """Of the weights that `fingerprint` takes, in its order."""
     layers = range(config.n_layers)
-    names = [f"model.layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
-    weights = load_weights(files.path, config, dtype="stored", only=names.__contains__)
-    return find(config, [weights[name].data for name in names], files.path)
+    return [f"model.layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
 
 
-def find(config, norms, path, name=None):
-    """The Profile of a model, or None where there is none. norms: see `fingerprint`; path: of its files; name: of a
-    file that was asked for. A profile of another model raises MinillmError."""
-    mark = fingerprint(config, norms)
+def find(config, weights, path, name=None):
+    """The Profile of a model, or None where there is none. weights: name -> Weight, its norms among them; path: of its
+    files; name: of a file that was asked for. A profile of another model raises MinillmError."""
+    mark = fingerprint(config, [weights[norm].data for norm in norm_names(config)])
     candidates = [Path(name).expanduser()] if name else [place for place in places(mark, path) if place.is_file()]
     if not candidates:
         return None
