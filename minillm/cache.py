@@ -13,6 +13,7 @@ import numpy as np
 
 from minillm.errors import MinillmError
 from minillm.memory import return_freed_memory
+from minillm.ops.numpy_ops import StoredRows
 
 PAGE_SIZE = 32
 SLAB_BYTES = 8 << 20
@@ -31,6 +32,11 @@ class PagePool:
         self.slabs = []
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
         self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
+
+    @property
+    def slab_entries(self):
+        """Entries of a slab, which is what the operating system lends and takes back."""
+        return self.slab_pages * self.page_size
 
     @property
     def bytes_in_use(self):
@@ -98,7 +104,7 @@ class PagePool:
 
 @dataclass
 class Entries:
-    """Entries of one layer, heads one after another: E = lengths.sum() rows. k and v may be arrays of the backend."""
+    """Entries of one layer, heads one after another: E = lengths.sum() rows. k and v: arrays of the backend."""
 
     k: np.ndarray  # (E, d) rotated at `pos`
     v: np.ndarray  # (E, d)
@@ -260,9 +266,10 @@ class KVCache:
 
     def read(self, layer, start=None):
         """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""
-        view = self.layer(layer)
+        view, ops = self.layer(layer), self.pool.ops
         start = np.zeros_like(view.lengths) if start is None else start
-        return Entries(*self.pool.ops.read_entries(view, start), view.lengths - start)
+        k, v = (ops.gather(StoredRows(view, start, field)) for field in ("k", "v"))
+        return Entries(k, v, *ops.read_labels(view, start), view.lengths - start)
 
     def advance(self, token_ids, tail=None):
         """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any

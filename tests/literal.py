@@ -134,8 +134,8 @@ def make_layer(heads, rope, *, n_positions=None):
     n_positions = n_positions or int(columns["pos"].max(initial=0)) + 1
     return Layer(
         index=0,
-        k=columns["k"].astype(np.float32),
-        v=columns["v"].astype(np.float32),
+        k_rows=columns["k"].astype(np.float32),
+        v_rows=columns["v"].astype(np.float32),
         size=columns["size"].astype(np.float32),
         pos=columns["pos"].astype(np.int32),
         classes=columns["classes"].astype(np.uint8),

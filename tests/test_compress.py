@@ -222,7 +222,7 @@ def test_merging_equal_tokens_changes_nothing_if_they_are_counted(log_size):
     rng = np.random.default_rng(0)
     layer, _ = random_layer(rng, [90])
     copies = rng.integers(0, 12, 90)
-    layer.k, layer.v = layer.k[copies], layer.v[copies]
+    layer.k_rows, layer.v_rows = layer.k_rows[copies], layer.v_rows[copies]
     config = CacheConfig("semanticache", tau=0.9999, rope="cached", log_size=log_size)
     entries = config.plan(layer, None, None)[0].apply(layer)
     assert len(entries.pos) == len(set(copies))
@@ -516,7 +516,13 @@ def test_what_a_method_is_shown_of_a_second_turn():
     sequence = Sequence(config, n_heads=3).read(200)
     stored = [sequence.cache.read(layer) for layer in range(2)]
     shown, plan = [], config.plan
-    config.plan = lambda layer, *rest: shown.append(layer) or plan(layer, *rest)
+
+    def noted(layer, *rest):
+        shown.append(layer)
+        assert len(layer.k) == len(layer.v)  # they are read here: the pages are written anew after this
+        return plan(layer, *rest)
+
+    config.plan = noted
     sequence.read(100)
     assert [layer.index for layer in shown] == [0, 1]
     cores_at_delimiters = 0

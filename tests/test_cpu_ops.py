@@ -9,9 +9,10 @@ import pytest
 from compiled import PATHS, cpu_ops
 from literal import NEAREST, FakeRope, check_nearest
 
-from minillm.cache import KVCache, PagePool
+from minillm.cache import Entries, KVCache, PagedLayer, PagePool
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops.numpy_ops import StoredRows
 from minillm.weights import Weight
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
@@ -271,6 +272,57 @@ def test_merge(path, rng, n, d, n_entries):
     np.testing.assert_allclose(cpu_ops.merge(rows, dest, w, n_entries), exact, rtol=1e-5, atol=1e-4)
 
 
+ROWS = [
+    ((70, 0, 33), (0, 0, 0), 5),
+    ((70, 1, 32), (40, 1, 0), None),
+    ((0, 0), (0, 0), 3),
+    ((9,), (9,), 0),
+    ((64,), (3,), 1),
+]
+
+
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("lengths, start, n", ROWS)
+def test_rows_are_merged_where_they_lie(path, rng, ops, lengths, start, n):
+    """Stored after the first `start` of each head, and then n new ones: as when they are one array."""
+    d, start = 12, np.array(start)
+    layer, rope = paged(rng, ops, lengths, d), FakeRope(d)
+    new = None if n is None else normal(rng, len(lengths), n, d)
+    for i, field in enumerate("kv"):
+        rows = StoredRows(layer, start, field, new)
+        heads = [layer.read(head, first)[i] for head, first in enumerate(start)]
+        heads = heads if new is None else [np.concatenate(parts) for parts in zip(heads, new, strict=True)]
+        together = np.concatenate(heads)
+        assert rows.shape == together.shape and rows.lengths.tolist() == [len(head) for head in heads]
+        np.testing.assert_array_equal(ops.gather(rows), together)
+        dest, w = rng.integers(-1, 20, len(together)), normal(rng, len(together))
+        np.testing.assert_array_equal(ops.merge(rows, dest, w, 20), ops.merge(together, dest, w, 20))
+        pos, entry_pos = (rng.integers(0, 500, m).astype(np.int32) for m in (len(together), 20))
+        rest = pos, dest, w, entry_pos, *rope.tables(np.arange(500), 500)
+        np.testing.assert_array_equal(ops.merge_unrotated(rows, *rest), ops.merge_unrotated(together, *rest))
+
+
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("lengths, start", [((70, 0, 33), (0, 0, 0)), ((70, 33, 64), (69, 33, 32)), ((3, 5), (3, 0))])
+def test_entries_into_pages_and_out_of_them(path, rng, ops, lengths, start):
+    d, start = 7, np.array(start)
+    layer = paged(rng, ops, lengths, d)
+    before = [layer.read(head) for head in range(len(lengths))]
+    counts = layer.lengths - start
+    n = int(counts.sum())
+    k, v = (rng.integers(-99, 99, (n, d)).astype(np.float32) for _ in "kv")  # bf16 keeps them
+    entries = Entries(k, v, normal(rng, n), rng.integers(0, 999, n).astype(np.int32), counts)
+    ops.write_entries(layer, start, entries)
+    for name, got in zip(("log_size", "pos"), ops.read_labels(layer, start), strict=True):
+        np.testing.assert_array_equal(got, getattr(entries, name))
+    ends = np.cumsum(counts)
+    for head, end in enumerate(ends):
+        rows = slice(end - counts[head], end)
+        written = entries.k[rows], entries.v[rows], entries.log_size[rows], entries.pos[rows]
+        for got, old, new in zip(layer.read(head), before[head], written, strict=True):
+            np.testing.assert_array_equal(got, np.concatenate([old[: start[head]], new]))
+
+
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
 def test_the_nearest_of_a_stretch(path, rng, n_keys, n, m, d):
     check_nearest(cpu_ops, rng, n_keys, n, m, d, first_of_equals=True)
@@ -349,10 +401,12 @@ def test_bf16_pages_round_to_nearest_even(path):
     """1 + 2^-8 lies between two bf16 numbers, as does 1 + 3 * 2^-8; ties go to the even one."""
     slab = cpu_ops.new_slab(2, 4, 2)
     rows = np.float32([[1 + 2**-8, 1 + 3 * 2**-8], [-1 - 2**-8, 1 + 2**-8 + 2**-20], [np.inf, -0.0]])
-    stored = slab.k[1, :3]
-    cpu_ops.store_rows(stored, rows)
+    pool = PagePool(cpu_ops, 2, 4)
+    pool.slabs.append(slab)
+    layer = PagedLayer(pool, np.array([[1]], np.int32), np.array([3]), 3)
+    cpu_ops.write_entries(layer, np.array([0]), Entries(rows, rows, np.zeros(3), np.arange(3), np.array([3])))
     expected = np.float32([[1, 1 + 2**-6], [-1, 1 + 2**-7], [np.inf, -0.0]])
-    np.testing.assert_array_equal(cpu_ops.stored_rows(stored), expected)
+    np.testing.assert_array_equal(cpu_ops.stored_rows(slab.k[1, :3]), expected)
     assert sum(field.nbytes for field in vars(slab).values()) == 2 * cpu_ops.page_bytes(4, 2)
 
 

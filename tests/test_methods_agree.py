@@ -156,7 +156,8 @@ def test_a_gpu_keeps_the_rows_that_numpy_keeps(device, name):
     ops, rng = CudaOps(device), np.random.default_rng(0)
     ops.real16 = "bf16"
     layer = reading_layer(rng, name, [70, 1, 65], 3, 64)
-    layer.k, layer.v = (from_words(to_words(rows, "bf16"), "bf16") for rows in (layer.k, layer.v))
+    rounded = (from_words(to_words(rows, "bf16"), "bf16") for rows in (layer.k_rows, layer.v_rows))
+    layer.k_rows, layer.v_rows = rounded
     layer.queries = [Queries(from_words(to_words(q.q, "bf16"), "bf16"), q.pos) for q in layer.queries]
     k, v = (device.upload(to_words(rows, "bf16")) for rows in (layer.k, layer.v))
-    check_kept(name, layer, replace(layer, ops=ops, k=k, v=v, memo={}), ERROR["cuda"])
+    check_kept(name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, memo={}), ERROR["cuda"])

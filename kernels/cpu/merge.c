@@ -1,4 +1,4 @@
-/* Weighted sums of rows: any Plan.
+/* Weighted sums of rows, wherever they lie: any Plan.
  *
  * Each task owns a stretch of entries and looks through all of `dest` for them: reading 8 bytes a row again is cheaper than sorting,
  * and rows are added in their order, so that the result does not depend on the threads. */
@@ -10,6 +10,23 @@ typedef struct {
     int64_t a_task;
 } Tasks;
 
+INLINE int64_t stored(const StoredRows *rows, int64_t head) { return rows->start ? rows->past.lengths[head] - rows->start[head] : 0; }
+
+/* Row i of a head (d,), its first `stored` rows in pages: where it is, or widened into `room`. */
+INLINE const float *row_at(const StoredRows *rows, int64_t head, int64_t i, int64_t stored, float *room)
+{
+    const int64_t d = rows->d;
+    if (i >= stored)
+        return rows->fresh + (head * rows->n + i - stored) * d;
+    const Slab *slab;
+    const int64_t at = entry_of(&rows->past, head, rows->start[head] + i, &slab) * d;
+    const void *field = rows->values ? slab->v : slab->k;
+    if (!rows->past.bf16)
+        return (const float *)field + at;
+    kernels->bf16_to((const uint16_t *)field + at, d, room);
+    return room;
+}
+
 INLINE void add(float *out, const float *row, float weight, int64_t d)
 {
     int64_t i = 0;
@@ -20,36 +37,44 @@ INLINE void add(float *out, const float *row, float weight, int64_t d)
 }
 
 /* Entries lo .. hi - 1: rows as they are. */
-static void sums(const Merge *m, int64_t lo, int64_t hi)
+static void sums(const Merge *m, int64_t lo, int64_t hi, float *room)
 {
-    for (int64_t r = 0; r < m->n; r++)
-        if (m->dest[r] >= lo && m->dest[r] < hi)
-            add(m->out + m->dest[r] * m->d, m->rows + r * m->d, m->weight[r], m->d);
+    const StoredRows *rows = &m->rows;
+    for (int64_t head = 0, r = 0; head < rows->n_heads; head++) {
+        const int64_t in_pages = stored(rows, head);
+        for (int64_t i = 0; i < in_pages + rows->n; i++, r++)
+            if (m->dest[r] >= lo && m->dest[r] < hi)
+                add(m->out + m->dest[r] * rows->d, row_at(rows, head, i, in_pages, room), m->weight[r], rows->d);
+    }
 }
 
 /* The same of keys: summed with RoPE undone, and then turned to the position of their entry. */
-static void unrotated_sums(const Merge *m, int64_t lo, int64_t hi, int thread)
+static void unrotated_sums(const Merge *m, int64_t lo, int64_t hi, float *room, int thread)
 {
-    const int64_t d = m->d, half = d / 2;
+    const StoredRows *rows = &m->rows;
+    const int64_t d = rows->d, half = d / 2;
     const float inverse = 1 / (m->cos[0] * m->cos[0]); /* of yarn's factor: position 0 shows it */
     float *turned = scratch(thread, 2, sizeof(float) * (size_t)d);
     int32_t *made_of = scratch(thread, 3, sizeof(int32_t) * (size_t)(hi - lo)); /* rows of each entry; 0 once it is a copy */
     memset(made_of, 0, sizeof(int32_t) * (size_t)(hi - lo));
-    for (int64_t r = 0; r < m->n; r++)
+    for (int64_t r = 0; r < m->n_rows; r++)
         if (m->dest[r] >= lo && m->dest[r] < hi)
             made_of[m->dest[r] - lo]++;
-    for (int64_t r = 0; r < m->n; r++) {
-        const int64_t entry = m->dest[r], at = m->pos[r] * half;
-        if (entry < lo || entry >= hi)
-            continue;
-        const float *row = m->rows + r * d;
-        if (made_of[entry - lo] == 1 && m->weight[r] == 1 && m->entry_pos[entry] == m->pos[r]) {
-            memcpy(m->out + entry * d, row, sizeof(float) * (size_t)d);
-            made_of[entry - lo] = 0;
-            continue;
+    for (int64_t head = 0, r = 0; head < rows->n_heads; head++) {
+        const int64_t in_pages = stored(rows, head);
+        for (int64_t i = 0; i < in_pages + rows->n; i++, r++) {
+            const int64_t entry = m->dest[r], at = m->pos[r] * half;
+            if (entry < lo || entry >= hi)
+                continue;
+            const float *row = row_at(rows, head, i, in_pages, room);
+            if (made_of[entry - lo] == 1 && m->weight[r] == 1 && m->entry_pos[entry] == m->pos[r]) {
+                memcpy(m->out + entry * d, row, sizeof(float) * (size_t)d);
+                made_of[entry - lo] = 0;
+                continue;
+            }
+            rotate(row, m->cos + at, m->sin + at, -1, inverse, turned, half);
+            add(m->out + entry * d, turned, m->weight[r], d);
         }
-        rotate(row, m->cos + at, m->sin + at, -1, inverse, turned, half);
-        add(m->out + entry * d, turned, m->weight[r], d);
     }
     for (int64_t entry = lo; entry < hi; entry++)
         if (made_of[entry - lo]) {
@@ -62,12 +87,13 @@ static void entries(void *context, int64_t task, int thread)
 {
     const Tasks *c = context;
     const Merge *m = c->m;
-    const int64_t lo = task * c->a_task, hi = least(lo + c->a_task, m->n_entries);
-    memset(m->out + lo * m->d, 0, sizeof(float) * (size_t)((hi - lo) * m->d));
+    const int64_t lo = task * c->a_task, hi = least(lo + c->a_task, m->n_entries), d = m->rows.d;
+    float *room = scratch(thread, 0, sizeof(float) * (size_t)d);
+    memset(m->out + lo * d, 0, sizeof(float) * (size_t)((hi - lo) * d));
     if (m->pos)
-        unrotated_sums(m, lo, hi, thread);
+        unrotated_sums(m, lo, hi, room, thread);
     else
-        sums(m, lo, hi);
+        sums(m, lo, hi, room);
 }
 
 void FN(merge)(const Merge *m)

@@ -105,18 +105,37 @@ typedef struct {
     float *product;               /* (n,) 0 for none */
     int64_t n, m, d;
 } Nearest;
-/* Sums of rows, out (n_entries, d): out[dest[r]] += weight[r] * rows[r] for dest[r] >= 0. With pos, rows are keys that were rotated
+
+/* Keys (or values) of a layer, KV heads one after another: of each head what its pages hold after the first start[h] entries, and
+ * then n rows of `fresh`. */
+typedef struct {
+    Paged past;
+    const int64_t *start; /* (H,), or NULL: nothing lies in pages */
+    const float *fresh;   /* (H, n, d) */
+    int64_t n_heads, n, d, values;
+} StoredRows;
+
+/* Sums of R rows, out (n_entries, d): out[dest[r]] += weight[r] * rows[r] for dest[r] >= 0. With pos, rows are keys that were rotated
  * there: they are summed with RoPE undone, and the sum is rotated to its entry's position; an entry that is one row of weight 1 at
  * its own position is that row. */
 typedef struct {
-    const float *rows;              /* (n, d) */
-    const int64_t *dest;            /* (n,) */
-    const float *weight;            /* (n,) */
+    StoredRows rows;
+    const int64_t *dest;            /* (R,) */
+    const float *weight;            /* (R,) */
     float *out;
-    const int32_t *pos, *entry_pos; /* (n,), (n_entries,); or NULL: rows are summed as they are */
+    const int32_t *pos, *entry_pos; /* (R,), (n_entries,); or NULL: rows are summed as they are */
     const float *cos, *sin;         /* (positions, d / 2) */
-    int64_t n, d, n_entries;
+    int64_t n_rows, n_entries;
 } Merge;
+
+/* Entries of a layer, KV heads one after another, lengths[h] of each: they go into its pages after the first start[h]. */
+typedef struct {
+    Paged to;
+    const float *k, *v, *log_size; /* (E, d), (E, d), (E,) */
+    const int32_t *pos;            /* (E,) */
+    const int64_t *start, *lengths;
+    int64_t n_heads, d;
+} Entries;
 
 /* Rows to be clustered: segment m is rows[starts[m]] ... rows[starts[m] + lengths[m] - 1] of the keys. */
 enum { MAX_TAUS = 16 };
@@ -141,6 +160,7 @@ typedef struct {
     void (*decode_attention)(const DecodeAttention *a);
     void (*scores)(const Scores *a);
     void (*merge)(const Merge *m);
+    void (*write_entries)(const Entries *e);
     /* counts (n_taus,): clusters of all segments together. Of one tau, seed and similarity (R,) or NULL, prepared as "every row is its
      * own seed, similarity 1": whose cluster each row is in, and its cosine with that seed. */
     void (*clusters)(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity);
@@ -162,6 +182,14 @@ int pool_threads(void);
  * own slots are 0..7 (thread as given to a Task); the caller's are SHARED + 0..7. */
 enum { MAX_THREADS = 256, SLOTS = 8, SHARED = MAX_THREADS };
 void *scratch(int thread, int slot, size_t bytes);
+
+/* Entry i of a head: its slab, and where it is in that. */
+static inline int64_t entry_of(const Paged *layer, int64_t head, int64_t i, const Slab **slab)
+{
+    const int64_t page = layer->pages[head * layer->capacity + i / layer->page_size];
+    *slab = &layer->slabs[page / layer->slab_pages];
+    return page % layer->slab_pages * layer->page_size + i % layer->page_size;
+}
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

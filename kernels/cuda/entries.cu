@@ -2,7 +2,7 @@
 // Defines: real16 = half, bf16; HEAD_DIM = 64, 128
 //
 // k, v (E, d) real16, log_size (E,), pos (E,): heads one after another; those of head h are rows first[h] : first[h + 1]
-// and lie in its pages from entry start[h] on. pages (H, capacity). Grid: a row to d / 8 threads, 256 threads a block.
+// and lie in its pages from entry start[h] on. What is NULL is not read. pages (H, capacity). Grid: a row to d / 8 threads, 256 threads a block.
 #include "pages.cuh"
 
 static const int D = HEAD_DIM, THREADS = D / 8;  // 16 bytes a thread
@@ -44,10 +44,8 @@ read_entries(real16* k, real16* v, float* log_size, int* pos, const unsigned lon
     int row = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8, at;
     if (row >= n_rows) return;
     Page<real16, D> page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
-    copy16(k + (size_t)row * D + i, page.k + at * D + i);
-    copy16(v + (size_t)row * D + i, page.v + at * D + i);
-    if (i == 0) {
-        log_size[row] = page.log_size[at];
-        pos[row] = page.pos[at];
-    }
+    if (k) copy16(k + (size_t)row * D + i, page.k + at * D + i);
+    if (v) copy16(v + (size_t)row * D + i, page.v + at * D + i);
+    if (i == 0 && log_size) log_size[row] = page.log_size[at];
+    if (i == 0 && pos) pos[row] = page.pos[at];
 }

@@ -165,15 +165,15 @@ def unlike(ledger, layer, scores):
 
 def one_cut(ledger, layer, scores):
     """As many as each layer has among the best of all rows of all layers, beside the protected ones; of equal ones the
-    earlier. What is not among the best of the layers seen so far cannot be among the best of all: so the layers seen
-    are cut as new ones come, and the result is that of one cut at the end."""
+    earlier. What is not among the best of the rows known so far cannot be among the best of all: so the layers seen are
+    cut as new ones come, and the result is that of one cut at the end."""
     index = len(ledger.targets)
-    best, whose = ledger.pool
-    best = np.append(best, scores[layer.free])
-    whose = np.append(whose, np.full(len(layer.free), index))
-    kept = largest(best, ledger.room)
-    best, whose = ledger.pool = best[kept], whose[kept]
-    return (ledger.protected + np.bincount(whose, minlength=index + 1)).tolist()
+    ledger.pool[index] = scores[layer.free]
+    pool, ends = np.concatenate(ledger.pool), np.cumsum([len(known) for known in ledger.pool])
+    kept = largest(pool, ledger.room)
+    cuts = np.searchsorted(kept, ends)
+    ledger.pool = np.split(pool[kept], cuts[:-1])
+    return (ledger.protected + np.diff(cuts, prepend=0))[: index + 1].tolist()
 
 
 def pyramid(ledger, layer, scores, beta):

@@ -2,14 +2,15 @@
 in."""
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
-from minillm.cache import Entries
 from minillm.compress.ledger import Ledger
 from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
 from minillm.errors import MinillmError
+from minillm.ops.numpy_ops import StoredRows
 
 BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
@@ -90,6 +91,14 @@ class Compressor:
             cache.predicted = [[np.zeros((n_heads, 0), np.float32)] for _ in range(n_layers)]
 
 
+class Labels(NamedTuple):
+    """What is known of rows without their keys and values, heads one after another."""
+
+    size: np.ndarray  # (R,) float32 tokens each stands for
+    pos: np.ndarray  # (R,) int32
+    lengths: np.ndarray  # (H,)
+
+
 class Compression:
     """One pass over the layers: `store` is called for each in turn, and `finish` after the last.
 
@@ -115,14 +124,16 @@ class Compression:
                 left, self.settled = total, np.zeros_like(self.settled)
             rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
             first = 0 if self.settled.any() else min(sinks, seen)
-            self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first))
-            # What may be held beyond the targets before layers are cut again; what was generated is held already.
-            self.slack = rows.max() if len(new_ids) else rows.sum()
+            self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first), self._known(first))
+            # What may be held beyond the targets before layers are cut again: a layer, or a slab, of which no part can
+            # be given back; what was generated is held already.
+            self.slack = max(rows.max(), cache.pool.slab_entries) if len(new_ids) else rows.sum()
         self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
         self.scores = []  # (E,) of the entries of each layer stored, where the method scores
         self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
         self.next_pos = {}  # of each layer whose Plan says so
-        self.prompt = None  # log_size, pos and lengths of a first prompt's rows: the same in every layer
+        self.labels = {}  # of the entries of each layer stored
+        self.prompt = None  # Labels of a first prompt's rows: alike in every layer
         self.attributes = None, {}  # the pos of the rows that came last, and what else a Layer says of them
 
     @property
@@ -133,15 +144,16 @@ class Compression:
     def store(self, index, k=None, v=None, queries=(), wo=None):
         """Compress the rows of layer `index`, its new keys and values k, v (H, n, d) among them, and write the result
         to the pages. queries: a list of Queries; wo: the Weight of the layer's output projection."""
-        rows = self._rows(index, self.settled[index], k, v)
         if self.asked:
             q = np.stack([q[index] for q in self.asked], axis=1)
             next_pos = self.seen - self.cache.shift
             queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
         if wo is not None and index not in self.compressor.outputs:
-            heads, d = len(rows.lengths), rows.k.shape[1]
+            heads, d = self.cache.lengths.shape[1], self.cache.pool.head_dim
             self.compressor.outputs[index] = Output(wo, heads, d, self.compressor.ops)
-        layer = self._layer(index, rows, list(queries), self._history(index, rows), self._predicted(index, rows))
+        labels = self._labels(index, 0 if k is None else k.shape[1])
+        layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
+        layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
         scores = self.config.scores(layer)
         if self.ledger is None:
             self._write(layer, scores, None)
@@ -159,8 +171,8 @@ class Compression:
         for earlier in np.argsort(np.subtract(targets, held), kind="stable").tolist():
             if held[earlier] <= targets[earlier] or sum(held) - sum(targets) <= excess:
                 break
-            rows = self.cache.read(earlier, self.settled[earlier])
-            self._write(self._layer(earlier, rows), self.scores[earlier], targets[earlier])
+            layer = self._layer(earlier, self.labels[earlier], *self._rows(earlier))
+            self._write(layer, self.scores[earlier], targets[earlier])
 
     def finish(self):
         """All layers are stored: the tokens count as read."""
@@ -174,6 +186,7 @@ class Compression:
     def _write(self, layer, scores, target):
         plan, stays = self.config.plan(layer, scores, target)
         self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
+        self.labels[layer.index] = Labels(plan.size, plan.pos, plan.lengths)
         if self.ledger is not None:
             self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
@@ -182,80 +195,90 @@ class Compression:
         if plan.next_pos is not None:
             self.next_pos[layer.index] = plan.next_pos
 
-    def _rows(self, index, settled, k, v):
-        """The Entries after the first `settled` of each head, followed by the new tokens."""
-        cache = self.cache
-        n_heads, d = cache.lengths.shape[1], cache.pool.head_dim
-        n = 0 if k is None else k.shape[1]
-        new_pos = np.arange(cache.position, cache.position + n, dtype=np.int32)
-        if n and not (cache.lengths[index] - settled).any():  # a first prompt: nothing is copied
-            if self.prompt is None:
-                self.prompt = np.zeros(n_heads * n, np.float32), np.tile(new_pos, n_heads), np.full(n_heads, n)
-            return Entries(k.reshape(-1, d), v.reshape(-1, d), *self.prompt)
-        old = cache.read(index, settled)
-        if not n:
-            return old
-        log_size = _joined(old.lengths, old.log_size, np.zeros((n_heads, n), np.float32))
-        pos = _joined(old.lengths, old.pos, np.broadcast_to(new_pos, (n_heads, n)))
-        concatenate = self.compressor.ops.concatenate
-        k, v = _joined(old.lengths, old.k, k, concatenate), _joined(old.lengths, old.v, v, concatenate)
-        return Entries(k, v, log_size, pos, old.lengths + n)
+    def _known(self, sinks):
+        """For each layer the scores of rows that it will have, whatever comes, beside the `sinks` first of each head:
+        where scores stay what they were."""
+        scores, lengths, known = self.cache.scores, self.cache.lengths, []
+        if not self.config.foresees or scores is None:
+            return [np.zeros(0, np.float32)] * len(lengths)
+        for scored, n in zip(scores, lengths, strict=True):
+            since = (n.sum() - len(scored)) // len(n)  # tokens read since then
+            heads = np.split(scored, np.cumsum(n - since)[:-1])
+            known.append(np.concatenate([head[sinks:] for head in heads]))
+        return known
 
-    def _history(self, index, rows):
+    def _labels(self, index, n):
+        """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new
+        tokens."""
+        cache, start = self.cache, self.settled[index]
+        new, lengths = np.arange(cache.position, cache.position + n, dtype=np.int32), cache.lengths[index] - start
+        if not lengths.any():
+            if self.prompt is None:
+                n_heads = len(lengths)
+                self.prompt = Labels(np.ones(n_heads * n, np.float32), np.tile(new, n_heads), np.full(n_heads, n))
+            return self.prompt
+        log_size, pos = cache.pool.ops.read_labels(cache.layer(index), start)
+        size = _joined(lengths, np.exp(log_size), np.ones((len(lengths), n), np.float32))
+        return Labels(size, _joined(lengths, pos, np.broadcast_to(new, (len(lengths), n))), lengths + n)
+
+    def _rows(self, index, k=None, v=None):
+        """The keys and values of the same rows; k, v (H, n, d): those of the new tokens."""
+        cache, start = self.cache, self.settled[index]
+        if k is not None and not (cache.lengths[index] - start).any():  # a first prompt: they are all there is
+            return k.reshape(-1, k.shape[2]), v.reshape(-1, v.shape[2])
+        past = cache.layer(index)
+        return StoredRows(past, start, "k", k), StoredRows(past, start, "v", v)
+
+    def _history(self, index, labels):
         """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
         if not self.config.adds_up or self.cache.scores is None:
             return None
-        n_heads = len(rows.lengths)
-        n_new = (len(rows.pos) - len(self.cache.scores[index])) // n_heads
-        return self._scored(index, rows, np.zeros((n_heads, n_new), np.float32))
+        n_heads = len(labels.lengths)
+        n_new = (len(labels.pos) - len(self.cache.scores[index])) // n_heads
+        return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32))
 
-    def _predicted(self, index, rows):
+    def _predicted(self, index, labels):
         """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
         if not self.config.foresees:
             return None
         noted = np.exp(np.concatenate(self.cache.predicted[index], axis=1))  # (H, tokens since the last compression)
         self.cache.predicted[index] = [noted[:, :0]]
-        return self._scored(index, rows, noted)
+        return self._scored(index, labels, noted)
 
-    def _scored(self, index, rows, new):
+    def _scored(self, index, labels, new):
         """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
         old = np.zeros(0, np.float32) if self.cache.scores is None else self.cache.scores[index]
-        return _joined(rows.lengths - new.shape[1], old, new)
+        return _joined(labels.lengths - new.shape[1], old, new)
 
-    def _attributes(self, rows):
-        """What a Layer says of its rows beside k, v, pos and lengths: found once where the next layer's have the same
-        pos."""
-        if self.attributes[0] is not rows.pos:
+    def _attributes(self, labels):
+        """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
+        if self.attributes[0] is not labels.pos:
             cache = self.cache
-            token = rows.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
-            known = (rows.log_size == 0) & ((token >= cache.seen - cache.tail) if cache.shift else True)
+            token = labels.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
+            known = (labels.size == 1) & ((token >= cache.seen - cache.tail) if cache.shift else True)
             self.attributes = (
-                rows.pos,
+                labels.pos,
                 {
-                    "size": np.exp(rows.log_size),
                     "classes": np.where(known, self.classes[token * known], 0).astype(np.uint8),
-                    "protected": (rows.pos < self.sinks) | (token >= self.end),
+                    "protected": (labels.pos < self.sinks) | (token >= self.end),
                     "shared": {},
                 },
             )
         return self.attributes[1]
 
-    def _layer(self, index, rows, queries=(), history=None, predicted=None):
+    def _layer(self, index, labels, k, v, queries=()):
         compressor, threshold = self.compressor, self.thresholds[index]
         return Layer(
             index=index,
-            k=rows.k,
-            v=rows.v,
-            pos=rows.pos,
-            lengths=rows.lengths,
-            **self._attributes(rows),
+            k_rows=k,
+            v_rows=v,
+            **labels._asdict(),
+            **self._attributes(labels),
             cos=self.cos,
             sin=self.sin,
             ops=compressor.ops,
             queries=queries,
             generated=self.generated,
-            history=history,
-            predicted=predicted,
             threshold=None if np.isnan(threshold) else float(threshold),
             output=compressor.outputs.get(index),
             scale=compressor.scale,

@@ -58,18 +58,17 @@ def average(layer, scores, into, chunking, rope, log_size):
 
 
 def fold(layer, scores, into, reach):
-    """The value of each is folded into that of the row of its head, of those that stay within `reach` positions, whose
-    key (RoPE undone) is most like its own; it counts for as much of a token as its score is of that row's. Keys stay as
+    """The value of each is folded into that of the row nearest to it in its head, of those that stay within `reach`
+    positions (of two as near the earlier); it counts for as much of a token as its score is of that row's. Keys stay as
     they are. Where none is near it is dropped."""
+    stays, gone = (into >= 0) & ~layer.protected, np.flatnonzero(into < 0)
+    number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)[gone]
+    before, after = number[i - 1], number[i]  # of those that stay, the one before each that goes and the one after it
     place = (layer.heads.astype(np.int64) << 32) + layer.pos
-    stays, gone = np.flatnonzero((into >= 0) & ~layer.protected), np.flatnonzero(into < 0)
-    stays, gone = (rows[np.argsort(place[rows], kind="stable")] for rows in (stays, gone))
-    near = (
-        np.searchsorted(place[stays], place[gone] - reach),
-        np.searchsorted(place[stays], place[gone] + reach, "right"),
-    )
-    target = layer.ops.nearest(layer.k_unrotated, gone, stays, *near)[0]
-    gone, target = gone[target >= 0], target[target >= 0]
+    far = lambda target: np.where(target < 0, reach + 1, np.abs(place[target] - place[gone]))  # noqa: E731
+    target = np.where(far(after) < far(before), after, before)
+    near = far(target) <= reach
+    gone, target = gone[near], target[near]
     mass = layer.size.copy()
     mass[gone] *= np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
     plan = Plan.keep(layer, into >= 0)

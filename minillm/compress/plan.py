@@ -31,8 +31,8 @@ class Layer:
     A row is a token that is stored as one entry, or an entry that an earlier Plan made."""
 
     index: int
-    k: object  # (R, d) rotated at pos: rows of the backend, which stay where they are
-    v: object  # (R, d)
+    k_rows: object  # (R, d) rotated at pos: an array of the backend, or StoredRows, which stay where they are
+    v_rows: object  # (R, d)
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
     classes: np.ndarray  # (R,) uint8 DelimiterClass of each row's token
@@ -63,6 +63,16 @@ class Layer:
     def free(self):
         """(F,) the rows that are not protected."""
         return np.flatnonzero(~self.protected)
+
+    @cached_property
+    def k(self):
+        """(R, d) keys: an array of the backend, of a GPU on that GPU."""
+        return self.ops.gather(self.k_rows)
+
+    @cached_property
+    def v(self):
+        """(R, d) values, in the same way."""
+        return self.ops.gather(self.v_rows)
 
     @cached_property
     def k_unrotated(self):
@@ -135,12 +145,12 @@ class Plan:
     def apply(self, layer):
         """The Entries of the Plan."""
         ops, n = layer.ops, len(self.size)
-        v = ops.merge(layer.v if self.v is None else self.v, self.dest, self.weight, n)
+        v = ops.merge(layer.v_rows if self.v is None else self.v, self.dest, self.weight, n)
         weight = self.weight if self.key_weight is None else self.key_weight
         if self.unrotate:
-            k = ops.merge_unrotated(layer.k, layer.pos, self.dest, weight, self.pos, layer.cos, layer.sin)
+            k = ops.merge_unrotated(layer.k_rows, layer.pos, self.dest, weight, self.pos, layer.cos, layer.sin)
         else:
-            k = ops.merge(layer.k, self.dest, weight, n)
+            k = ops.merge(layer.k_rows, self.dest, weight, n)
         return Entries(k, v, np.log(self.size), self.pos, self.lengths)
 
 

@@ -17,6 +17,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     page_bytes(page_size, head_dim)                      bytes of one page
     GreedyClusters(keys, rows, starts, lengths, rotation)
                                                          greedy seed-based clustering inside segments, for any tau
+    gather(rows)                                         StoredRows as an array
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
     nearest(keys, rows, others, first, last)             of a stretch of other rows the one most alike, for each row
     unrotated(rows, pos, cos, sin)                       keys with RoPE undone
@@ -24,8 +25,8 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
                                                          merge of keys: summed without their rotation
     concatenate(parts)                                   rows of several arrays
     write_entries(layer, start, entries)                 Entries into the pages of a layer
-    read_entries(layer, start)                           and out of them
-    store_rows(stored, rows), stored_rows(stored)        K or V of entries into a slab's words, and back to float32
+    read_labels(layer, start)                            log s and positions of entries out of them
+    stored_rows(stored)                                  K or V of a slab's words as float32
     prepare(weight)                                      a Weight as this backend reads it best
     random_words(shape, seed)                            a matrix in bf16 words for LLM.random
     runner(model)                                        whole steps in a few calls; None: model.py's own pages

@@ -89,10 +89,27 @@ class Nearest(Structure):
     ]
 
 
+class StoredRows(Structure):
+    _fields_ = [
+        ("past", Paged),
+        *((name, c_void_p) for name in ("start", "fresh")),
+        *((name, c_int64) for name in ("n_heads", "n", "d", "values")),
+    ]
+
+
 class Merge(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("rows", "dest", "weight", "out", "pos", "entry_pos", "cos", "sin")),
-        *((name, c_int64) for name in ("n", "d", "n_entries")),
+        ("rows", StoredRows),
+        *((name, c_void_p) for name in ("dest", "weight", "out", "pos", "entry_pos", "cos", "sin")),
+        *((name, c_int64) for name in ("n_rows", "n_entries")),
+    ]
+
+
+class Entries(Structure):
+    _fields_ = [
+        ("to", Paged),
+        *((name, c_void_p) for name in ("k", "v", "log_size", "pos", "start", "lengths")),
+        *((name, c_int64) for name in ("n_heads", "d")),
     ]
 
 
@@ -119,6 +136,7 @@ _SIGNATURES = {  # name -> (result, arguments)
     "decode_attention": (None, [POINTER(DecodeAttention)]),
     "scores": (None, [POINTER(Scores)]),
     "merge": (None, [POINTER(Merge)]),
+    "write_entries": (None, [POINTER(Entries)]),
     "clusters": (None, [POINTER(Segments), _P, c_int, _P, _P, _P]),
     "unit_rows": (None, [_P, _N, _N, _P]),
     "nearest": (None, [POINTER(Nearest)]),

@@ -14,15 +14,15 @@ import numpy as np
 from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
-from minillm.ops.cpu_pages import CACHE_DTYPE, new_slab, page_bytes, paged, slab_table, store_rows, stored_rows  # noqa: F401
+from minillm.ops.cpu_pages import CACHE_DTYPE, new_slab, page_bytes, paged, slab_table, stored_rows  # noqa: F401
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import (  # noqa: F401
     DEVICE,
+    StoredRows,
     available_memory,
     concatenate,
     random_words,
-    read_entries,
-    write_entries,
+    read_labels,
 )
 
 _lib = cpu_lib.library()
@@ -182,27 +182,53 @@ def _scores(out, reduce, q, keys, lengths, log_size, pos, q_pos, scale, window, 
     return out
 
 
+def gather(rows):
+    """(R, d) float32: StoredRows as an array of their own; an array is itself."""
+    if not isinstance(rows, StoredRows):
+        return rows
+    n = rows.shape[0]
+    return merge(rows, np.arange(n), np.ones(n, np.float32), n)
+
+
 def merge(rows, dest, weight, n_entries):
-    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest, weight (R,) -> (n_entries, d)
-    float32."""
+    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d) or StoredRows, dest, weight (R,) -> (n_entries,
+    d) float32."""
     return _merge(rows, dest, weight, n_entries, None, None, None, None)
 
 
 def merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin):
-    """`merge` of keys rows (R, d), rotated at pos (R,), summed with RoPE undone and turned to entry_pos (E,). cos, sin
-    (positions, d/2). See numpy_ops."""
+    """`merge` of keys, rotated at pos (R,), summed with RoPE undone and turned to entry_pos (E,). cos, sin (positions,
+    d/2). See numpy_ops."""
     pos, entry_pos = np.ascontiguousarray(pos, np.int32), np.ascontiguousarray(entry_pos, np.int32)
-    assert len(pos) == len(rows) and max(pos.max(initial=0), entry_pos.max(initial=0)) < len(cos) == len(sin)
+    assert len(pos) == rows.shape[0] and max(pos.max(initial=0), entry_pos.max(initial=0)) < len(cos) == len(sin)
     return _merge(rows, dest, weight, len(entry_pos), pos, entry_pos, floats(cos), floats(sin))
 
 
 def _merge(rows, dest, weight, n_entries, pos, entry_pos, cos, sin):
-    rows, dest, weight = floats(rows), np.ascontiguousarray(dest, np.int64), floats(weight)
-    out = np.empty((n_entries, rows.shape[1]), np.float32)
-    assert len(rows) == len(dest) == len(weight) and dest.max(initial=-1) < n_entries
-    pointers = (pointer(a) for a in (rows, dest, weight, out, pos, entry_pos, cos, sin))
-    _lib.merge(byref(cpu_lib.Merge(*pointers, *rows.shape, n_entries)))
+    (n, d), dest, weight = rows.shape, np.ascontiguousarray(dest, np.int64), floats(weight)
+    out = np.empty((n_entries, d), np.float32)
+    assert n == len(dest) == len(weight) and dest.max(initial=-1) < n_entries
+    if isinstance(rows, StoredRows):
+        past, start, slabs = rows.past, np.ascontiguousarray(rows.start, np.int64), slab_table(rows.past.pool)
+        new = np.empty((len(start), 0, d), np.float32) if rows.new is None else floats(rows.new)
+        where = paged(past, slabs), pointer(start), pointer(new), *new.shape[:2], d, rows.field == "v"
+    else:
+        rows = floats(rows)
+        where = cpu_lib.Paged(), None, pointer(rows), 1, n, d, 0
+    pointers = (pointer(a) for a in (dest, weight, out, pos, entry_pos, cos, sin))
+    _lib.merge(byref(cpu_lib.Merge(cpu_lib.StoredRows(*where), *pointers, n, n_entries)))
     return out
+
+
+def write_entries(layer, start, entries):
+    """Entries into the pages of a PagedLayer, after the first `start` (H,) of each head."""
+    k, v, log_size = (floats(a) for a in (entries.k, entries.v, entries.log_size))
+    pos, slabs = np.ascontiguousarray(entries.pos, np.int32), slab_table(layer.pool)
+    start, lengths = (np.ascontiguousarray(a, np.int64) for a in (start, entries.lengths))
+    assert lengths.sum() == len(k) == len(v) == len(log_size) == len(pos) and (start + lengths == layer.lengths).all()
+    pointers = (pointer(a) for a in (k, v, log_size, pos, start, lengths))
+    shape = len(lengths), layer.pool.head_dim
+    _lib.write_entries(byref(cpu_lib.Entries(paged(layer, slabs), *pointers, *shape)))
 
 
 def nearest(keys, rows, others, first, last):

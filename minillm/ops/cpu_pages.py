@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 
 from minillm.ops import cpu_lib
-from minillm.ops.cpu_lib import floats, pointer
+from minillm.ops.cpu_lib import pointer
 from minillm.ops.numpy_ops import Slab
 
 CACHE_DTYPE = "bfloat16"  # of K and V in pages
@@ -30,15 +30,6 @@ def new_slab(n_pages, page_size, head_dim):
         log_size.view(np.float32).reshape(n_pages, page_size),
         pos.view(np.int32).reshape(n_pages, page_size),
     )
-
-
-def store_rows(stored, rows):
-    """Float rows (n, d) into entries' k or v, a view of a slab."""
-    if stored.dtype != np.uint16:
-        stored[:] = rows
-    elif len(rows):
-        rows = floats(rows)
-        _lib.bf16_from(pointer(rows), rows.size, pointer(stored))
 
 
 def stored_rows(stored):

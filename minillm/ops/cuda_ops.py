@@ -13,7 +13,7 @@ from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_clusters import GreedyClusters
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
-from minillm.ops.numpy_ops import Slab
+from minillm.ops.numpy_ops import Slab, StoredRows
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -143,20 +143,30 @@ class CudaOps:
             first, start = self._offsets(entries.lengths), self.device.upload(start.astype(np.int32))
             launch.write_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
 
-    def read_entries(self, layer, start):
-        """k, v (E, d) on the device, log_size, pos (E,) of the entries after the first `start` (H,) of each head."""
-        lengths, d, empty = layer.lengths - start, layer.pool.head_dim, self.device.empty
-        n = int(lengths.sum())
-        k, v, log_size, pos = (
-            empty((n, d), np.uint16),
-            empty((n, d), np.uint16),
-            empty(n, np.float32),
-            empty(n, np.int32),
-        )
-        if n:
-            first, start = self._offsets(lengths), self.device.upload(start.astype(np.int32))
-            launch.read_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
-        return k, v, log_size.get(), pos.get()
+    def gather(self, rows):
+        """(R, d) on the device: StoredRows as an array of their own; an array is itself."""
+        if not isinstance(rows, StoredRows):
+            return rows
+        lengths = rows.past.lengths - rows.start
+        stored = self.device.empty((int(lengths.sum()), rows.shape[1]), np.uint16)
+        self._read(rows.past, rows.start, **{rows.field: stored})
+        if rows.new is None:
+            return stored
+        ends = np.cumsum(lengths).tolist()
+        heads = zip([0, *ends], ends, rows.new, strict=False)
+        return self.concatenate([part for lo, hi, new in heads for part in (stored[lo:hi], new)])
+
+    def read_labels(self, layer, start):
+        """log_size, pos (E,), on the host, of the entries of a PagedLayer after the first `start` (H,) of each head."""
+        n = int((layer.lengths - start).sum())
+        log_size, pos = self.device.empty((n,), np.float32), self.device.empty((n,), np.int32)
+        self._read(layer, start, log_size=log_size, pos=pos)
+        return log_size.get(), pos.get()
+
+    def _read(self, layer, start, **out):
+        """Fields of entries out of pages, into the arrays `out`."""
+        first, start = self._offsets(layer.lengths - start), self.device.upload(start.astype(np.int32))
+        launch.read_entries(self.device, self.paged(layer), first, start, layer.pool.head_dim, self.real16, **out)
 
     def _offsets(self, lengths):
         return self.device.upload(np.append(0, np.cumsum(lengths)).astype(np.int32))
@@ -196,13 +206,14 @@ class CudaOps:
     def merge(self, rows, dest, weight, n_entries):
         """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. -> (n_entries, d)."""
         out = self.device.empty((n_entries, rows.shape[1]), np.uint16)
-        order, first = self._by_entry(dest, n_entries)
-        launch.merge(self.device, self._rows(rows), order, first, self.device.upload(weight), out, self.real16)
+        rows, (order, first) = self._rows(self.gather(rows)), self._by_entry(dest, n_entries)
+        launch.merge(self.device, rows, order, first, self.device.upload(weight), out, self.real16)
         return out
 
     def merge_unrotated(self, rows, pos, dest, weight, entry_pos, cos, sin):
         """As `merge`, of keys: summed with RoPE undone, then turned to entry_pos (E,); what is one row of weight 1 at
         its own position is copied."""
+        rows = self.gather(rows)
         rows_unrotated = self.unrotated(rows, pos, cos, sin)
         out = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16)
         order, first = self._by_entry(dest, len(entry_pos))

@@ -236,10 +236,42 @@ def new_slab(n_pages, page_size, head_dim):
     )
 
 
+@dataclass
+class StoredRows:
+    """K or V of the rows of one layer where they lie, KV heads one after another: of each head the entries stored after
+    the first `start`, and then those of n new tokens."""
+
+    past: object  # PagedLayer
+    start: np.ndarray  # (H,)
+    field: str  # "k" or "v"
+    new: object = None  # (H, n, d) rows of the backend
+
+    @property
+    def lengths(self):
+        """(H,) rows of each head."""
+        return self.past.lengths - self.start + (0 if self.new is None else self.new.shape[1])
+
+    @property
+    def shape(self):
+        return int(self.lengths.sum()), self.past.pool.head_dim
+
+
+def gather(rows):
+    """(R, d) float32: StoredRows as an array of their own; an array is itself."""
+    if not isinstance(rows, StoredRows):
+        return rows
+    parts = []
+    for head, start in enumerate(rows.start.tolist()):
+        stored = (k if rows.field == "k" else v for k, v, _, _ in rows.past.runs(head, start))
+        parts += map(rows.past.pool.ops.stored_rows, stored)
+        parts += [] if rows.new is None else [rows.new[head]]
+    return np.concatenate(parts) if parts else np.zeros(rows.shape, np.float32)
+
+
 def merge(rows, dest, weight, n_entries):
-    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d), dest (R,), weight (R,) -> (n_entries, d)
-    float32."""
-    taken = np.flatnonzero(dest >= 0)
+    """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. rows (R, d) or StoredRows, dest, weight (R,) -> (n_entries,
+    d) float32."""
+    rows, taken = gather(rows), np.flatnonzero(dest >= 0)
     order = taken[np.argsort(dest[taken], kind="stable")]  # rows, entry by entry
     count = np.bincount(dest[taken], minlength=n_entries)
     first = np.cumsum(count) - count
@@ -282,9 +314,9 @@ def nearest(keys, rows, others, first, last):
 
 
 def merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin):
-    """`merge` of keys rows (R, d), rotated at pos (R,): they are summed with RoPE undone and the sum is rotated to
+    """`merge` of keys, rotated at pos (R,): they are summed with RoPE undone and the sum is rotated to
     entry_pos (E,). An entry that is one row of weight 1, at its own position, is that row. -> (E, d)"""
-    n_rows = np.bincount(dest[dest >= 0], minlength=len(entry_pos))
+    rows, n_rows = gather(rows), np.bincount(dest[dest >= 0], minlength=len(entry_pos))
     copied = (dest >= 0) & (weight == 1)
     copied &= (n_rows[dest] == 1) & (entry_pos[dest] == pos)
     made = np.ones(len(entry_pos), bool)
@@ -304,26 +336,21 @@ def concatenate(parts):
 
 def write_entries(layer, start, entries):
     """Entries into the pages of a PagedLayer, after the first `start` (H,) of each head."""
-    done, store = 0, layer.pool.ops.store_rows
+    done = 0
     for head, first in enumerate(start.tolist()):
         for k, v, log_size, pos in layer.runs(head, first):
             rows = slice(done, done + len(k))
-            store(k, entries.k[rows])
-            store(v, entries.v[rows])
+            k[:], v[:] = entries.k[rows], entries.v[rows]
             log_size[:], pos[:] = entries.log_size[rows], entries.pos[rows]
             done = rows.stop
     assert done == len(entries.pos)
 
 
-def read_entries(layer, start):
-    """k, v (E, d), log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
-    heads = [layer.read(head, int(first)) for head, first in enumerate(start)]
-    return tuple(np.concatenate(parts) for parts in zip(*heads, strict=True))
-
-
-def store_rows(stored, rows):
-    """Float rows (n, d) into entries' k or v, a view of a slab."""
-    stored[:] = rows
+def read_labels(layer, start):
+    """log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
+    runs = [run for head, first in enumerate(start.tolist()) for run in layer.runs(head, first)]
+    nothing = np.zeros(0, np.float32), np.zeros(0, np.int32)
+    return tuple(np.concatenate(parts) for parts in zip(nothing, *(run[2:] for run in runs), strict=True))
 
 
 def stored_rows(stored):

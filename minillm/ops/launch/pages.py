@@ -30,20 +30,23 @@ class Paged:
 def write_entries(device, k, v, log_size, pos, past, first, start, real16):
     """The entries of a layer, heads one after another (rows first[h] : first[h + 1]; first (H + 1,) int32), into the
     pages of `past` (Paged, B = 1) from entry start[h] on."""
-    _entries(device, "write_entries", k, v, log_size, pos, past, first, start, real16)
+    n, d = k.shape
+    assert v.shape == k.shape and log_size.shape == pos.shape == (n,)
+    arguments = {"k": k, "v": v, "log_size": log_size, "pos": pos}
+    _entries(device, "write_entries", arguments, n, past, first, start, d, real16)
 
 
-def read_entries(device, k, v, log_size, pos, past, first, start, real16):
-    """The other way: out of the pages into k, v, log_size, pos."""
-    _entries(device, "read_entries", k, v, log_size, pos, past, first, start, real16)
+def read_entries(device, past, first, start, d, real16, *, k=None, v=None, log_size=None, pos=None):
+    """The other way: out of the pages, into those of the arrays that are given."""
+    arguments = {"k": k, "v": v, "log_size": log_size, "pos": pos}
+    (n,) = {len(array) for array in arguments.values() if array is not None}
+    _entries(device, "read_entries", arguments, n, past, first, start, d, real16)
 
 
-def _entries(device, kernel, k, v, log_size, pos, past, first, start, real16):
-    (n, d), n_kv_heads = k.shape, past.lengths.shape[1]
-    assert v.shape == k.shape and log_size.shape == pos.shape == (n,) and past.lengths.shape[0] == 1
-    assert first.shape == (n_kv_heads + 1,) and start.shape == (n_kv_heads,)
-    arguments = {"k": k, "v": v, "log_size": log_size, "pos": pos, "first": first, "start": start}
-    arguments |= past.arguments() | {"n_kv_heads": n_kv_heads, "n_rows": n}
+def _entries(device, kernel, arguments, n, past, first, start, d, real16):
+    n_kv_heads = past.lengths.shape[1]
+    assert past.lengths.shape[0] == 1 and first.shape == (n_kv_heads + 1,) and start.shape == (n_kv_heads,)
+    arguments |= {"first": first, "start": start} | past.arguments() | {"n_kv_heads": n_kv_heads, "n_rows": n}
     del arguments["lengths"]
     run(device, "entries", kernel, (blocks(n * d // 8, 256),), (256,), arguments, defines=head_defines(d, real16))
 
