@@ -480,8 +480,8 @@ def test_average(rope, log_size):
     assert merged > 300
 
 
-@pytest.mark.parametrize("reach", [16, 2])
-def test_fold(reach):
+@pytest.mark.parametrize("reach, counts", [(16, 0.75), (2, 1.0)])
+def test_fold(reach, counts):
     rng = np.random.default_rng(2)
     folded = 0
     for case in range(150):
@@ -490,7 +490,7 @@ def test_fold(reach):
         scores = rng.random(len(into)).astype(F32) ** 3
         scores[rng.random(len(into)) < 0.1] = 0
         part = MERGES["fold"]
-        plan = part(layer, scores, into, options={"reach": reach})
+        plan = part(layer, scores, into, options={"reach": reach, "counts": counts})
         members = {}
         for row in range(len(into)):
             if into[row] == row:
@@ -511,8 +511,8 @@ def test_fold(reach):
             mass, value = float(layer.size[row]), layer.size[row] * np.float64(layer.v[row])
             for r in members.get(row, []):
                 ratio = min(float(scores[r]) / float(scores[row]), 1.0) if scores[row] else float(scores[r] > 0)
-                mass += ratio * layer.size[r]
-                value = value + ratio * layer.size[r] * np.float64(layer.v[r])
+                mass += counts * ratio * layer.size[r]
+                value = value + counts * ratio * layer.size[r] * np.float64(layer.v[r])
             k[row], v[row], s[row] = np.float64(layer.k[row]), value / mass, mass
         entries = plan.apply(layer)
         np.testing.assert_array_equal(entries.k, layer.k[into >= 0])  # keys are untouched, bit for bit

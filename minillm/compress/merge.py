@@ -57,10 +57,10 @@ def average(layer, scores, into, chunking, rope, log_size):
     return cores(layer, scores, into, rope, log_size)
 
 
-def fold(layer, scores, into, reach):
+def fold(layer, scores, into, reach, counts):
     """The value of each is folded into that of the row nearest to it in its head, of those that stay within `reach`
-    positions (of two as near the earlier); it counts for as much of a token as its score is of that row's. Keys stay as
-    they are. Where none is near it is dropped."""
+    positions (of two as near the earlier); it `counts` for so much of itself, times its score over that row's. Keys
+    stay as they are. Where none is near it is dropped."""
     stays, gone = (into >= 0) & ~layer.protected, np.flatnonzero(into < 0)
     number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)[gone]
     before, after = number[i - 1], number[i]  # of those that stay, the one before each that goes and the one after it
@@ -70,7 +70,8 @@ def fold(layer, scores, into, reach):
     near = far(target) <= reach
     gone, target = gone[near], target[near]
     mass = layer.size.copy()
-    mass[gone] *= np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
+    ratio = np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
+    mass[gone] *= np.float32(counts) * ratio
     plan = Plan.keep(layer, into >= 0)
     plan.key_weight = plan.weight.copy()
     plan.dest[gone], plan.key_weight[gone] = plan.dest[target], 0
@@ -135,6 +136,7 @@ def pass_on(layer, scores, into, spread, expected, seed):
 LOG_SIZE = Option(True, one_of(True, False), "count an entry as often as it has tokens")
 POSITIONS = Option("original", one_of("original", "cache"), "of keys: of their tokens, or their number in the cache")
 REACH = Option(16, number(1, 1 << 10, int), "positions between a row and the one it is folded into")
+COUNTS = Option(0.75, number(0, 1), "of a row that is folded into one that scores as much")
 WEIGHTS = Option("exp", one_of("exp", "code"), "exp(cosine), or the cosine as the authors' code has it")
 SPREAD = Option(32, number(1, 1 << 10, int), "rows that share a value that is passed on")
 EXPECTED = Option(False, one_of(True, False), "weigh by the probability in place of a throw")
@@ -148,7 +150,9 @@ MERGES = {
         "averaged with the row of their chunk whose key is most like theirs",
         {"chunking": OPTIONS["chunking"], "rope": ROPE, "log_size": LOG_SIZE},
     ),
-    "fold": Merge(fold, "their values folded into a neighbour's, by score", {"reach": REACH}, compares=True),
+    "fold": Merge(
+        fold, "their values folded into a neighbour's, by score", {"reach": REACH, "counts": COUNTS}, compares=True
+    ),
     "nearest": Merge(
         nearest, "averaged with the row most like them, if it is alike", {"weights": WEIGHTS, "log_size": LOG_SIZE}
     ),
