@@ -63,11 +63,10 @@ def fold(layer, scores, into, reach, counts):
     stay as they are. Where none is near it is dropped."""
     stays, gone = (into >= 0) & ~layer.protected, np.flatnonzero(into < 0)
     number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)[gone]
-    before, after = number[i - 1], number[i]  # of those that stay, the one before each that goes and the one after it
+    beside = np.stack([number[i - 1], number[i]])  # of those that stay, the one before each that goes and the one after
     place = (layer.heads.astype(np.int64) << 32) + layer.pos
-    far = lambda target: np.where(target < 0, reach + 1, np.abs(place[target] - place[gone]))  # noqa: E731
-    target = np.where(far(after) < far(before), after, before)
-    near = far(target) <= reach
+    far = np.where(beside < 0, reach + 1, np.abs(place[beside] - place[gone]))
+    target, near = np.where(far[1] < far[0], beside[1], beside[0]), far.min(axis=0) <= reach
     gone, target = gone[near], target[near]
     mass = layer.size.copy()
     ratio = np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
