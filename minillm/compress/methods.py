@@ -84,6 +84,7 @@ METHODS = {
         "Kim et al. 2025, arXiv 2505.23416",
         "reread",
         "global",
+        defaults={"group": "max"},
     ),
     "pyramidkv": Method(
         "what the newest queries attend to, more in the first layers",

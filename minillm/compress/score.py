@@ -50,9 +50,11 @@ def columns(layer, per_query):
     return sums / new if history is None else (history * (since - new) + sums) / since.astype(np.float32)
 
 
-def reread(layer):
-    """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row."""
-    return largest_so_far(layer, layer.column_scores("max").max(axis=0))
+def reread(layer, group):
+    """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row, the largest of
+    the group's query heads; hindsight: their mean."""
+    largest = layer.column_scores("max")
+    return largest_so_far(layer, largest.max(axis=0) if group == "max" else largest.mean(axis=0))
 
 
 def largest_so_far(layer, scores):
@@ -158,7 +160,9 @@ SCORES = {
     "random": Score(chance, "by lot", ranks_only=True),
     "window": Score(window, "attention of the newest queries", WINDOW | {"group": GROUP}, "new"),
     "columns": Score(columns, "attention of all queries, summed", {"per_query": PER_QUERY}, "new", True),
-    "reread": Score(reread, "the largest attention when the text is read a second time", {}, "again", True),
+    "reread": Score(
+        reread, "the largest attention when the text is read a second time", {"group": GROUP}, "again", True
+    ),
     "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
     "composite": Score(
         composite,

@@ -14,7 +14,7 @@ RIDGE = 100.0
 
 def second_reading(llm, token_ids):
     """Read a text twice. Yields for each layer the normalised hidden states h (n, dim) of the first reading, and logs
-    (H, n) of the largest attention each token gets in the second."""
+    (H, n) of what hindsight scores each token: the largest attention it gets in the second, the mean of a group."""
     model, config = llm.model, llm.config
     ops, n = model.ops, len(token_ids)
     empty = llm.new_cache()
@@ -34,7 +34,7 @@ def second_reading(llm, token_ids):
             scale=model.scale,
             attention_window=config.sliding_window,
         )
-        yield ops.stored_rows(h), np.log(reread(rows).reshape(config.n_kv_heads, n) + np.float32(FLOOR))
+        yield ops.stored_rows(h), np.log(reread(rows, "mean").reshape(config.n_kv_heads, n) + np.float32(FLOOR))
         model._output(index, x, mixed)
 
 
