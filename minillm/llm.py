@@ -1,6 +1,5 @@
 """LLM: a model and its cache memory, from a name to text."""
 
-import hashlib
 import math
 import operator
 import reprlib
@@ -56,7 +55,7 @@ class LLM:
         """The Compressor of a CacheConfig and this model."""
         cache = cache.for_profile(self.profile, self.config.name)
         classes = np.zeros(self.config.vocab_size, np.uint8)
-        if self.tokenizer:
+        if self.tokenizer and cache.method != "full":  # a look at every token, 0.05 s, for what is never compressed
             known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
         model, config = self.model, self.config
@@ -230,6 +229,8 @@ class LLM:
 
     def identity(self):
         """What a session file must agree with."""
+        import hashlib
+
         digest = hashlib.sha256(repr(asdict(self.config) | {"name": ""}).encode())
         for block in self.model.blocks:
             digest.update(block.attention_norm.tobytes() + block.mlp_norm.tobytes())

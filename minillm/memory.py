@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -103,6 +102,8 @@ def _room(folder: Path, limit_file: str, use_file: str, reclaimable: str) -> int
 
 
 def _output(*command: str) -> str:
+    import subprocess
+
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
     except (OSError, subprocess.SubprocessError):

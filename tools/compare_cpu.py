@@ -260,6 +260,8 @@ def run(contestant, ids, args):
     request = {"engine": contestant.engine, "path": str(contestant.path), "setting": contestant.setting}
     request |= {"threads": args.threads, "context": len(ids), "ids": ids}
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)} | contestant.environment
+    # A second start of any Python program finds its modules compiled; pip did that for all but those of a checkout.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start, begun = time.perf_counter(), None
     command, pipes = [contestant.python, __file__, "--measure"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (

@@ -19,6 +19,7 @@ case $sanitizers in
 thread) preload=$(gcc -print-file-name=libtsan.so) ;;
 *) preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ;;
 esac
-# -s: pytest would swallow a report.
+# -s: pytest would swallow a report. One thread of OpenBLAS: nothing sees how its threads wait for one another.
+export OPENBLAS_NUM_THREADS=1
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 LD_PRELOAD=$preload PYTHONPATH=site \
     "$python" -m pytest -s -x -p no:cacheprovider "$root/tests/test_cpu_ops.py" "$root/tests/test_scores.py"

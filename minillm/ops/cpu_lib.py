@@ -6,8 +6,10 @@ taken.
 """
 
 import ctypes
+import mmap
 import os
 import threading
+import weakref
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from minillm.errors import UsageError
 
+ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
 KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5}
 
@@ -206,6 +209,26 @@ def choose_path(name=None):
     name = name or paths[0]
     library().use_path(name.encode())
     return name
+
+
+_arena, _used = None, 0  # a weak reference to the newest arena; how many of its bytes are taken
+
+
+def huge_pages(nbytes):
+    """Zeros (nbytes,) uint8, aligned to 64 bytes, in an arena of huge pages where the system has those: to be given 4 KiB
+    at a time takes longer than to lay a weight out. An arena goes back when the last array in it goes."""
+    global _arena, _used
+    whole = _arena and _arena()
+    if whole is None or nbytes > len(whole) - _used:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default, shared memory, has no huge pages
+        mapping = mmap.mmap(-1, max(nbytes, ARENA_BYTES), flags=private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(mapping, np.uint8)
+        _arena, _used = weakref.ref(whole), 0
+    array = whole[_used : _used + nbytes]
+    _used += -(-nbytes // 64) * 64
+    return array
 
 
 def pointer(array):

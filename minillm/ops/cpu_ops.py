@@ -53,7 +53,7 @@ def prepare(weight):
         return CpuWeight(weight.kind, weight.shape, np.ascontiguousarray(weight.data))
     (n_out, n_in), stored = weight.shape, np.ascontiguousarray(weight.data)
     panel = -(-n_in // 32 * {"Q8_0": 544, "Q4_0": 288, "Q4_1": 320}[weight.kind] // 64) * 64
-    panels = np.frombuffer(mmap.mmap(-1, -(-n_out // 16) * panel), np.uint8)  # aligned to a page
+    panels = cpu_lib.huge_pages(-(-n_out // 16) * panel)
     _lib.repack(KINDS[weight.kind], n_out, n_in, pointer(stored), pointer(panels))
     _release_mapped(weight.data)
     return CpuWeight(weight.kind, weight.shape, panels)
