@@ -20,7 +20,7 @@ typedef struct {
     const Product *products;
     int count;
     const float *x;
-    int64_t n, n_in, n_units, units_a_task;
+    int64_t n, n_in, n_units;
     int64_t end[MAX_PRODUCTS]; /* units of the products up to this one */
     const int8_t *q;           /* (n, 2, n_in) x as hi and lo */
     const float *d;            /* (n, n_in / 32) scales */
@@ -279,21 +279,19 @@ static void panel_product(const Linear *c, const Matrix *w, int64_t p, int64_t f
     }
 }
 
-static void few_rows(void *context, int64_t task, int thread)
+static void few_rows(void *context, int64_t unit, int thread)
 {
     (void)thread;
     const Linear *c = context;
-    for (int64_t unit = task * c->units_a_task; unit < least((task + 1) * c->units_a_task, c->n_units); unit++) {
-        int64_t local;
-        const Product *product = product_of(c->products, c->end, unit, &local);
-        for (int64_t p = 2 * local; p < 2 * local + 2 && PANEL * p < product->w.n_out; p++)
-            for (int64_t row = 0; row < c->n; row += NR) {
-                float out[NR][PANEL] __attribute__((aligned(64)));
-                int64_t rows = least(NR, c->n - row);
-                panel_product(c, &product->w, p, row, rows, out);
-                put(product, c->n, row, PANEL * p, out[0], PANEL, rows, least(PANEL, product->w.n_out - PANEL * p));
-            }
-    }
+    int64_t local;
+    const Product *product = product_of(c->products, c->end, unit, &local);
+    for (int64_t p = 2 * local; p < 2 * local + 2 && PANEL * p < product->w.n_out; p++)
+        for (int64_t row = 0; row < c->n; row += NR) {
+            float out[NR][PANEL] __attribute__((aligned(64)));
+            int64_t rows = least(NR, c->n - row);
+            panel_product(c, &product->w, p, row, rows, out);
+            put(product, c->n, row, PANEL * p, out[0], PANEL, rows, least(PANEL, product->w.n_out - PANEL * p));
+        }
 }
 
 /* All products have the same n_in; n_in of blocks is a multiple of 32. norm (n_in,) or NULL: x is rms_norm(x) * norm first. */
@@ -332,6 +330,5 @@ void FN(linear)(const Product *products, int count, const float *x, int64_t n, c
             for (int64_t row = 0; row < n; row++)
                 quantise_row(&c, row, 0);
     }
-    c.units_a_task = most(1, c.n_units / (6 * pool_threads())); /* 6: a thread put aside by the system costs little */
-    parallel((c.n_units + c.units_a_task - 1) / c.units_a_task, few_rows, &c);
+    parallel(c.n_units, few_rows, &c);
 }

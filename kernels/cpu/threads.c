@@ -1,9 +1,10 @@
 /* The thread pool, and scratch memory that outlives a call.
  *
- * A parallel region is one 64-bit word: its number in the upper half, tasks not yet taken in the lower. Whoever lowers the
- * word by one owns a task, so that a thread which the system has put aside delays nobody but its own task, and a forked
- * child without the other threads still finishes alone. Waiting threads spin for about 0.1 ms, longer than the serial part of a
- * layer, and then sleep: a sleeping thread costs 30-60 us to wake, and a decode step has 150 regions. */
+ * Of the tasks of a parallel region each thread has a stretch, which it goes through from its beginning: what lies side by side in
+ * memory is read by one thread, and what was fetched ahead is what comes next. Whoever is done takes from the ends of the
+ * others' stretches, so that a thread which the system has put aside delays nobody but its own task, and a forked child without
+ * the other threads still finishes alone. Waiting threads spin for about 0.1 ms, longer than the serial part of a layer, and
+ * then sleep: a sleeping thread costs 30-60 us to wake, and a decode step has 150 regions. */
 #include "minillm_cpu.h"
 
 #include <pthread.h>
@@ -25,43 +26,63 @@ static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static pthread_t threads[MAX_THREADS];
 static int n_threads = 1;
 
-static _Atomic uint64_t region; /* number << 32 | tasks not taken */
+/* Tasks not taken of one thread's stretch: first << 32 | end, on a cache line of its own. */
+static struct {
+    _Alignas(64) _Atomic uint64_t tasks;
+} stretches[MAX_THREADS];
+
+static atomic_uint region; /* how many there have been */
 static _Atomic int64_t done;
 static atomic_int sleepers, stopping;
-static int64_t total;
 static Task *current;
 static void *current_context;
 
 static void *slots[MAX_THREADS + 1][SLOTS];
 static size_t slot_bytes[MAX_THREADS + 1][SLOTS];
 
+/* A task of a thread's stretch, the first for that thread and the last for others; -1 if none is left. */
+static int64_t take(int owner, int thread)
+{
+    uint64_t left = atomic_load(&stretches[owner].tasks);
+    while (left >> 32 < (uint32_t)left)
+        if (owner == thread) {
+            if (atomic_compare_exchange_weak(&stretches[owner].tasks, &left, left + (1ull << 32)))
+                return (int64_t)(left >> 32);
+        } else if (atomic_compare_exchange_weak(&stretches[owner].tasks, &left, left - 1)) {
+            return (int64_t)(uint32_t)left - 1;
+        }
+    return -1;
+}
+
 static void work(int thread)
 {
-    uint64_t word = atomic_load(&region);
-    while ((uint32_t)word) {
-        if (!atomic_compare_exchange_weak(&region, &word, word - 1))
-            continue;
-        current(current_context, total - (int64_t)(uint32_t)word, thread);
-        atomic_fetch_add(&done, 1);
-        word = atomic_load(&region);
-    }
+    int64_t count = 0;
+    for (int i = 0; i < n_threads; i++)
+        for (int64_t task; (task = take((thread + i) % n_threads, thread)) >= 0; count++)
+            current(current_context, task, thread);
+    if (count)
+        atomic_fetch_add(&done, count);
 }
 
 static void *worker(void *argument)
 {
-    int thread = (int)(intptr_t)argument;
+    const int thread = (int)(intptr_t)argument;
+    unsigned seen = atomic_load(&region);
     while (!atomic_load(&stopping)) {
-        for (int i = 0; i < SPINS && !(uint32_t)atomic_load_explicit(&region, memory_order_relaxed); i++)
+        for (int i = 0; i < SPINS && atomic_load_explicit(&region, memory_order_relaxed) == seen; i++)
             RELAX();
-        if (!(uint32_t)atomic_load(&region)) {
+        if (atomic_load(&region) == seen) {
             pthread_mutex_lock(&lock);
             atomic_fetch_add(&sleepers, 1);
-            while (!(uint32_t)atomic_load(&region) && !atomic_load(&stopping))
+            while (atomic_load(&region) == seen && !atomic_load(&stopping))
                 pthread_cond_wait(&wake, &lock);
             atomic_fetch_sub(&sleepers, 1);
             pthread_mutex_unlock(&lock);
         }
-        work(thread);
+        if (atomic_load(&region) != seen) {
+            seen = atomic_load(&region);
+            work(thread);
+        }
     }
     return NULL;
 }
@@ -73,9 +94,11 @@ void parallel(int64_t n_tasks, Task *task, void *context)
             task(context, i, 0);
         return;
     }
-    current = task, current_context = context, total = n_tasks;
+    current = task, current_context = context;
     atomic_store(&done, 0);
-    atomic_store(&region, ((atomic_load(&region) >> 32) + 1) << 32 | (uint64_t)n_tasks);
+    for (int64_t i = 0; i < n_threads; i++)
+        atomic_store(&stretches[i].tasks, (uint64_t)(n_tasks * i / n_threads) << 32 | (uint64_t)(n_tasks * (i + 1) / n_threads));
+    atomic_fetch_add(&region, 1);
     if (atomic_load(&sleepers)) {
         pthread_mutex_lock(&lock);
         pthread_cond_broadcast(&wake);
