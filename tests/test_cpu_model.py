@@ -10,6 +10,7 @@ from compiled import PATHS
 
 from minillm import LLM, CacheConfig
 from minillm.cache import KVCache
+from minillm.ops import cpu_lib
 
 FLOAT, BF16 = 1e-5, 3e-2  # small random models make much of a rounding; the default model's logits move by 1e-2
 
@@ -60,6 +61,19 @@ def test_a_batch_of_forks_decodes_like_its_sequences(tiny_models, path):
             alone.read()
             for logits, token in zip(together, tokens, strict=True):
                 np.testing.assert_allclose(logits[column], llm.model.decode([token], [alone.cache])[0], atol=1e-4)
+
+
+def test_a_token_is_one_call_into_c(tiny_models, path, monkeypatch):
+    calls, library = [], cpu_lib.library()
+    with load(tiny_models["tied-head"]) as llm:
+        session = llm.session()
+        session.feed([5, 6, 7])
+        session.read()
+        for name, function in list(vars(library).items()):
+            if callable(function):
+                monkeypatch.setattr(library, name, lambda *a, name=name, f=function: calls.append(name) or f(*a))
+        llm.model.decode([8], [session.cache])
+        assert calls == ["decode"]
 
 
 def predicted(llm, weight, bias, ids):

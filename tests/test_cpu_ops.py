@@ -4,6 +4,8 @@ Tolerances of x W^T are shares of |x| |w|. float32: 1e-6. bf16 operands (many ro
 a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blocks) err by 1 / 65,000 of the largest of
 32: 1e-4."""
 
+import os
+
 import numpy as np
 import pytest
 from compiled import PATHS, cpu_ops
@@ -423,6 +425,14 @@ def test_any_number_of_threads_gives_the_same(rng, threads):
     finally:
         cpu_lib.library().set_threads(2)
     assert before == threads
+
+
+def test_a_forked_child_computes_without_the_threads(rng):
+    w, x = weight(rng, "Q4_1", 200, 64), normal(rng, 40, 64)
+    expected = cpu_ops.linear(x, w)
+    if not (child := os.fork()):
+        os._exit(0 if (cpu_ops.linear(x, w) == expected).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_path_that_cannot_be_had_is_refused(monkeypatch):

@@ -10,7 +10,7 @@ from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random
 
 from minillm import ops
 from minillm.errors import UsageError
-from minillm.ops import numpy_ops
+from minillm.ops import cpu_lib, numpy_ops
 from minillm.weights import Weight
 
 F32 = np.float32
@@ -333,3 +333,11 @@ def test_the_choice_of_a_backend():
     assert ops.backend("auto") is ops.backend("cpu")
     with pytest.raises(UsageError, match="'gpu'.*cpu"):
         ops.backend("gpu")
+
+
+def test_without_compiled_kernels_numpy_is_used_and_said_once(monkeypatch, capsys):
+    monkeypatch.delenv("MINILLM_CPU")
+    monkeypatch.setattr(cpu_lib, "library", lambda: None)
+    ops.say_once.cache_clear()
+    assert ops.backend("auto") is ops.backend("cpu") is numpy_ops
+    assert capsys.readouterr().err.count("install a C compiler") == 1
