@@ -5,6 +5,7 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 32: 1e-4."""
 
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -433,6 +434,17 @@ def test_a_forked_child_computes_without_the_threads(rng):
     if not (child := os.fork()):
         os._exit(0 if (cpu_ops.linear(x, w) == expected).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_arena_goes_back_with_its_last_array():
+    arrays = [cpu_lib.huge_pages(n) for n in (1, 100, cpu_lib.ARENA_BYTES + 1, 64, 7)]
+    for i, array in enumerate(arrays):
+        assert array.ctypes.data % 64 == 0 and not array.any()
+        array[:] = i + 1
+    assert all((array == i + 1).all() for i, array in enumerate(arrays))
+    arena = weakref.ref(arrays[2].base)
+    del array, arrays[2:]
+    assert arena() is None and (arrays[1] == 2).all()
 
 
 def test_a_path_that_cannot_be_had_is_refused(monkeypatch):

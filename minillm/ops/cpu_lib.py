@@ -215,8 +215,8 @@ _arena, _used = None, 0  # a weak reference to the newest arena; how many of its
 
 
 def huge_pages(nbytes):
-    """Zeros (nbytes,) uint8, aligned to 64 bytes, in an arena of huge pages where the system has those: to be given 4 KiB
-    at a time takes longer than to lay a weight out. An arena goes back when the last array in it goes."""
+    """Zeros (nbytes,) uint8, aligned to 64 bytes, in an arena of huge pages where the system has those: to be given
+    memory 4 KiB at a time takes longer than to lay a weight out in it. An arena goes back with the last array in it."""
     global _arena, _used
     whole = _arena and _arena()
     if whole is None or nbytes > len(whole) - _used:
