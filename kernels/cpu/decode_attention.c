@@ -8,7 +8,7 @@
 
 #include <float.h>
 
-enum { MIN_PAGES = 4, TASKS_A_THREAD = 4, MAX_GROUP = 4 }; /* MAX_GROUP: query heads a pass over a page */
+enum { MIN_PAGES = 4, TASKS_A_THREAD = 16, MAX_GROUP = 4 }; /* MAX_GROUP: query heads a pass over a page */
 
 typedef struct {
     int32_t batch, head, first, end; /* pages first .. end - 1 */
