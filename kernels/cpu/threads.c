@@ -2,9 +2,9 @@
  *
  * Of the tasks of a parallel region each thread has a stretch, which it goes through from its beginning: what lies side by side in
  * memory is read by one thread, and what was fetched ahead is what comes next. Whoever is done takes from the ends of the
- * others' stretches, so that a thread which the system has put aside delays nobody but its own task, and a forked child without
- * the other threads still finishes alone. Waiting threads spin for about 0.1 ms, longer than the serial part of a layer, and
- * then sleep: a sleeping thread costs 30-60 us to wake, and a decode step has 150 regions. */
+ * others' stretches, so that a thread which the system has put aside delays nobody but its own task. Waiting threads spin for
+ * about 0.1 ms, longer than the serial part of a layer, and then sleep: a sleeping thread costs 30-60 us to wake, and a decode
+ * step has 150 regions. */
 #include "minillm_cpu.h"
 
 #include <pthread.h>
@@ -130,6 +130,18 @@ EXPORT int minillm_set_threads(int n)
             break;
     return n_threads;
 }
+
+/* A forked child has none of the other threads, and works alone; a thread that was just falling asleep must not leave it the lock. */
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+static void in_parent(void) { pthread_mutex_unlock(&lock); }
+static void in_child(void)
+{
+    pthread_mutex_unlock(&lock);
+    wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    atomic_store(&sleepers, 0);
+    n_threads = 1;
+}
+__attribute__((constructor)) static void at_fork(void) { pthread_atfork(before_fork, in_parent, in_child); }
 
 void *scratch(int thread, int slot, size_t bytes)
 {
