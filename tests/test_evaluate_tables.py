@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 
+from minillm.compress.config import CacheConfig
 from minillm.evaluate import plots, tables
 from minillm.evaluate.statistics import mean_of, mean_of_groups, t_quantile
 
@@ -88,6 +89,18 @@ def test_a_score_table_has_mean_interval_and_number_of_every_cell():
     assert lines[-1][5].startswith(f"{statistics.mean(values[1, 'prose'] + numbers):.3f} ± ")
 
 
+def test_a_label_names_what_is_unusual_and_what_a_method_cannot_do_without():
+    def label(method, **options):
+        return tables.label(CacheConfig(method, 0.2, **options).as_dict())
+
+    assert label("snapkv") == "snapkv"
+    assert label("snapkv", window=8) == "snapkv window=8"
+    assert label("razor", retrieval_heads="2:1") == "razor retrieval_heads=2:1"
+    many, others = (label("razor", retrieval_heads=f"{i}:0" + 20 * ",5:1") for i in (2, 3))
+    assert many != others and len(many) == len(others) == len("razor retrieval_heads=") + 6
+    assert tables.label({"method": "not.py:HERE", "budget": 0.5, "power": 2}) == "not.py:HERE power=2"
+
+
 def test_benchmarks_are_shown_times_100_and_single_samples_without_interval():
     text = tables.markdown([row("longbench", 0, cache("full", None), {"score": 0.4321}, "qasper", None)])
     assert "43.2 (1)" in text and "length of the context" in text
@@ -133,7 +146,7 @@ def all_sorts():
             times = {"ttft": [length / 1000, length / 900], "tpot": [0.01, 0.012]}
             scores = {"ttft": 1.0, "tpot": 0.011, "cache_bytes": 3 << 20, "peak_bytes": 300 << 20}
             made = row("efficiency", 0, config, scores, "bench", length, times=times, kept=kept)
-            rows.append(made | {"versions": {"backend": "amx", "cpu_info": "a processor"}})
+            rows.append(made | {"versions": {"backend": "amx", "n_threads": 2, "cpu_info": "a processor"}})
     return rows
 
 

@@ -94,7 +94,7 @@ def _compute(args, setup, jobs, store, n_done):
 
 def _working(args, setup, jobs):
     if args.command == "efficiency":
-        return (efficiency.run(setup, job) for job in jobs)
+        return efficiency.run(setup, jobs)
     if args.ray:
         return on_ray(setup, jobs, args.ray, args.workers, args.worker_cpus, args.worker_gpus)
     if (args.workers or 1) > 1:

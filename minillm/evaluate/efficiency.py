@@ -1,8 +1,10 @@
 """What a cache costs and saves in time and memory: minillm.bench on the same configurations."""
 
 import json
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 
 from minillm.compress.config import CacheConfig
 from minillm.errors import MinillmError
@@ -16,10 +18,13 @@ def samples(lengths, repetitions):
     ]
 
 
-def run(setup, job):
-    """The rows of a Job: ttft, seconds to read the prompt, and tpot, seconds a token generated after it, of each
-    repetition; bytes of the cache and of the process at its peak. Raises MinillmError."""
-    return [job.row(cache) | _measure(setup, job.sample, CacheConfig(**cache)) for cache in job.caches]
+def run(setup, jobs):
+    """The rows of Jobs, a list of one for each configuration: ttft, seconds to read the prompt, and tpot, seconds a
+    token generated after it, of each repetition; bytes of the cache and of the process at its peak. Raises
+    MinillmError."""
+    for job in jobs:
+        for cache in job.caches:
+            yield [job.row(cache) | _measure(setup, job.sample, CacheConfig(**cache))]
 
 
 def _measure(setup, sample, config):
@@ -33,7 +38,8 @@ def _measure(setup, sample, config):
     scores = {name: sum(values) / len(values) for name, values in times.items()}
     scores |= {"cache_bytes": prompt["cache_bytes"], "peak_bytes": max(prompt["peak_bytes"], token["peak_bytes"])}
     machine = {name: prompt[name] for name in ("backend", "dtype", "cpu_info", "n_threads")}
-    return {"kept": prompt["kept"], "scores": scores, "times": times, "versions": machine}
+    versions = {"minillm": version("minillm-engine"), "python": platform.python_version(), **machine}
+    return {"kept": round(prompt["kept"], 6), "scores": scores, "times": times, "versions": versions}
 
 
 def bench(setup, sample, config, *flags):

@@ -87,7 +87,7 @@ def prompt(llm, sample, text):
     head, tail, references = maker(llm, sample, room, text)
     context, question = encode(llm, head, tail)
     if len(context) + len(question) > room:
-        raise UsageError(f"{kind} does not fit into --length {length}: give a greater one")
+        raise UsageError(f"{kind} does not fit into --length {length}: give a greater one, or leave it out of --task")
     return Prompt(
         context,
         question,

@@ -3,6 +3,7 @@ samples in every cell."""
 
 import csv
 import functools
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -22,6 +23,7 @@ SHOWN = {
     "fidelity": ("kl", "nll", "error"),  # an error compares a method with itself alone
 }
 LESS_IS_MORE = ("nll", "kl", "error")
+LONG = 32  # characters of an option beyond which its digest is shown
 PERCENT = ("ruler", "longbench")  # whose scores are shown times 100, as their papers do
 MEANING = {
     "accuracy": "share of the answer's tokens that are the most likely ones",
@@ -36,25 +38,40 @@ MEANING = {
 
 
 def label(cache):
-    """A configuration's method and what is unusual about it, without its budget."""
-    if cache["method"] == "full":
+    """A configuration's method and what is unusual about it, without its budget; a long value as its digest."""
+    method = cache["method"]
+    if method == "full":
         return "full"
-    usual = _usual(cache["method"])
+    needed = {name: cache[name] for name in _needed(method)}
+    usual = _usual(method, **needed)
     named = (
-        f"{name}={value}"
+        f"{name}={_short(value)}"
         for name, value in cache.items()
-        if name not in ("method", "budget", *OUTCOMES) and value != usual.get(name)
+        if name not in ("method", "budget", *OUTCOMES) and (name in needed or value != usual.get(name))
     )
-    return " ".join([cache["method"], *named])
+    return " ".join([method, *named])
 
 
 @functools.cache
-def _usual(method):
-    """The options of a method that is not told any; none of one that is not here, or needs some."""
+def _needed(method):
+    """The options that a method cannot do without."""
     try:
-        return CacheConfig(method).as_dict()
+        return [name for name, option in CacheConfig.option_table(method).items() if option.needed]
+    except UsageError:
+        return []
+
+
+@functools.cache
+def _usual(method, **needed):
+    """The options of a method that is told no others; none of a method that is not here."""
+    try:
+        return CacheConfig(method, **needed).as_dict()
     except UsageError:
         return {}
+
+
+def _short(value):
+    return hashlib.sha256(value.encode()).hexdigest()[:6] if isinstance(value, str) and len(value) > LONG else value
 
 
 def asked(cache):
@@ -211,7 +228,8 @@ def efficiency_tables(rows):
             times = [cell(mean_of(1000 * t for t in row["times"][kind]), digits=1) for kind in ("ttft", "tpot")]
             mib = [f"{row['scores'][kind] / 2**20:.1f}" for kind in ("cache_bytes", "peak_bytes")]
             lines.append([name, kept_asked, f"{100 * row['kept']:.1f} %", *times, *mib])
-        about = ", ".join(str(part[-1]["versions"][name]) for name in ("backend", "cpu_info"))
+        machine = part[-1]["versions"]
+        about = f"{machine['backend']}, threads: {machine['n_threads']}, {machine['cpu_info']}"
         header = ["cache", "asked", "kept", "TTFT ms", "TPOT ms", "cache MiB", "peak MiB"]
         made.append((f"efficiency: {model}, {length} tokens, {about}", header, lines))
     return made
