@@ -1,12 +1,15 @@
 """python -m minillm.evaluate from flags to tables, on a tiny model."""
 
 import json
+import zipfile
 
+import longbench_rows
 import pytest
 import tiny_chat
 
+from minillm import LLM
 from minillm.compress.config import CacheConfig
-from minillm.evaluate import cli, efficiency
+from minillm.evaluate import cli, efficiency, longbench
 from minillm.evaluate.cli import main
 from minillm.evaluate.evaluator import ready_methods
 
@@ -122,6 +125,36 @@ def test_every_task_makes_rows_and_a_table(run, tmp_path, flags, n_rows):
     printed = run(*flags, "-n", "2", "--kv-method", "streaming", "--kv-budget", "0.3")
     assert len(run.rows()) == n_rows
     assert f"**{flags[0]}, " in printed and "(2)" in printed and "(4)" in printed or n_rows == 4
+
+
+def test_longbench_all_sets_from_an_archive(run, tmp_path):
+    """Rows in the format of its data.zip, in three languages, some without a question, some with classes."""
+    pytest.importorskip("jieba")
+    archive = tmp_path / "data.zip"
+    longbench_rows.write_zip(archive, longbench.SETS, n=1)
+    flags = ["--data", archive, "--kv-method", "streaming", "--kv-budget", "0.5", "--protocol", "agnostic"]
+    printed = run("longbench", *flags)
+    rows = run.rows()
+    assert len(rows) == 21 * 2  # sets, configurations
+    assert {r["sample"]["kind"] for r in rows} == set(longbench.SETS)
+    assert all(0 <= r["scores"]["score"] <= 1 and "prediction" in r for r in rows)
+    assert all(f"| {name} |" in printed for name in longbench.SETS) and "mean of sets" in printed
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path)
+    assert run("longbench", "--data", tmp_path, *flags[2:]) == printed and len(run.rows()) == len(rows)
+
+
+@pytest.mark.parametrize("name", longbench.SETS)
+def test_longbench_gives_a_right_answer_all_points(name, model, tmp_path):
+    pytest.importorskip("jieba")
+    longbench_rows.write_zip(tmp_path / "data.zip", [name])
+    llm, data = LLM.load(model, cache=CacheConfig("full")), str(tmp_path / "data.zip")
+    for sample, row in zip(longbench.samples([name], 2, None, data), longbench.rows(name, data), strict=True):
+        grade = longbench.prompt(llm, sample, data).grade
+        for answer in row["answers"]:
+            later = "\nDialogue: more" if name in ("trec", "triviaqa", "samsum", "lsht") else ""  # is cut off
+            assert grade(answer + later) == pytest.approx({"score": 1.0}, abs=1e-6)
+        assert grade("zebra")["score"] < 0.3
 
 
 def test_the_suite_is_all_methods_on_all_small_tasks(run, monkeypatch):

@@ -5,6 +5,7 @@ budget    the score over what was kept, a line a method, a panel a task (two bud
 heads     kept share of every layer and head, a panel a configuration (fidelity)
 speed     time a token and to the first one over the prompt's length  (efficiency with two lengths or more)"""
 
+import statistics
 from pathlib import Path
 
 from minillm.errors import UsageError
@@ -16,6 +17,7 @@ TICKS = (100, 50, 20, 10, 5, 2, 1)  # percent
 # Okabe and Ito's, without yellow and black, and two dark ones of Tol's: told apart by the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
 GREY, INK = "#b8b8b8", "#555555"
+FLATTENED = 3  # medians of what is lost, at which an axis ends
 LABEL_HEIGHT = 0.042  # of a label, as a share of a panel's
 
 
@@ -108,13 +110,22 @@ def _budget(rows):
         for axis, ((task, kind), lines) in zip(axes, panels.items(), strict=True):
             _curves(axis, lines, colours)
             score = tables.SHOWN[task][0]
-            if score not in tables.LESS_IS_MORE:
-                axis.set_ylim(0, 1.03)
+            axis.set_ylim(*_limits(axis, lines, score))
             axis.set_title(f"{task}: {kind}", fontsize=10, loc="left")
             axis.set_ylabel(f"{score} ({'less' if score in tables.LESS_IS_MORE else 'more'} is better)", fontsize=9)
             _labels(axis, lines, colours)
         figure.suptitle(f"{model}, {f'{length} tokens' if length else 'whole prompts'}, {protocol}", fontsize=11)
         yield _name("budget", length or "whole", protocol, model), figure
+
+
+def _limits(axis, lines, score):
+    """Of the axis of a score: from 0 to 1, or up to so much that one method that fails does not flatten the others."""
+    if score not in tables.LESS_IS_MORE:
+        return 0, 1.03
+    low, high = axis.get_ylim()
+    full = min(line["mean"] for line in lines)
+    losses = [points[-1]["mean"] - full for name, points in _points(lines).items() if name != "full"]
+    return low, min(high, full + FLATTENED * statistics.median(losses))
 
 
 def _ranked(panels):
@@ -169,12 +180,12 @@ def _labels(axis, lines, colours):
     last = 1.3 * min(line["kept"] for line, _ in ends)
     beside = [(line, name) for line, name in ends if name == "full" or line["kept"] <= last]
     low, high = axis.get_ylim()
-    places = spread([line["mean"] for line, _ in beside], (high - low) * LABEL_HEIGHT, low, high)
+    places = spread([min(line["mean"], high) for line, _ in beside], (high - low) * LABEL_HEIGHT, low, high)
     for (line, name), place in zip(beside, places, strict=True):
         colour = "black" if name == "full" else colours.get(name, GREY)
         axis.annotate(
-            name,
-            (80 * last / 1.3 if name == "full" else 100 * line["kept"], line["mean"]),
+            name if line["mean"] <= high else f"{name} ({line['mean']:.2f})",
+            (80 * last / 1.3 if name == "full" else 100 * line["kept"], min(line["mean"], high)),
             (1.06, place),
             textcoords=axis.get_yaxis_transform(),
             va="center",
@@ -205,14 +216,16 @@ def spread(wanted, gap, low, high):
 def _heads(rows):
     fidelity = [row for row in rows if "heads" in row and row["cache"]["method"] != "full"]
     for (model, length), part in tables.group(fidelity, _model, tables.length_of).items():
-        configs = [found for _, found in tables.ordered(part)]
-        figure, axes = _figure(len(configs), width=2.6, height=4.2, columns=6)
-        for axis, found in zip(axes, configs, strict=True):
+        configs = list(tables.ordered(part))
+        figure, axes = _figure(len(configs), width=2.1, height=3.2, columns=6)
+        for axis, (names, found) in zip(axes, configs, strict=True):
             image = axis.imshow(tables.mean_heads(found), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            axis.set_title(_title(found), fontsize=8)
-            axis.set_xlabel("KV head")
-            axis.set_ylabel("layer")
-        figure.colorbar(image, ax=list(axes), label="share of the tokens kept")
+            axis.set_title("\n".join(names), fontsize=8)
+            axis.set_xlabel("KV head", fontsize=8)
+            axis.set_ylabel("layer", fontsize=8)
+            axis.tick_params(labelsize=8)
+        lines = -(-len(configs) // 6)
+        figure.colorbar(image, ax=list(axes), label="share of the tokens kept", shrink=1 / lines, anchor=(0, 1))
         figure.suptitle(f"{model}, {length} tokens")
         yield _name("heads", length, model), figure
 
