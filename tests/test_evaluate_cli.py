@@ -103,6 +103,8 @@ def test_needle_from_flags_to_tables(run, tmp_path):
     again = run(*flags, "--kv-set", "rope=cached", status=2)
     assert "with an option of a method" in again
     assert run(*flags) == printed and len(run.rows()) == len(rows)
+    fewer = run("needle", "--task", "noise", "--length", "900", "-n", "1", "--depth", "0", "--kv-method", "full")
+    assert "random | 20 %" in fewer and "keys2" not in fewer and "(2)" not in fewer  # those samples, every method
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from minillm.errors import UsageError
 from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, tables, verbatim
 from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
-from minillm.evaluate.store import Store, read_rows
+from minillm.evaluate.store import KEY, Store, read_rows
 from minillm.evaluate.text import HAYSTACKS, read_haystack, read_text
 from minillm.evaluate.workers import here, on_ray, processes
 from minillm.hub import DEFAULT_MODEL
@@ -74,9 +75,15 @@ def _run(argv):
             if left:
                 jobs.append(Job(task, sample, protocol, model, left))
         _compute(args, setup, jobs, store, n_done)
-        rows = [row for row in store.rows if row["model"] == model]
+        asked = {_cell(*cell, model) for cell in cells}
+        rows = [row for row in store.rows if _cell(*(row[name] for name in KEY[:-1])) in asked]
     print(tables.markdown(rows))
     return 0
+
+
+def _cell(*decides):
+    """All that decides a row but its cache, as one text: rows of other methods on the same samples belong together."""
+    return json.dumps(decides, sort_keys=True)
 
 
 def _compute(args, setup, jobs, store, n_done):

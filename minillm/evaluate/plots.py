@@ -123,9 +123,10 @@ def _limits(axis, lines, score):
     if score not in tables.LESS_IS_MORE:
         return 0, 1.03
     low, high = axis.get_ylim()
-    full = min(line["mean"] for line in lines)
-    losses = [points[-1]["mean"] - full for name, points in _points(lines).items() if name != "full"]
-    return low, min(high, full + FLATTENED * statistics.median(losses))
+    least = min(line["mean"] for line in lines)
+    losses = [points[-1]["mean"] - least for name, points in _points(lines).items() if name != "full"]
+    high = min(high, least + FLATTENED * statistics.median(losses))
+    return max(low, least - 0.05 * (high - least)), high
 
 
 def _ranked(panels):
