@@ -129,6 +129,14 @@ def test_every_task_makes_rows_and_a_table(run, tmp_path, flags, n_rows):
     assert f"**{flags[0]}, " in printed and "(2)" in printed and "(4)" in printed or n_rows == 4
 
 
+def test_a_table_says_what_it_leaves_out(run, capsys):
+    run("perplexity", "--length", "300", "--following", "9", "-n", "2", "--kv-method", "full")
+    run.file.write_bytes(run.file.read_bytes()[:-9])
+    assert main(["table", str(run.file)]) == 0
+    printed = capsys.readouterr()
+    assert "the last line is damaged and left out" in printed.err and "(1)" in printed.out
+
+
 def test_longbench_all_sets_from_an_archive(run, tmp_path):
     """Rows in the format of its data.zip, in three languages, some without a question, some with classes."""
     pytest.importorskip("jieba")

@@ -59,6 +59,18 @@ def test_means():
     assert both.mean == 1 and both.n == 6 and both.half == pytest.approx(mean_of([1, 2, 3]).half / 2)
 
 
+def test_the_interval_of_a_mean_over_groups_holds_it_95_times_in_100():
+    """Eleven groups of two values each, which vary by different amounts: more often than 95 times, but not always."""
+    rng, hits, widths = random.Random(1), 0, []
+    for _ in range(2000):
+        mean = mean_of_groups([rng.gauss(i, 1 + i % 3) for _ in range(2)] for i in range(11))
+        hits += mean.low <= 5 <= mean.high
+        widths.append(mean.half)
+    error = math.sqrt(sum((1 + i % 3) ** 2 / 2 for i in range(11))) / 11
+    assert 0.94 < hits / 2000 < 0.99 and statistics.mean(widths) < 5 * error
+    assert math.isnan(mean_of_groups([[1.0], [2.0, 3.0]]).half)
+
+
 def test_a_score_table_has_mean_interval_and_number_of_every_cell():
     rng, rows = random.Random(1), []
     configs = [

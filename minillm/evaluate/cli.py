@@ -114,7 +114,7 @@ def _say(text):
 
 
 def _show(args):
-    rows = [row for path in args.file or [FILE] for row in read_rows(path)[0]]
+    rows = [row for path in args.file or [FILE] for row in _rows(path)]
     if not rows:
         raise UsageError(f"{', '.join(map(str, args.file or [FILE]))}: there are no results in it yet")
     if args.command == "plot":
@@ -127,6 +127,13 @@ def _show(args):
     if args.out:
         tables.write(rows, args.out)
     return 0
+
+
+def _rows(path):
+    rows, whole = read_rows(path)
+    if whole < Path(path).stat().st_size:
+        _say(f"{path}: the last line is damaged and left out")
+    return rows
 
 
 # Flags

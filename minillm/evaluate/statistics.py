@@ -32,10 +32,16 @@ def mean_of(values):
 
 def mean_of_groups(groups):
     """The mean of the means of groups of values (the average over the sets of a benchmark), each counting the same;
-    what varies is the samples within each."""
+    what varies is the samples within each. Degrees of freedom by Welch and Satterthwaite, rounded down."""
     means = [mean_of(group) for group in groups]
-    half = math.sqrt(sum(mean.half**2 for mean in means)) / len(means)
-    return Mean(sum(mean.mean for mean in means) / len(means), half, sum(mean.n for mean in means))
+    mean, n = sum(m.mean for m in means) / len(means), sum(m.n for m in means)
+    if min(m.n for m in means) < 2:
+        return Mean(mean, math.nan, n)
+    squares = [(m.half / t_quantile(m.n - 1)) ** 2 for m in means]  # the standard error of each group's mean
+    if not any(squares):
+        return Mean(mean, 0.0, n)
+    freedom = sum(squares) ** 2 / sum(square**2 / (m.n - 1) for square, m in zip(squares, means, strict=True))
+    return Mean(mean, t_quantile(math.floor(freedom + 1e-9)) * math.sqrt(sum(squares)) / len(means), n)
 
 
 def t_quantile(freedom):
