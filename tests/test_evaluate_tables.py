@@ -131,6 +131,9 @@ def test_differences_are_paired_and_name_the_best():
     half = t_quantile(5) * statistics.stdev(0.1 + seed / 1000 for seed in range(6)) / math.sqrt(6)
     assert best_streaming[3] == f"{0.1025 + 1e-9:.3f} ± {half:.3f} (6)"
     assert best_streaming[4] == "yes"
+    full = [row("perplexity", seed, cache("full", None), {"nll": 2.8 - seed / 10, "kl": 0}) for seed in range(6)]
+    *_, against_full = tables.difference_tables(rows + full)[0][2]
+    assert against_full == ["50 %", "random", "full", f"-0.098 ± {half:.3f} (6)", "no"]
     rows = [r for r in rows if r["cache"]["method"] != "random" or r["sample"]["seed"] < 2]
     assert tables.difference_tables(rows)[0][2][0][3].endswith("(2)")  # only samples that both have
 

@@ -184,25 +184,29 @@ def cell(mean, task=None, digits=3):
 
 
 def difference_tables(rows):
-    """At each budget the best configuration, and by how much it leads each other one on the same samples: paired
-    differences, in the direction in which more is better."""
+    """At each budget the best configuration, and by how much it leads each other one and the full cache on the same
+    samples: paired differences, in the direction in which more is better."""
     made = []
-    quality = [row for row in rows if row["task"] in SHOWN and row["cache"]["method"] != "full"]
+    quality = [row for row in rows if row["task"] in SHOWN]
     for (model, task, length, protocol), part in sorted(
         group(quality, _model, task_of, length_of, protocol_of).items()
     ):
         score = SHOWN[task][0]
         sign = -1 if score in LESS_IS_MORE else 1
         lines = []
-        for (budget,), found in group(part, _asked).items():
-            by_config = {
+        by_budget = {
+            budget: {
                 name: {json.dumps(row["sample"], sort_keys=True): sign * row["scores"][score] for row in rows_of}
                 for (name,), rows_of in group([r for r in found if score in r["scores"]], _label).items()
             }
+            for (budget,), found in group(part, _asked).items()
+        }
+        full = by_budget.pop("all", {})
+        for budget, by_config in by_budget.items():
             if budget.startswith("tau") or len(by_config) < 2:
                 continue
             best = max(by_config, key=lambda name: sum(by_config[name].values()) / len(by_config[name]))
-            for name, values in sorted(by_config.items()):
+            for name, values in [*sorted(by_config.items()), *full.items()]:
                 common = [sample for sample in by_config[best] if sample in values]
                 if name == best or not common:
                     continue
