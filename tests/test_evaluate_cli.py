@@ -188,6 +188,11 @@ def test_efficiency_by_the_bench(run):
     assert "TTFT ms" in printed
 
 
+def test_flags_of_a_method_that_needs_an_option():
+    flags = efficiency.cache_flags(CacheConfig("razor", 0.2, retrieval_heads="1:0,1:1"))
+    assert flags == ["--kv-method", "razor", "--kv-budget", 0.2, "--kv-set", "retrieval_heads=1:0,1:1"]
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from minillm.compress.config import CacheConfig
 from minillm.errors import MinillmError
+from minillm.evaluate.tables import unusual
 
 GENERATED = 64  # tokens a repetition
 
@@ -59,12 +60,11 @@ def cache_flags(config):
     """A CacheConfig as flags."""
     if config.method == "full":
         return ["--kv-budget", "full"]
-    values, usual = config.as_dict(), CacheConfig(config.method).as_dict()
-    method, budget, tau = values.pop("method"), values.pop("budget"), values.pop("tau", None)
-    flags = ["--kv-method", method, *(["--tau", tau] if tau is not None else ["--kv-budget", budget])]
+    cache = config.as_dict()
+    values = unusual(cache)
+    tau = values.pop("tau", None)
+    flags = ["--kv-method", config.method, *(["--kv-budget", cache["budget"]] if tau is None else ["--tau", tau])]
     for name, value in values.items():
-        if value == usual.get(name):
-            continue
         if name in ("window", "sinks", "recompress"):
             flags += [f"--kv-{name}", value]
         else:

@@ -39,17 +39,21 @@ MEANING = {
 
 def label(cache):
     """A configuration's method and what is unusual about it, without its budget; a long value as its digest."""
-    method = cache["method"]
-    if method == "full":
-        return "full"
-    needed = {name: cache[name] for name in _needed(method)}
-    usual = _usual(method, **needed)
-    named = (
-        f"{name}={_short(value)}"
+    named = (f"{name}={_short(value)}" for name, value in unusual(cache).items() if name not in OUTCOMES)
+    return " ".join([cache["method"], *named])
+
+
+def unusual(cache):
+    """The options of a configuration, but its budget, that are not its method's defaults, or have none."""
+    if cache["method"] == "full":
+        return {}
+    needed = {name: cache[name] for name in _needed(cache["method"])}
+    usual = _usual(cache["method"], **needed)
+    return {
+        name: value
         for name, value in cache.items()
-        if name not in ("method", "budget", *OUTCOMES) and (name in needed or value != usual.get(name))
-    )
-    return " ".join([method, *named])
+        if name not in ("method", "budget") and (name in needed or value != usual.get(name))
+    }
 
 
 @functools.cache
