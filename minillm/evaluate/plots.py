@@ -125,7 +125,8 @@ def _limits(axis, lines, score):
     low, high = axis.get_ylim()
     least = min(line["mean"] for line in lines)
     losses = [points[-1]["mean"] - least for name, points in _points(lines).items() if name != "full"]
-    high = min(high, least + FLATTENED * statistics.median(losses))
+    if lost := statistics.median(losses):
+        high = min(high, least + FLATTENED * lost)
     return max(low, least - 0.05 * (high - least)), high
 
 
