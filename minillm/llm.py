@@ -1,5 +1,6 @@
 """LLM: a model and its cache memory, from a name to text."""
 
+import gc
 import math
 import operator
 import reprlib
@@ -250,8 +251,9 @@ class LLM:
         """Give the memory of weights and caches back."""
         for cache in list(self.pool.caches):
             cache.clear()
+        self.model = self.compressor = _Closed()  # which has matrices too
+        gc.collect()  # a model and its runner hold one another
         self.pool.trim()
-        self.model = _Closed()
 
     def __enter__(self):
         return self
@@ -266,7 +268,7 @@ class LLM:
 
 
 class _Closed:
-    """Stands where the model of a closed LLM was."""
+    """Stands where the model and the compressor of a closed LLM were."""
 
     def __getattr__(self, name):
         raise MinillmError("this LLM is closed and its memory given back: load it again")

@@ -5,25 +5,32 @@ import builtins
 import ctypes
 import gc
 import sys
-from contextlib import nullcontext
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import emulator
 import numpy as np
 import pytest
+from conftest import cuda_device_or_skip
 from cuda_words import from_words, to_words
 from model_files import CONFIG
 
 from minillm import LLM, CacheConfig, SamplingParams, ops
 from minillm.errors import MinillmError, UsageError
-from minillm.ops import cuda_device
+from minillm.ops import cuda_device, launch
 
 SMALL = replace(CONFIG, head_dim=64, dim=64, vocab_size=72, context=512)
 
 
 class FakeError(Exception):
     pass
+
+
+class Module(SimpleNamespace):
+    """Hashable, as modules are."""
+
+    __hash__ = object.__hash__
 
 
 def fake_cupy(driver=13000, package=13000, devices=1, arch="90", compiler=True, headers=True):
@@ -131,7 +138,7 @@ def test_what_cublas_is_asked_for(real16, wide, add):
     device = object.__new__(cuda_device.CudaDevice)
     runtime = SimpleNamespace(CUDA_R_16F=2, CUDA_R_16BF=14, CUDA_R_32F=0)
     device.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
-    device.cublas, device.stream, device.device = cublas, nullcontext(), SimpleNamespace(cublas_handle="handle")
+    device.cublas, device.device, device.use = cublas, SimpleNamespace(cublas_handle="handle"), lambda: None
     rng, host = np.random.default_rng(0), emulator.EmulatedDevice()
     x, w = (to_words(rng.normal(size=shape), real16) for shape in ((3, 16), (5, 16)))
     before = rng.normal(size=(3, 9)).astype(np.float32)
@@ -141,6 +148,102 @@ def test_what_cublas_is_asked_for(real16, wide, add):
     exact = from_words(x, real16) @ from_words(w, real16).T + add * before[:, 2:7]
     np.testing.assert_allclose(after[:, 2:7], exact, atol=1e-5 if wide else 0.1)
     np.testing.assert_allclose(after[:, [0, 1, 7, 8]], before[:, [0, 1, 7, 8]], atol=0 if wide else 0.02)
+
+
+class Streams:
+    """CuPy's bookkeeping of streams (cupy/cuda/stream.pyx): a current one for each thread, and a stack, of which
+    `use()` knows nothing: after a `with` the default stream is current."""
+
+    def __init__(self):
+        self.thread, outer = threading.local(), self
+
+        class Stream:
+            def __init__(self, non_blocking=False):
+                assert non_blocking
+
+            def use(self):
+                outer.thread.current = self
+
+            def __enter__(self):
+                outer.thread.current = self
+
+            def __exit__(self, *_):
+                outer.thread.current = None
+
+        self.Stream = Stream
+
+    @property
+    def current(self):
+        return getattr(self.thread, "current", None)
+
+
+def fake_device(streams, calls):
+    """A CudaDevice whose CuPy notes on which stream it is asked for memory, products and kernels."""
+
+    def note(*_, **__):
+        calls.append(streams.current)
+
+    def empty(shape, dtype):
+        note()
+        return SimpleNamespace(set=note, shape=shape, dtype=dtype)
+
+    attributes = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448}
+    gpu = SimpleNamespace(use=lambda: None, compute_capability="90", attributes=attributes, cublas_handle=1)
+    kernel = SimpleNamespace(get_function=lambda name: note)
+    runtime = SimpleNamespace(CUDA_R_16F=2, CUDA_R_16BF=14, CUDA_R_32F=0)
+    cuda = SimpleNamespace(Device=lambda index: gpu, Stream=streams.Stream, runtime=runtime)
+    cublas = SimpleNamespace(gemmEx=note, CUBLAS_OP_T=1, CUBLAS_OP_N=0, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1)
+    cupy = Module(cuda=cuda, empty=empty, RawModule=lambda **_: kernel, ndarray=emulator.device.Array)
+    note.max_dynamic_shared_size_bytes = 48 << 10
+    return cupy, cublas
+
+
+def test_all_work_is_on_one_stream(monkeypatch):
+    """Of two models on a GPU, from two threads, and after CuPy has gone back to its default stream."""
+    streams, calls, host = Streams(), [], emulator.EmulatedDevice()
+    cupy, cublas = fake_device(streams, calls)
+    monkeypatch.setattr(cuda_device.CudaDevice, "owns", lambda self, array: True)
+    devices = [cuda_device.CudaDevice(cupy, cublas, 0) for _ in "ab"]
+    x, bias, words = host.empty((2, 8), np.float32), host.empty((8,), np.float32), host.empty((8, 8), np.uint16)
+
+    def work(device):
+        device.upload(np.zeros(3))
+        launch.add_bias(device, x, bias)
+        device.gemm(words, words, words, "half", False)
+        launch.add_bias(device, x, bias)
+        with streams.Stream(non_blocking=True):
+            pass
+        launch.add_bias(device, x, bias)
+
+    for device in devices:
+        work(device)
+    thread = threading.Thread(target=work, args=devices[:1])
+    thread.start()
+    thread.join()
+    assert len(calls) == 3 * 6 and set(calls) == {devices[0].stream} == {devices[1].stream}
+
+
+def test_slabs_get_what_the_pool_keeps(monkeypatch):
+    """cudaMalloc knows nothing of the blocks that CuPy's pool has free."""
+
+    class OutOfMemory(RuntimeError):
+        pass
+
+    def malloc(n):
+        if n > free[0]:
+            raise OutOfMemory("cudaErrorMemoryAllocation")
+        return n
+
+    free, device = [100], object.__new__(cuda_device.CudaDevice)
+    device.name, device.use = "cuda:0", lambda: None
+    runtime = SimpleNamespace(CUDARuntimeError=OutOfMemory)
+    cuda = SimpleNamespace(Memory=malloc, MemoryPointer=lambda memory, at: memory, runtime=runtime)
+    pool = SimpleNamespace(free_all_blocks=lambda: free.append(free.pop() + 60))
+    array = lambda shape, dtype, pointer: (shape, dtype, pointer)  # noqa: E731
+    device.cupy = SimpleNamespace(cuda=cuda, ndarray=array, get_default_memory_pool=lambda: pool)
+    assert device.new_slab_memory((80,), np.uint16) == ((80,), np.uint16, 160)
+    with pytest.raises(MemoryError, match="cuda:0 has no 2000 bytes left"):
+        device.new_slab_memory((1000,), np.uint16)
 
 
 # an LLM
@@ -190,9 +293,34 @@ def test_every_byte_comes_back(emulated, prompts):
     assert 0 <= kept < 1 << 20  # tables of one pass and the slab table
     list(llm.stream(prompts[1], SamplingParams(max_tokens=3)))
     llm.close()
+    assert emulated.used <= kept
     del llm, session
     gc.collect()
     assert emulated.used == 0
+
+
+def test_what_the_card_says_is_free():
+    """cudaMemGetInfo, with nothing kept by CuPy's pool: pages come back at trim, weights at close."""
+    device = cuda_device_or_skip()
+    used = lambda: np.subtract(*device.cupy.cuda.runtime.memGetInfo()[::-1])  # noqa: E731
+    config = replace(SMALL, n_layers=4, n_kv_heads=8, n_heads=8, head_dim=128, dim=1024, ffn_dim=4096, context=20000)
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, 16000).tolist()
+    with LLM.random(config, device="cuda", cache=CacheConfig("full")) as llm:  # what CUDA itself takes, once
+        list(llm.stream(ids, SamplingParams(max_tokens=3)))
+    device.trim()
+    before = used()
+    llm = LLM.random(config, device="cuda", cache=CacheConfig("full"))
+    session = llm.session()
+    session.feed(ids)
+    session.read()
+    llm.pool.trim()
+    pages = session.cache.bytes_in_use
+    loaded = used() - before
+    assert llm.model.nbytes + pages <= loaded < 1.1 * (llm.model.nbytes + pages) + (64 << 20)
+    session.close()
+    assert loaded - (used() - before) >= 0.95 * pages
+    llm.close()
+    assert used() - before < 32 << 20
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(emulated, prompts):

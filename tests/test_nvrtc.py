@@ -66,7 +66,7 @@ VARIANTS = [
 def compiled(file, defines, arch):
     """{kernel: (registers, bytes spilled)}"""
     options = cupy._core.core.assemble_cupy_compiler_options(())
-    options += ("--device-as-default-execution-space", f"-arch=sm_{arch}", "--ptxas-options=-v")
+    options += ("--device-as-default-execution-space", "-ftz=true", f"-arch=sm_{arch}", "--ptxas-options=-v")
     program = nvrtc.createProgram(launch.source(file, dict(defines)), f"{file}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

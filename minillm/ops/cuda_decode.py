@@ -36,8 +36,9 @@ class DecodeStep:
             cos=((batch, half), np.float32),
             sin=((batch, half), np.float32),
         )
-        self.tables = np.full((*heads, self.capacity), -1, np.int32)  # what `pages` holds
-        self.pages = device.upload(self.tables)
+        # What `pages` holds, sequence by sequence.
+        self.tables = [np.full((c.n_layers, c.n_kv_heads, self.capacity), -1, np.int32) for _ in caches]
+        self.pages = device.empty((*heads, self.capacity), np.int32)
         self.starts = device.empty((c.n_layers, batch * c.n_kv_heads + 1), np.int32)
         self.space = launch.decode_space(device, batch * c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         self.x = device.empty((batch, c.dim), np.float32)
@@ -70,6 +71,7 @@ class DecodeStep:
 
     def run(self, token_ids, caches, cos, sin, draws):
         """As Runner.decode."""
+        self.device.use()
         self._update(token_ids, caches, cos, sin, draws or [GREEDY] * self.batch)
         if self.steps == 1:
             self._capture()
@@ -96,12 +98,12 @@ class DecodeStep:
             host["seen"][b], host["lengths"][:, b] = cache.position, cache.lengths
             newest = ((cache.lengths - 1) // page_size)[:, :, None]
             host["last_pages"][:, b] = np.take_along_axis(cache.pages, newest, axis=2)[:, :, 0]
-            held, table = min(cache.pages.shape[2], self.capacity), self.tables[:, b]
+            held, table = int(newest.max()) + 1, self.tables[b]
             np.put_along_axis(table, newest, host["last_pages"][:, b, :, None], axis=2)
             if not np.array_equal(table[:, :, :held], cache.pages[:, :, :held]):
                 table[:, :, :held] = cache.pages[:, :, :held]
-                for layer in range(len(self.tables)):
-                    self.pages[layer, b].set(table[layer])
+                for layer, pages in enumerate(table):
+                    self.pages[layer, b].set(pages)
         self.runner.ops.slab_table(self.pool)
         self.control_words.set(self.host_words)
 
@@ -151,7 +153,7 @@ class DecodeStep:
 
     def _groups(self):
         """Slices of the batch that a kernel for few rows takes at once."""
-        most = max(launch.ROWS)
+        most = launch.rows_at_once(self.device, self.x.shape[1])
         return [slice(lo, lo + most) for lo in range(0, self.batch, most)]
 
 

@@ -1,6 +1,7 @@
 """One NVIDIA GPU through CuPy: memory, compiled kernels, matrix products, graphs. The only file that imports cupy, and
 it does so when a GPU is asked for."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,32 +90,54 @@ def _version(number):
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+@functools.cache
+def _stream(cupy, index):
+    """The stream of GPU `index`, which is current, for all models and threads of this process: in the order in which
+    they ask."""
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 class CudaDevice:
-    """Arrays are cupy.ndarray; 16-bit floats are uint16 words. Everything runs on one stream, in order: that of the
-    thread that opened the device, which is the one to use it."""
+    """Arrays are cupy.ndarray; 16-bit floats are uint16 words. Everything runs on one stream, in order."""
 
     def __init__(self, cupy, cublas, index):
         self.cupy, self.cublas, self.index, self.name = cupy, cublas, index, f"cuda:{index}"
         self.device = cupy.cuda.Device(index)
         self.device.use()
+        self.stream = _stream(cupy, index)
         self.arch = int(self.device.compute_capability)
         self.processors = self.device.attributes["MultiProcessorCount"]
         self.shared_memory = self.device.attributes["MaxSharedMemoryPerBlockOptin"]  # bytes
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.stream.use()
         self.kernels = {}  # launch keeps compiled kernels here
 
+    def use(self):
+        """Have CuPy work on this GPU and its stream from here on. It remembers both for each thread, and is back on its
+        default stream after a `with stream`, its own too (get() of what is not contiguous): nothing waits for work
+        there, and a graph would not have it. So this comes before every launch, allocation and copy."""
+        self.device.use()
+        self.stream.use()
+
     def empty(self, shape, dtype):
+        self.use()
         return self.cupy.empty(shape, dtype)
 
     def new_slab_memory(self, shape, dtype):
         """An array that is its own cudaMalloc, and its cudaFree when the last reference to it goes: CuPy's pool would
         keep the bytes."""
-        memory = self.cupy.cuda.Memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        self.use()
+        n_bytes, cuda = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.cupy.cuda
+        try:
+            memory = cuda.Memory(n_bytes)
+        except cuda.runtime.CUDARuntimeError:
+            self.trim()  # what the pool keeps is free, too
+            try:
+                memory = cuda.Memory(n_bytes)
+            except cuda.runtime.CUDARuntimeError as error:
+                raise MemoryError(f"{self.name} has no {n_bytes} bytes left ({error})") from None
         return self.cupy.ndarray(shape, dtype, self.cupy.cuda.MemoryPointer(memory, 0))
 
     def upload(self, host):
-        array = self.cupy.empty(host.shape, host.dtype)
+        array = self.empty(host.shape, host.dtype)
         array.set(np.ascontiguousarray(host))
         return array
 
@@ -132,16 +155,17 @@ class CudaDevice:
         kind_of_y = runtime.CUDA_R_32F if y.dtype == np.float32 else kind
         one, beta = np.array(1, np.float32), np.array(add, np.float32)
         (n, n_in), n_out, stride = x.shape, len(w), y.strides[0] // y.dtype.itemsize
-        with self.stream:
-            cublas.gemmEx(  # column-major: y^T (out, n) = W (out, in) x^T
-                *(self.device.cublas_handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, n_out, n, n_in, one.ctypes.data),
-                *(w.data.ptr, kind, n_in, x.data.ptr, kind, n_in, beta.ctypes.data, y.data.ptr, kind_of_y, stride),
-                *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
-            )
+        self.use()
+        cublas.gemmEx(  # column-major: y^T (out, n) = W (out, in) x^T
+            *(self.device.cublas_handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, n_out, n, n_in, one.ctypes.data),
+            *(w.data.ptr, kind, n_in, x.data.ptr, kind, n_in, beta.ctypes.data, y.data.ptr, kind_of_y, stride),
+            *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
+        )
 
     def capture(self, launches):
         """The kernels that `launches()` starts, as a graph with a method launch(). MinillmError if it cannot be had."""
         cuda = self.cupy.cuda
+        self.use()
         try:
             self.stream.begin_capture()
             try:
@@ -154,6 +178,7 @@ class CudaDevice:
 
     def memory(self):
         """Bytes that are free, and all there are. What CuPy's pool keeps unused counts as free."""
+        self.use()
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return free + self.cupy.get_default_memory_pool().free_bytes(), total
 

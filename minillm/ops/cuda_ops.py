@@ -5,6 +5,8 @@ weights, sizes, positions) is in NumPy. Activations, K and V are 16-bit floats o
 matrices are bf16 and half otherwise; the residual stream and every sum is float32.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from minillm.cache import PAGE_SIZE
@@ -22,6 +24,13 @@ SLABS = 32768  # of 8 MiB, at most: more than any one device has
 def open_ops(index):
     """CudaOps on GPU `index`. Raises MinillmError."""
     return CudaOps(cuda_device.open_device(index))
+
+
+@dataclass
+class CudaSlab(Slab):
+    """A Slab of device memory."""
+
+    address: int
 
 
 class CudaOps:
@@ -47,7 +56,8 @@ class CudaOps:
         return self.device.memory()[0]
 
     def trim(self):
-        """Memory of arrays that are gone, which CuPy keeps, goes back to the device."""
+        """Tables of the last pass, and memory of arrays that are gone, which CuPy keeps, go back to the device."""
+        self._uploaded.clear()
         self.device.trim()
 
     def set_threads(self, n):
@@ -105,22 +115,21 @@ class CudaOps:
         memory = self.device.new_slab_memory((n_pages * self.page_bytes(page_size, head_dim) // 2,), np.uint16)
         ends = np.cumsum([n * head_dim, n * head_dim, 2 * n, 2 * n]).tolist()
         k, v, log_size, pos = (memory[lo:hi] for lo, hi in zip([0, *ends], ends, strict=False))
-        return Slab(
+        return CudaSlab(
             k.reshape(n_pages, page_size, head_dim),
             v.reshape(n_pages, page_size, head_dim),
             log_size.view(np.float32).reshape(n_pages, page_size),
             pos.view(np.int32).reshape(n_pages, page_size),
+            memory.data.ptr,
         )
 
     def slab_table(self, pool):
         """(SLABS,) uint64 on the device: where each slab begins. The array stays the same when slabs come and go."""
-        addresses = np.zeros(SLABS, np.uint64)
-        addresses[: len(pool.slabs)] = [slab.k.data.ptr for slab in pool.slabs]
-        if self._slabs is None:
-            self._slabs = addresses, self.device.upload(addresses)
-        elif not np.array_equal(self._slabs[0], addresses):
-            self._slabs[1].set(addresses)
-            self._slabs = addresses, self._slabs[1]
+        addresses = [slab.address for slab in pool.slabs]
+        if self._slabs is None or self._slabs[0] != addresses:
+            table = self.device.empty((SLABS,), np.uint64) if self._slabs is None else self._slabs[1]
+            table.set(np.array(addresses + [0] * (SLABS - len(addresses)), np.uint64))
+            self._slabs = addresses, table
         return self._slabs[1]
 
     def paged(self, layer):

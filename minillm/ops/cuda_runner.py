@@ -58,6 +58,7 @@ class Runner:
         self.norm = self.device.upload(model.norm)
         self.bad = self.device.upload(np.array([FINE], np.int32))
         self.step = None
+        self.ops.trim()  # what the matrices were put together from
 
     # a prompt
 
@@ -117,7 +118,7 @@ class Runner:
 
     def _logits(self, hidden):
         logits = self.device.empty((len(hidden), self.model.head.shape[0]), np.float32)
-        if len(hidden) <= max(launch.ROWS):
+        if len(hidden) <= launch.rows_at_once(self.device, hidden.shape[1]):
             launch.norm_gemv(self.device, hidden, self.norm, self.model.config.rms_eps, self.model.head, logits)
         else:
             self._product(self._normed(hidden, self.norm), self.model.head, logits)

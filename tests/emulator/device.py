@@ -97,6 +97,9 @@ class EmulatedDevice:
         self.kernels = {}  # launch keeps compiled kernels here
         self.capturing = False
 
+    def use(self):
+        pass
+
     def empty(self, shape, dtype):
         assert not self.capturing, "memory allocated while a graph is captured"
         array = Array.of_malloc(shape, dtype, self._freed)

@@ -18,13 +18,13 @@ from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swigl
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
 from minillm.ops.launch.pages import PAGE_SIZE, Paged, last_pages, read_entries, write_entries
 from minillm.ops.launch.products import (
-    ROWS,
     dequantize,
     embed,
     gemv_add,
     norm_gemv,
     norm_gemv_swiglu,
     random_words,
+    rows_at_once,
 )
 from minillm.ops.launch.rope import rope_append, rope_split, unrotate
 from minillm.ops.launch.sampling import SampleSpace, draw_tables, sample, sample_space

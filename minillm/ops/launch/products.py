@@ -27,6 +27,12 @@ def _rows_of(device, kernel, weight, n, arguments):
 ROWS = (1, 2, 4, 8)  # that the kernels for few rows are compiled for
 
 
+def rows_at_once(device, n_in):
+    """How many rows of n_in a kernel that normalises them takes at once: they must fit in shared memory."""
+    static = 256  # bytes, at most, that the kernels need beside
+    return min(max(ROWS), (device.shared_memory - static) // (2 * n_in))
+
+
 def gemv_add(device, x, weight, y):
     """y (rows, n_out) float32 += x W^T; x (rows, n_in) real16, rows <= 8."""
     _gemv(device, "gemv_add", weight, len(x), weight.shape[0], {"x_words": x, "y": y, "n_out": weight.shape[0]})
@@ -34,7 +40,8 @@ def gemv_add(device, x, weight, y):
 
 
 def norm_gemv(device, x, norm, eps, weight, y):
-    """y (rows, n_out) = norm(x) W^T, real16 or, for logits, float32; x (rows, n_in) float32, rows <= 8."""
+    """y (rows, n_out) = norm(x) W^T, real16 or, for logits, float32; x (rows, n_in) float32, at most
+    rows_at_once."""
     assert x.shape[1] == weight.shape[1] and y.shape == (len(x), weight.shape[0])
     kernel, name = ("norm_gemv", "y_words") if y.dtype == np.uint16 else ("norm_gemv_logits", "y")
     arguments = {"x": x, "norm": norm, "eps": eps, name: y, "n_out": weight.shape[0]}

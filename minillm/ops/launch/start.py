@@ -37,6 +37,7 @@ def run(device, file, kernel, grid, block, arguments, *, defines=None, shared=0)
     function, declared = device.kernels[key]
     assert arguments.keys() == declared.keys(), f"{kernel}: {arguments.keys() ^ declared.keys()} missing or unknown"
     values = [_checked(device, kernel, name, arguments[name], *declared[name]) for name in declared]
+    device.use()
     if shared > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared
     function(grid, block, tuple(values), shared_mem=shared)
