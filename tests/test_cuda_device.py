@@ -299,10 +299,10 @@ def test_every_byte_comes_back(emulated, prompts):
     assert emulated.used == 0
 
 
-def test_what_the_card_says_is_free():
+def test_what_a_gpu_says_is_free():
     """cudaMemGetInfo, with nothing kept by CuPy's pool: pages come back at trim, weights at close."""
     device = cuda_device_or_skip()
-    used = lambda: np.subtract(*device.cupy.cuda.runtime.memGetInfo()[::-1])  # noqa: E731
+    used = lambda: np.subtract(*device.memory_info()[::-1])  # noqa: E731
     config = replace(SMALL, n_layers=4, n_kv_heads=8, n_heads=8, head_dim=128, dim=1024, ffn_dim=4096, context=20000)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, 16000).tolist()
     with LLM.random(config, device="cuda", cache=CacheConfig("full")) as llm:  # what CUDA itself takes, once

@@ -3,8 +3,10 @@ here is nothing."""
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulator
 import pytest
@@ -33,12 +35,15 @@ def test_ceilings_and_kernels(check):
     device = check.open_ops(0).device
     ceiling = check.ceilings(device, 1 << 16, 32)
     assert ceiling["read_bytes_per_s"] > 0
+    check.REPEATS = 1
     timing = check.Kernels(device, check.small, ceiling)
     timing.products((1, 2))
     timing.attention(70, 40)
-    timing.norm(8)
+    timing.quantised()
+    timing.prompt(8)
+    timing.compression(70, 9, 3)
     timing.sampling(2)
-    assert len(timing.rows) == 14 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
+    assert len(timing.rows) == 29 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
 
 
 def test_a_model_in_every_cache(check, tmp_path):
@@ -52,7 +57,56 @@ def test_a_model_in_every_cache(check, tmp_path):
     assert [(row["cache"], row["batch"]) for row in rows[:-1]] == [(name, b) for name in check.CACHES for b in (1, 2)]
     full, _, small, _ = rows[:-1]
     assert full["kept"] == 1 and small["kept"] < 0.45 and small["cache_gib"] < full["cache_gib"] and full["graph"]
+    assert full["cache_share"] == 1 and small["cache_share"] < 0.7  # half a page of every head is empty, of five
+    assert full["compression_share"] == 0 < small["compression_share"] < 1
     memory = rows[-1]["memory_gib"]
-    assert memory["before"] == 0 < memory["weights"]
+    assert memory["before"] == 0 < memory["weights"] and memory["closed"] < memory["weights"] / 2
     said = check.table(report.results)
     assert "semanticache 20 %" in said and "ZeroDivisionError" in said and "10000 needed" in said
+    assert report.failed == ["peer"]
+
+
+def test_the_whole_of_it_goes_on_where_a_part_fails(check, tmp_path, monkeypatch, capsys):
+    """A table comes last, and the file says the same; the exit status says that something failed."""
+
+    def refuse(*_):
+        raise ValueError("not here")
+
+    check.CACHES = {"semanticache 20 %": check.CACHES["semanticache 20 %"]}
+    check.LLAMA_3_8B, check.CONTEXTS, check.BATCHES = check.small, (140,), (1,)
+    check.ceilings = lambda device: {"read_bytes_per_s": 1e9, "bf16_flop_per_s": 1e9}
+    check.compiled, check.kernels, check.peer = (lambda device: {}), refuse, lambda *_: {"skipped": "no torch"}
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="abc\n"))
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    monkeypatch.setattr(check.sys, "argv", ["gpu_check", "--out", str(tmp_path / "gpu.json")])
+    assert check.main() == 1
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(results) == ["run", "compiled", "ceilings", "kernels", "tests", "model", "peer", "sanitizers"]
+    assert results["tests"]["passed"] and results["model"][0]["cache"] == "semanticache 20 %"
+    said = capsys.readouterr().out
+    for part in ("commit: abc", "not here", "no torch", "no compute-sanitizer", "semanticache 20 %", "reads 1 GB/s"):
+        assert part in said
+
+
+def test_kernels_are_compiled_side_by_side(check, monkeypatch):
+    monkeypatch.setattr(check.launch, "files", lambda: ["take", "add_bias", "swiglu"])
+    assert check.compiled(check.open_ops(0).device)["variants"] == 4
+
+
+@pytest.mark.parametrize(
+    "code, seconds, found",
+    [
+        ("print('fine')", 60, {"passed": True, "said": ["fine"]}),
+        ("print('bad'); raise SystemExit(9)", 60, {"passed": False, "said": ["bad"]}),
+        (
+            "import time; print('begun', flush=True); time.sleep(60)",
+            0,
+            2,
+            {"skipped": "more than 2 s", "said": ["begun"]},
+        ),
+    ],
+)
+def test_tests_that_pass_fail_or_take_too_long(check, monkeypatch, code, seconds, found):
+    run = check.subprocess.run
+    monkeypatch.setattr(check.subprocess, "run", lambda _, **options: run([sys.executable, "-c", code], **options))
+    assert check.pytest_run([], seconds) == found

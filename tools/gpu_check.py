@@ -5,17 +5,20 @@ against what the card can do, and what does a model of Llama-3-8B's shape take i
 
 It needs minillm with the extra cuda12 or cuda13, and pytest; compute-sanitizer, torch and transformers are used where
 they are. A part that fails or finds no time left is reported as such, and the others go on. The file is written after
-every part; a table comes last."""
+every part; a table comes last. Exit status 1: a part failed, or a test."""
 
 import argparse
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +31,7 @@ from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import MinillmError
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
-from minillm.ops.cuda_weights import CudaWeight
+from minillm.ops.cuda_weights import FORMATS, CudaWeight
 from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 from minillm.weights import Weight
@@ -60,7 +63,10 @@ SAMPLING = {
     "temperature": SamplingParams(temperature=0.8),
     "top-k, top-p, min-p": SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
 }
+CONTEXTS, BATCHES = (8192, 32768), (1, 8)
 GIB = 1 << 30
+REPEATS = 20  # of a short kernel, in one graph
+LATER = 110  # seconds that are left to what comes after the model
 
 
 class Report:
@@ -88,49 +94,71 @@ class Report:
         self.path.write_text(json.dumps(self.results, indent=1))
         gc.collect()
 
+    @property
+    def failed(self):
+        """Names of parts that failed, or whose tests did."""
+        parts = {name: part for name, part in self.results.items() if isinstance(part, dict)}
+        parts |= parts.get("sanitizers", {})
+        return [
+            name
+            for name, part in parts.items()
+            if isinstance(part, dict) and ("failed" in part or part.get("passed") is False)
+        ]
+
 
 # (a) right or wrong
+
+
+def compiled(device):
+    """Every kernel in every variant, side by side, into the cache that CuPy keeps on disk; -> how many, and seconds."""
+    start, variants = time.perf_counter(), [(file, v) for file in launch.files() for v in launch.variants(file)]
+
+    def one(file, defines):
+        device.use()
+        module = device.module(launch.source(file, defines))
+        for kernel in launch.kernels(file):
+            module.get_function(kernel)
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(one, *variant) for variant in variants]:
+            done.result()
+    return {"variants": len(variants), "seconds": time.perf_counter() - start}
 
 
 def kernel_tests(seconds):
     """The kernel and model tests on the device."""
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "gpu", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    return {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-15:]}
+    return pytest_run([], seconds, "-k", "gpu", *files)
 
 
 def sanitizers(seconds):
     """compute-sanitizer on a few tests."""
     if not shutil.which("compute-sanitizer"):
         return {"skipped": "no compute-sanitizer on PATH"}
-    tests = [
-        str(ROOT / "tests" / name)
-        for name in ("test_cuda_kernels.py", "test_cuda_attention.py", "test_cuda_sampling.py")
-    ]
+    names = "test_cuda_kernels.py", "test_cuda_attention.py", "test_cuda_sampling.py"
     chosen = "gpu and (merge or entries or append or clusters or decode or ties)"
     out = {}
     for tool in ("memcheck", "racecheck"):
-        command = [
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-        ]
-        try:
-            done = subprocess.run(
-                [*command, "-k", chosen, *tests], cwd=ROOT, capture_output=True, text=True, timeout=seconds / 2
-            )
-            out[tool] = {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-8:]}
-        except subprocess.TimeoutExpired:
-            out[tool] = {"skipped": f"more than {seconds / 2:.0f} s"}
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        out[tool] = pytest_run(command, seconds / 2, "-k", chosen, *(str(ROOT / "tests" / name) for name in names))
     return out
+
+
+def pytest_run(before, seconds, *arguments):
+    """pytest under the command `before`: whether all passed, and its last lines; where it takes too long, those too."""
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=5", *arguments]
+    environment = os.environ | ({"MINILLM_SANITIZER": "1"} if before else {})
+    with tempfile.TemporaryFile("w+") as out:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, stdout=out, stderr=out, timeout=seconds, env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        out.seek(0)
+        said = [line[:200] for line in out.read().strip().splitlines()[-15:]]
+    result = {"passed": status == 0, "said": said}
+    return result if status is not None else {"skipped": f"more than {seconds:.0f} s", "said": said}
 
 
 # (b) what the card can do
@@ -184,7 +212,7 @@ class Kernels:
         self.ops.real16 = "bf16"
 
     def add(self, name, n_bytes, flop, function, *arguments):
-        seconds = timed(self.device, 3 if flop else 20, function, *arguments)
+        seconds = timed(self.device, 3 if flop else REPEATS, function, *arguments)
         floor = max(n_bytes / self.ceiling["read_bytes_per_s"], flop / self.ceiling["bf16_flop_per_s"])
         self.rows[name] = {"us": seconds * 1e6, "share_of_floor": floor / seconds}
 
@@ -230,11 +258,78 @@ class Kernels:
         step = q, k, v, empty, mixed, lse, scale, 0, "bf16"
         self.add(f"prefill_attention {n}", 0, flop, launch.prefill_attention, *step)
 
-    def norm(self, n=8192):
-        x, h = self.device.empty((n, self.c.dim), np.float32), self.device.empty((n, self.c.dim), np.uint16)
+    def quantised(self):
+        """The MLP's first product of a decode step, its weights in blocks."""
+        c = self.c
+        x, norm = (self.device.upload(np.ones(shape, np.float32)) for shape in ((1, c.dim), (c.dim,)))
+        for kind, n_bytes in (("Q8_0", c.dim), ("Q4_0", c.dim // 2)):
+            words, scales = self.random(2 * c.ffn_dim, n_bytes // 2), self.random(2 * c.ffn_dim, c.dim // 32)
+            weight = CudaWeight(FORMATS[kind], (2 * c.ffn_dim, c.dim), words.view(np.uint8), scales)
+            arguments = x, norm, 1e-5, weight, None, self.random(1, c.ffn_dim)
+            self.add(f"norm_gemv_swiglu {kind}", weight.nbytes, 0, launch.norm_gemv_swiglu, *arguments)
+
+    def prompt(self, n=8192):
+        """What a prompt needs beside attention and large products."""
+        c, d, device = self.c, self.c.head_dim, self.device
+        x, h = device.empty((n, c.dim), np.float32), device.empty((n, c.dim), np.uint16)
         x.fill(1)
-        norm = self.device.upload(np.ones(self.c.dim, np.float32))
+        norm = device.upload(np.ones(c.dim, np.float32))
         self.add(f"rms_norm x {n}", x.nbytes + h.nbytes, 0, launch.rms_norm, x, norm, 1e-5, h, "bf16")
+        qkv, tables = self.random(n, (c.n_heads + 2 * c.n_kv_heads) * d), device.empty((2, n, d // 2), np.float32)
+        tables.fill(1)
+        q, k, v = (device.empty((heads, n, d), np.uint16) for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
+        arguments = qkv, None, tables[0], tables[1], q, k, v, "bf16"
+        self.add(f"rope_split x {n}", 2 * qkv.nbytes + tables.nbytes, 0, launch.rope_split, *arguments)
+        gate_up, act = self.random(n, 2 * c.ffn_dim), device.empty((n, c.ffn_dim), np.uint16)
+        self.add(f"swiglu x {n}", gate_up.nbytes + act.nbytes, 0, launch.swiglu, gate_up, None, act, "bf16")
+
+    def compression(self, n=32768, chunk=12, queries=32):
+        """What compressing a layer of n tokens takes on the device: into pages, scores, clusters, merges by fives."""
+        c, d, heads, device, ops = self.c, self.c.head_dim, self.c.n_kv_heads, self.device, self.ops
+        n_rows, up = heads * n, device.upload
+        keys, values, log_size = self.random(n_rows, d), self.random(n_rows, d), up(np.zeros(n_rows, np.float32))
+        pos = np.tile(np.arange(n, dtype=np.int32), heads)
+        cache = filled(ops, PagePool(ops, d), replace(c, n_layers=1), n)
+        first, start = up(np.arange(heads + 1, dtype=np.int32) * n), up(np.zeros(heads, np.int32))
+        pages = ops.paged(cache.layer(0)), first, start, "bf16"
+        moved = 2 * (keys.nbytes + values.nbytes + 2 * log_size.nbytes)
+        self.add(f"write_entries {n}", moved, 0, launch.write_entries, keys, values, log_size, up(pos), *pages)
+        self.add(f"read_entries {n}", moved, 0, launch.read_entries, keys, values, log_size, up(pos), *pages)
+
+        rows, q = launch.Rows(keys, log_size, up(pos), first, n), self.random(c.n_heads, queries, d)
+        at, scale = up(np.arange(n - queries, n, dtype=np.int32)), d**-0.5
+        lse = device.empty((launch.score_splits(device, q, rows), c.n_heads, queries), np.float32)
+        out = device.empty((c.n_heads // heads, n_rows), np.float32)
+        self.add(f"score_lse {queries} x {n}", keys.nbytes, 0, launch.score_lse, q, rows, at, lse, scale, 0, "bf16")
+        arguments = q, rows, at, lse, out, scale, 0, False, 0, "bf16"
+        self.add(f"column_scores {queries} x {n}", keys.nbytes, 0, launch.column_scores, *arguments)
+        out = device.empty((c.n_heads // heads, queries, n_rows), np.float32)
+        arguments = q, rows, at, lse, out, scale, 0, "bf16"
+        self.add(f"window_scores {queries} x {n}", keys.nbytes + out.nbytes, 0, launch.window_scores, *arguments)
+
+        starts = np.arange(0, n_rows, chunk)
+        made = ops.GreedyClusters(keys, np.arange(n_rows), starts, np.diff(starts, append=n_rows))
+        tables = made.starts, made.lengths, made.place
+        taus, counts = up(np.float32([0.7, 0.75, 0.8])), up(np.zeros(3, np.int32))
+        self.add(f"unit_rows {n}", 3 * keys.nbytes, 0, launch.unit_rows, keys, made.unit, "bf16")
+        both = made.unit.nbytes + made.kept.nbytes
+        self.add(f"keep_cosines {n}", both, 0, launch.keep_cosines, made.unit, *tables, made.kept, "bf16")
+        arguments = made.unit, made.kept, *tables, taus, counts, None, None, None, "bf16"
+        self.add(f"clusters {n} x 3 taus", made.kept.nbytes, 0, launch.clusters, *arguments)
+
+        n_entries, weight = -(-n_rows // 5), up(np.full(n_rows, 0.2, np.float32))
+        order, fives = up(np.arange(n_rows, dtype=np.int32)), np.arange(n_entries + 1, dtype=np.int32) * 5
+        fives, entries = up(np.minimum(fives, n_rows)), device.empty((n_entries, d), np.uint16)
+        moved = keys.nbytes + entries.nbytes
+        self.add(f"merge {n}", moved, 0, launch.merge, keys, order, fives, weight, entries, "bf16")
+        turn, to = (
+            up(np.ones((2, n, d // 2), np.float32)),
+            up(np.minimum(np.arange(n_entries) * 5, n - 1).astype(np.int32)),
+        )
+        arguments = keys, up(pos), turn[0], turn[1], 1.0, values, "bf16"
+        self.add(f"unrotate {n}", 2 * keys.nbytes, 0, launch.unrotate, *arguments)
+        arguments = keys, values, up(pos), order, fives, weight, to, turn[0], turn[1], entries, "bf16"
+        self.add(f"merge_unrotated {n}", moved, 0, launch.merge_unrotated, *arguments)
 
     def sampling(self, batch=8):
         """Logits as a model's: a few likely tokens and a long tail."""
@@ -249,8 +344,10 @@ class Kernels:
 
 def kernels(device, config, ceiling):
     timing = Kernels(device, config, ceiling)
-    for part in (timing.products, timing.attention, timing.norm, timing.sampling):
+    parts = timing.products, timing.quantised, timing.attention, timing.prompt, timing.compression, timing.sampling
+    for part in parts:
         part()
+    device.trim()
     return timing.rows
 
 
@@ -268,52 +365,79 @@ def filled(ops, pool, config, n):
 # (d) a model
 
 
-def model(device_number, config, bandwidth, contexts, batches, report, tokens=24):
-    """TTFT, TPOT and memory for each context, cache and batch; a list of rows."""
+def model(device_number, config, bandwidth, contexts, batches, report, tokens=32):
+    """TTFT, TPOT and memory for each context, cache and batch; a list of rows. tokens: as many as cross a page."""
     rows = []
     rng, before = np.random.default_rng(0), memory_used(open_ops(device_number))
     with LLM.random(config, device=f"cuda:{device_number}") as llm:
         loaded = memory_used(llm.model.ops)
         delimiters = (rng.random(config.vocab_size) < 1 / 12).astype(np.uint8) * 2  # as often as in prose
         for context in contexts:
-            ids = rng.integers(0, config.vocab_size, context).tolist()
+            ids, longest = rng.integers(0, config.vocab_size, context).tolist(), 0.0
             for name, make in CACHES.items():
-                if report.left < 20:
-                    return rows
+                if report.left < LATER + 1.5 * longest:
+                    rows.append({"skipped": f"{name} at {context}: {report.left:.0f} s left"})
+                    continue
+                start = time.monotonic()
                 llm.set_cache(make())
                 llm.compressor.classes = delimiters
                 rows += one_cache(llm, name, ids, batches, bandwidth, tokens)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        after = memory_used(llm.model.ops)
-    gc.collect()
-    rows.append(
-        {"memory_gib": {"before": before / GIB, "weights": (loaded - before) / GIB, "caches_gone": after / GIB}}
-    )
-    return rows
+                longest = max(longest, time.monotonic() - start)
+        ops = llm.model.ops
+        caches_gone = memory_used(ops)
+    memory = {"before": before, "weights": loaded - before, "caches_gone": caches_gone, "closed": memory_used(ops)}
+    return [*rows, {"memory_gib": {name: n_bytes / GIB for name, n_bytes in memory.items()}}]
 
 
-def memory_used(ops):
-    """Bytes of the card that are in use, by cudaMemGetInfo."""
-    ops.trim()
-    free, total = ops.device.memory()
+def memory_used(ops, kept=False):
+    """Bytes of the card that are in use, by cudaMemGetInfo; kept: what CuPy's pool keeps among them, and so the most
+    that was since the last time without."""
+    if not kept:
+        ops.trim()
+    free, total = ops.device.memory_info()
     return total - free
 
 
+def timed_compression(llm, seconds):
+    """The llm's compressor adds to the list what it takes for each layer, its kernels among it."""
+    begin, device = llm.compressor.begin, llm.model.ops.device
+
+    def timing(function):
+        def run(*arguments, **options):
+            device.synchronize()
+            start = time.perf_counter()
+            function(*arguments, **options)
+            device.synchronize()
+            seconds.append(time.perf_counter() - start)
+
+        return run
+
+    def begun(*arguments, **options):
+        if compression := begin(*arguments, **options):
+            compression.store, compression.finish = timing(compression.store), timing(compression.finish)
+        return compression
+
+    llm.compressor.begin = begun
+
+
 def one_cache(llm, name, ids, batches, bandwidth, tokens):
-    session, rows = Session(llm), []
-    ttft = []
+    session, rows, ops, ttft, spent = Session(llm), [], llm.model.ops, [], []
+    timed_compression(llm, spent)
+    memory_used(ops)
     for attempt in range(2):  # the first compiles
         session.cache.clear()
+        spent.clear()
         session.feed(ids)
         start = time.perf_counter()
         session.read_and_draw(GREEDY)
         ttft.append(time.perf_counter() - start)
-        if attempt == 0 and len(ids) > 16384 and ttft[0] > 20:
+        if attempt == 0 and ttft[0] > 15:
             break
+    peak = memory_used(ops, kept=True)
     for batch in batches:
         caches = [session.cache] + [copied(session.cache) for _ in range(batch - 1)]
         bytes_read = llm.model.nbytes + sum(cache.bytes_in_use for cache in caches)
-        peak = memory_used(llm.model.ops)
         for _ in range(3):
             llm.model.decode([1] * batch, caches, [GREEDY] * batch)
         start = time.perf_counter()
@@ -325,13 +449,16 @@ def one_cache(llm, name, ids, batches, bandwidth, tokens):
                 "context": len(ids),
                 "cache": name,
                 "batch": batch,
-                "ttft_s": min(ttft),
+                "ttft_s": ttft[-1],
+                "compression_share": sum(spent) / ttft[-1],
+                "prompt_peak_gib": peak / GIB,
                 "tpot_ms": tpot * 1e3,
                 "tpot_over_floor": tpot / (bytes_read / bandwidth),
                 "tokens_per_s": batch / tpot,
-                "cache_gib": caches[0].bytes_in_use / GIB,
-                "kept": caches[0].kept,
-                "used_gib": peak / GIB,
+                "cache_gib": session.cache.bytes_in_use / GIB,
+                "cache_share": session.cache.bytes_in_use / session.cache.full_bytes,
+                "kept": session.cache.kept,
+                "used_gib": memory_used(ops) / GIB,
                 "graph": llm.model.runner.step.graph is not None,
             }
         )
@@ -409,19 +536,22 @@ def table(results):
     for name, row in results.get("kernels", {}).items():
         if isinstance(row, dict):
             lines.append(f"{name:<36}{row['us']:>10.1f} us {100 * row['share_of_floor']:>5.0f} % of the floor")
-    lines.append(
-        f"{'cache':<20}{'context':>8}{'batch':>6}{'TTFT s':>8}{'TPOT ms':>9}{'/floor':>7}{'tok/s':>8}{'cache GiB':>10}"
+    header = (
+        f"{'cache':<20}{'context':>8}{'batch':>6}{'TTFT s':>8}{'compr. %':>9}{'TPOT ms':>9}{'/floor':>7}{'tok/s':>8}"
     )
+    lines.append(f"{header}{'cache GiB':>10}{'% of full':>10}")
     models = results.get("model", [])
     for row in models if isinstance(models, list) else []:
         if "cache" in row:
-            numbers = (
-                f"{row['ttft_s']:>8.2f}{row['tpot_ms']:>9.2f}{row['tpot_over_floor']:>7.2f}{row['tokens_per_s']:>8.1f}"
-            )
-            lines.append(f"{row['cache']:<20}{row['context']:>8}{row['batch']:>6}{numbers}{row['cache_gib']:>10.3f}")
+            times = f"{row['ttft_s']:>8.2f}{100 * row['compression_share']:>9.1f}{row['tpot_ms']:>9.2f}"
+            numbers = f"{times}{row['tpot_over_floor']:>7.2f}{row['tokens_per_s']:>8.1f}{row['cache_gib']:>10.3f}"
+            share = 100 * row["cache_share"]
+            lines.append(f"{row['cache']:<20}{row['context']:>8}{row['batch']:>6}{numbers}{share:>10.1f}")
+        else:
+            lines.append(json.dumps(row))
     peers = results.get("peer", [])
     for row in peers if isinstance(peers, list) else []:
-        lines.append(f"{'torch SDPA':<20}{row['context']:>8}{1:>6}{row['ttft_s']:>8.2f}{row['tpot_ms']:>9.2f}")
+        lines.append(f"{'torch SDPA':<20}{row['context']:>8}{1:>6}{row['ttft_s']:>8.2f}{'':>9}{row['tpot_ms']:>9.2f}")
     for name, value in results.items():
         if isinstance(value, dict) and {"failed", "skipped"} & value.keys():
             lines.append(f"{name}: {value}")
@@ -443,18 +573,23 @@ def main():
         "card": device.description(),
         "commit": commit.strip(),
     }
+    report.part("compiled", 10, compiled, device)
     report.part("ceilings", 10, ceilings, device)
     ceiling = report.results["ceilings"]
-    if "failed" not in ceiling:
+    measured = not {"failed", "skipped"} & ceiling.keys()
+    if measured:
         report.part("kernels", 30, kernels, device, LLAMA_3_8B, ceiling)
-        del ops, device
+    device.trim()
+    report.part("tests", 60, kernel_tests, 150)
+    del ops, device
+    if measured:
         bandwidth = ceiling["read_bytes_per_s"]
-        report.part("model", 60, model, args.device, LLAMA_3_8B, bandwidth, (8192, 32768), (1, 8), report)
-    report.part("peer", 40, peer, LLAMA_3_8B, (8192, 32768))
-    report.part("tests", 60, kernel_tests, max(60, report.left - 40))
+        report.part("model", LATER + 60, model, args.device, LLAMA_3_8B, bandwidth, CONTEXTS, BATCHES, report)
+    report.part("peer", 40, peer, LLAMA_3_8B, CONTEXTS)
     report.part("sanitizers", 40, sanitizers, max(20, report.left - 10))
     print(table(report.results))
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

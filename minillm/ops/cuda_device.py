@@ -178,9 +178,13 @@ class CudaDevice:
 
     def memory(self):
         """Bytes that are free, and all there are. What CuPy's pool keeps unused counts as free."""
-        self.use()
-        free, total = self.cupy.cuda.runtime.memGetInfo()
+        free, total = self.memory_info()
         return free + self.cupy.get_default_memory_pool().free_bytes(), total
+
+    def memory_info(self):
+        """Bytes that are free and all there are, as cudaMemGetInfo has them."""
+        self.use()
+        return self.cupy.cuda.runtime.memGetInfo()
 
     def description(self):
         """The card's name and memory, driver and runtime."""

@@ -142,6 +142,8 @@ class EmulatedDevice:
     def memory(self):
         return self.total - self.used, self.total
 
+    memory_info = memory
+
     def trim(self):
         pass
 
