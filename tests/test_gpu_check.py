@@ -60,7 +60,8 @@ def test_a_model_in_every_cache(check, tmp_path):
     assert full["cache_share"] == 1 and small["cache_share"] < 0.7  # half a page of every head is empty, of five
     assert full["compression_share"] == 0 < small["compression_share"] < 1
     memory = rows[-1]["memory_gib"]
-    assert memory["before"] == 0 < memory["weights"] and memory["closed"] < memory["weights"] / 2
+    assert memory["before"] == 0 < memory["weights"]
+    assert memory["closed"] * check.GIB == 8 * cuda_ops.SLABS  # the table of a device that goes with its ops
     said = check.table(report.results)
     assert "semanticache 20 %" in said and "ZeroDivisionError" in said and "10000 needed" in said
     assert report.failed == ["peer"]
