@@ -21,6 +21,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -288,15 +289,18 @@ class Kernels:
         c, d, heads, device, ops = self.c, self.c.head_dim, self.c.n_kv_heads, self.device, self.ops
         n_rows, up = heads * n, device.upload
         keys, values, log_size = self.random(n_rows, d), self.random(n_rows, d), up(np.zeros(n_rows, np.float32))
-        pos = np.tile(np.arange(n, dtype=np.int32), heads)
-        cache = filled(ops, PagePool(ops, d), replace(c, n_layers=1), n)
+        pos, cache = (
+            up(np.tile(np.arange(n, dtype=np.int32), heads)),
+            filled(ops, PagePool(ops, d), replace(c, n_layers=1), n),
+        )
         first, start = up(np.arange(heads + 1, dtype=np.int32) * n), up(np.zeros(heads, np.int32))
-        pages = ops.paged(cache.layer(0)), first, start, "bf16"
-        moved = 2 * (keys.nbytes + values.nbytes + 2 * log_size.nbytes)
-        self.add(f"write_entries {n}", moved, 0, launch.write_entries, keys, values, log_size, up(pos), *pages)
-        self.add(f"read_entries {n}", moved, 0, launch.read_entries, keys, values, log_size, up(pos), *pages)
+        past, moved = ops.paged(cache.layer(0)), 2 * (keys.nbytes + values.nbytes + 2 * log_size.nbytes)
+        arguments = keys, values, log_size, pos, past, first, start, "bf16"
+        self.add(f"write_entries {n}", moved, 0, launch.write_entries, *arguments)
+        read = partial(launch.read_entries, k=keys, v=values, log_size=log_size, pos=pos)
+        self.add(f"read_entries {n}", moved, 0, read, past, first, start, d, "bf16")
 
-        rows, q = launch.Rows(keys, log_size, up(pos), first, n), self.random(c.n_heads, queries, d)
+        rows, q = launch.Rows(keys, log_size, pos, first, n), self.random(c.n_heads, queries, d)
         at, scale = up(np.arange(n - queries, n, dtype=np.int32)), d**-0.5
         lse = device.empty((launch.score_splits(device, q, rows), c.n_heads, queries), np.float32)
         out = device.empty((c.n_heads // heads, n_rows), np.float32)
@@ -326,9 +330,9 @@ class Kernels:
             up(np.ones((2, n, d // 2), np.float32)),
             up(np.minimum(np.arange(n_entries) * 5, n - 1).astype(np.int32)),
         )
-        arguments = keys, up(pos), turn[0], turn[1], 1.0, values, "bf16"
+        arguments = keys, pos, turn[0], turn[1], 1.0, values, "bf16"
         self.add(f"unrotate {n}", 2 * keys.nbytes, 0, launch.unrotate, *arguments)
-        arguments = keys, values, up(pos), order, fives, weight, to, turn[0], turn[1], entries, "bf16"
+        arguments = keys, values, pos, order, fives, weight, to, turn[0], turn[1], entries, "bf16"
         self.add(f"merge_unrotated {n}", moved, 0, launch.merge_unrotated, *arguments)
 
     def sampling(self, batch=8):
