@@ -223,6 +223,12 @@ def test_all_work_is_on_one_stream(monkeypatch):
     assert len(calls) == 3 * 6 and set(calls) == {devices[0].stream} == {devices[1].stream}
 
 
+@pytest.mark.parametrize("shared_memory, dim, rows", [(101_376, 4096, 8), (101_376, 8192, 6), (232_448, 16_384, 7)])
+def test_rows_that_fit_in_shared_memory(shared_memory, dim, rows):
+    """Of an RTX 30 and of an H100."""
+    assert launch.rows_at_once(SimpleNamespace(shared_memory=shared_memory), dim) == rows
+
+
 def test_slabs_get_what_the_pool_keeps(monkeypatch):
     """cudaMalloc knows nothing of the blocks that CuPy's pool has free."""
 

@@ -14,6 +14,8 @@ MINILLM_EMULATOR=address ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 LD_PR
     run tests/test_cuda_kernels.py tests/test_cuda_attention.py tests/test_cuda_sampling.py
 # Each thread of a block is a thread to TSan, which costs 50 times the plain run: the small shapes.
 MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
+    run tests/test_cuda_attention.py -k "not gpu and (decode_groups and 4-64 or prefill_groups and 1-64 or test_scores and lengths1 and 3-50-half)"
+MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
     run tests/test_cuda_kernels.py -k "not gpu and not order and not Q4_1 and not 1056 and not 4096"
 MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
     run tests/test_cuda_sampling.py -k "not gpu and every and 37 and top_k and min_p"
