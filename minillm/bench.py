@@ -159,7 +159,11 @@ def _caches(args):
 def _label(config):
     if config.method == "full":
         return "full"
-    values, usual = config.as_dict(), CacheConfig(config.method).as_dict()
+    values, table = config.as_dict(), CacheConfig.option_table(config.method)
+    needed = {name: values[name] for name, option in table.items() if option.needed}
+    usual = {
+        name: value for name, value in CacheConfig(config.method, **needed).as_dict().items() if name not in needed
+    }
     budget = values.pop("budget") or values.pop("quality", None)
     named = [f"{name}={value}" for name, value in values.items() if value != usual.get(name)]
     return " ".join([config.method or "default", *([] if budget is None else [str(budget)]), *named])

@@ -31,6 +31,7 @@ class PagePool:
         self.slab_pages = max(1, slab_bytes // self.page_bytes)
         self.slabs = []
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
+        self.first_free = 0  # no page before it is free
         self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
 
     @property
@@ -48,12 +49,16 @@ class PagePool:
 
     def alloc(self, n):
         """n page ids (n,) int32, each with one reference, in ascending order."""
-        free = np.flatnonzero(self.refs == 0)[:n]
-        while len(free) < n:
-            self.slabs.append(self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim))
-            self.refs = np.append(self.refs, np.zeros(self.slab_pages, np.int32))
-            free = np.flatnonzero(self.refs == 0)[:n]
+        free = self.first_free + np.flatnonzero(self.refs[self.first_free :] == 0)[:n]
+        if len(free) < n:
+            more, held = -(-(n - len(free)) // self.slab_pages), len(self.refs)
+            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim) for _ in range(more)]
+            self.slabs += new
+            self.refs = np.append(self.refs, np.zeros(more * self.slab_pages, np.int32))
+            free = np.append(free, held + np.arange(n - len(free)))
         self.refs[free] = 1
+        if n:
+            self.first_free = int(free[-1]) + 1
         return free.astype(np.int32)
 
     def share(self, pages):
@@ -64,6 +69,7 @@ class PagePool:
         """One page table fewer holds each of `pages` (all different)."""
         assert (self.refs[pages] > 0).all()
         self.refs[pages] -= 1
+        self.first_free = min(self.first_free, int(pages.min(initial=self.first_free)))
 
     def copy_page(self, source, target):
         (a, i), (b, j) = divmod(int(source), self.slab_pages), divmod(int(target), self.slab_pages)
@@ -86,6 +92,7 @@ class PagePool:
         if n_slabs < len(self.slabs):
             self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0))
             self.refs = self.refs[: n_slabs * self.slab_pages].copy()
+            self.first_free = 0
             del self.slabs[n_slabs:]
         self.ops.trim()
         return_freed_memory()
@@ -225,10 +232,7 @@ class KVCache:
         """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""
         size = self.pool.page_size
         held, needed, whole = -(-int(self.lengths[layer, head]) // size), -(-length // size), kept // size
-        if needed > self.pages.shape[2]:
-            grown = np.zeros((*self.pages.shape[:2], max(needed, 2 * self.pages.shape[2])), np.int32)
-            grown[:, :, : self.pages.shape[2]] = self.pages
-            self.pages = grown
+        self._widen(needed)
         table = self.pages[layer, head]
         # A page that stays and is written must be this sequence's own: a fork may hold it too.
         if kept % size and self.pool.refs[table[whole]] > 1:
@@ -240,6 +244,13 @@ class KVCache:
         self.pool.release(table[first_new:held])
         table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
         self.lengths[layer, head] = length
+
+    def _widen(self, n_pages):
+        """Page tables for n_pages of each head."""
+        if n_pages > self.pages.shape[2]:
+            grown = np.zeros((*self.pages.shape[:2], max(n_pages, 2 * self.pages.shape[2])), np.int32)
+            grown[:, :, : self.pages.shape[2]] = self.pages
+            self.pages = grown
 
     def append(self, layer, k, v, pos):
         """n tokens as one entry each in every head: k, v (H, n, d), pos (n,)."""
@@ -256,13 +267,17 @@ class KVCache:
     def make_room(self):
         """One more entry in every head; what it is, is not written yet."""
         size = self.pool.page_size
-        slow = self.lengths % size == 0  # a new page
-        open_pages = np.take_along_axis(self.pages, (self.lengths // size * ~slow)[:, :, None], axis=2)[:, :, 0]
-        slow[~slow] = self.pool.refs[open_pages[~slow]] > 1  # or one that a fork holds too
-        self.lengths[~slow] += 1
-        for layer, head in np.argwhere(slow):
+        new = self.lengths % size == 0  # a page, of all heads at once: there may be thousands
+        shared = ~new  # or one of its own, where a fork holds it too
+        open_pages = np.take_along_axis(self.pages, (self.lengths // size * shared)[:, :, None], axis=2)[:, :, 0]
+        shared[shared] = self.pool.refs[open_pages[shared]] > 1
+        for layer, head in np.argwhere(shared):
             length = int(self.lengths[layer, head])
             self._resize(layer, head, length, length + 1)
+        self._widen(int(self.lengths.max()) // size + 1)
+        at = np.nonzero(new)
+        self.pages[(*at, self.lengths[at] // size)] = self.pool.alloc(len(at[0]))
+        self.lengths[~shared] += 1
 
     def read(self, layer, start=None):
         """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""

@@ -210,6 +210,7 @@ def labels(flags):
         ("--tau 0.7 --kv-budget full", ["full", "semanticache tau=0.7"]),
         ("--kv-method full", ["full"]),
         ("--kv-budget 0.2 --kv-window 9 --kv-set reach=9", ["default 0.2 window=9 reach=9"]),
+        ("--kv-method razor --kv-budget 0.2 --kv-set retrieval_heads=1:0", ["razor 0.2 retrieval_heads=1:0"]),
     ],
 )
 def test_caches(flags, expected):
