@@ -44,7 +44,7 @@ def local_errors(llm, full, caches, token_ids):
     x = model.ops.embed(model.embedding, token_ids)
     errors = np.empty((len(caches), len(model.blocks)))
     for index in range(len(model.blocks)):
-        wanted, *found = (model._attention(index, x, cos, sin, cache.layer(index))[-1] for cache in (full, *caches))
+        wanted, *found = (model.attention(index, x, cos, sin, cache.layer(index))[-1] for cache in (full, *caches))
         errors[:, index] = [np.linalg.norm(mixed - wanted) / np.linalg.norm(wanted) for mixed in found]
-        model._output(index, x, wanted)
+        model.output(index, x, wanted)
     return errors

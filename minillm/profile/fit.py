@@ -23,7 +23,7 @@ def second_reading(llm, token_ids):
     x, again = ops.embed(model.embedding, token_ids), Rereading(model, token_ids, empty)
     for index, block in enumerate(model.blocks):
         h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
-        _, _, k, v, _, mixed = model._attention(index, x, cos, sin, empty.layer(index))
+        _, _, k, v, _, mixed = model.attention(index, x, cos, sin, empty.layer(index))
         rows = Layer(
             index,
             k.reshape(-1, config.head_dim),
@@ -35,7 +35,7 @@ def second_reading(llm, token_ids):
             attention_window=config.sliding_window,
         )
         yield ops.stored_rows(h), np.log(reread(rows, "mean").reshape(config.n_kv_heads, n) + np.float32(FLOOR))
-        model._output(index, x, mixed)
+        model.output(index, x, mixed)
 
 
 class Equations:
