@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minillm.cache import KVCache
-from minillm.compress.plan import Queries, runs
+from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.rope import Rope
 from minillm.sampling import sample_each
@@ -277,45 +277,34 @@ class Model:
 
 
 class Rereading:
-    """A second reading of the new tokens, carried through the layers beside the first. What it attends to says what the
-    text needs (KVzip, KVCompose, hindsight).
+    """A second reading of the new tokens, carried through the layers beside the first: in blocks, each of which sees
+    the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight).
 
-    It repeats the text in equal stretches of at most STRETCH tokens (and half of a sliding window). The repetition
-    follows upon the stretch, and sees what earlier turns have left (of a first turn the first SINKS tokens), the
-    stretch and itself: its cost is linear in the text. Beside what the first reading takes, it takes a hidden state a
-    token and a stretch's keys and values once more."""
+    Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
 
-    STRETCH = 2048  # tokens
-    SINKS = 4  # tokens, which take the attention that has nowhere to go
+    BLOCK = 2048  # tokens
 
     def __init__(self, model, token_ids, cache):
         self.model, self.cache, n = model, cache, len(token_ids)
-        most = max(1, min(self.STRETCH, (model.config.sliding_window or 2 * self.STRETCH) // 2))
-        edges = np.linspace(0, n, -(-n // most) + 1).astype(int).tolist()
-        self.stretches = [slice(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
-        self.seen = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of what a repetition sees
+        self.position = cache.position + n  # of the second reading's first token
+        self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
+        self.blocks = [slice(lo, min(lo + self.BLOCK, n)) for lo in range(0, n, self.BLOCK)]
         self.x = model.ops.embed(model.embedding, token_ids)
 
     def layer(self, index, k, v, pos):
         """Read on through layer `index`, whose new keys and values are k, v (H, n, d). -> a list of Queries."""
-        model, queries = self.model, []
-        old = self.cache.read(index) if self.cache.seen else None
-        for rows in self.stretches:
-            sees = np.zeros(len(pos), bool)
-            sees[rows] = True
-            if old is None:
-                sees[: self.SINKS] = True
-            self.seen.cut(np.zeros_like(self.seen.lengths))
-            if old is not None:
-                self.seen.write(0, old)
-            parts = [[head[lo:hi] for head in heads for lo, hi in runs(sees)] for heads in (k, v)]
-            together = (model.ops.concatenate(part).reshape(len(k), -1, k.shape[2]) for part in parts)
-            self.seen.append(0, *together, pos[sees])
-            at = pos[rows.stop - 1] + 1 + np.arange(rows.stop - rows.start)
-            tables, past = model.rope.tables(at, int(at[-1]) + 1), replace(self.seen.layer(0), seen=int(at[0]))
-            q, lse, _, _, _, mixed = model.attention(index, self.x[rows], *tables, past, {"queries"})
-            model.output(index, self.x[rows], mixed)
-            queries.append(Queries(q, at, lse, None if sees.all() else sees))
+        model, text, queries = self.model, self.text, []
+        text.cut(np.zeros_like(text.lengths))
+        if self.cache.seen:
+            text.write(0, self.cache.read(index))
+        text.append(0, k, v, pos)
+        past = replace(text.layer(0), seen=self.position)
+        for rows in self.blocks:
+            x, pos = self.x[rows], self.position + np.arange(rows.stop - rows.start)
+            tables = model.rope.tables(pos, int(pos[-1]) + 1)
+            q, lse, _, _, _, mixed = model.attention(index, x, *tables, past, {"queries"})
+            model.output(index, x, mixed)
+            queries.append(Queries(q, pos, lse))
         return queries
 
 

@@ -15,7 +15,7 @@ from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
 from minillm.errors import MinillmError
-from minillm.model import Model, Rereading
+from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.cuda_ops import CudaOps
 from minillm.weights import Weight, tensor_shapes
@@ -181,11 +181,6 @@ def test_every_method(device, ids, method):
         if compressor.due(cache):
             model.recompress(cache, compressor)
     assert abs(pair[0].entries - pair[1].entries) <= 8
-
-
-def test_a_second_reading_in_stretches(device, ids, monkeypatch):
-    monkeypatch.setattr(Rereading, "STRETCH", 48)
-    test_every_method(device, ids, "kvzip")
 
 
 @pytest.mark.parametrize("kind", SHARE)

@@ -188,19 +188,15 @@ def test_h2o_evicts_what_was_attended_to_least_so_far(per_query):
 
 
 def rereading(model, ids, block):
-    """Attention of a second reading in equal stretches of at most `block` tokens, in float64 by one pass over all under
-    a mask: [(Hq, n queries, n)]. Each repetition sees the first four tokens, its stretch, and itself."""
+    """Attention of a second reading, in float64 by one pass over all tokens under a mask: [(Hq, n queries, n)]."""
     c, n = model.config, len(ids)
     inv_freq = np.float64(c.rope.theta) ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-    count = math.ceil(n / block)
-    edges = [n * i // count for i in range(count + 1)]
-    of_block = np.array([sum(edge <= i for edge in edges[1:]) for i in range(n)])
-    pos = np.append(np.arange(n), [edges[b + 1] + i - edges[b] for i, b in enumerate(of_block)])
+    of_block = np.arange(n) // block
+    pos = np.append(np.arange(n), n + np.arange(n) % block)
     mask = np.zeros((2 * n, 2 * n), bool)
     mask[:n, :n] = np.tri(n)
-    mask[n:, :n] = (of_block[:, None] == of_block) | (np.arange(n) < 4)
+    mask[n:, :n] = True
     mask[n:, n:] = np.tri(n) * (of_block[:, None] == of_block)
-    mask &= pos > pos[:, None] - (c.sliding_window or 2 * n)
     x, angle, out = np.float64(model.embedding.data)[[*ids, *ids]], pos[:, None] * inv_freq, []
     for w in model.blocks:
         h = rms_norm(x, w.attention_norm, c.rms_eps)
@@ -225,11 +221,11 @@ def kept_positions(cache):
     ]
 
 
-@pytest.mark.parametrize("block, window", [(150, None), (64, None), (7, None), (32, 64)])
+@pytest.mark.parametrize("block", [150, 64, 7])
 @pytest.mark.parametrize("budget, group", [(0.3, "max"), (0.05, "max"), (0.3, "mean")])
-def test_one_cut_of_the_largest_attention_of_a_second_reading(block, window, budget, group, monkeypatch):
-    monkeypatch.setattr(Rereading, "STRETCH", 150 if window else block)  # a window holds a stretch twice
-    model, ids, n = model_of(config_of(n_layers=3, sliding_window=window)), ids_of(150), 150
+def test_one_cut_of_the_largest_attention_of_a_second_reading(block, budget, group, monkeypatch):
+    monkeypatch.setattr(Rereading, "BLOCK", block)
+    model, ids, n = model_of(config_of(n_layers=3)), ids_of(150), 150
     cache = new_cache(model)
     model.extend(ids, cache, compressor_of(model, "kvzip", budget, sinks=0, window=0, group=group))
     scores = {}

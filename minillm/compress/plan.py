@@ -17,13 +17,11 @@ class Queries:
     """Queries of one layer whose attention says what matters.
 
     lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows
-    and, in a second reading of the text, what it had read of that. None: over the rows.
-    sees: which of the n new tokens they see beside all older rows; None: all."""
+    and, in a second reading of the text, what it had read of that. None: over the rows."""
 
     q: np.ndarray  # (Hq, m, d) rotated
     pos: np.ndarray  # (m,)
     lse: np.ndarray | None = None  # (Hq, m)
-    sees: np.ndarray | None = None  # (n,) bool
 
 
 @dataclass
@@ -111,31 +109,13 @@ class Layer:
     def column_scores(self, reduce, min_distance=0):
         """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;
         only queries at least min_distance positions after it count."""
+        rows = self.k, self.lengths, np.log(self.size), self.pos
         common = {"reduce": reduce, "min_distance": min_distance}
-        parts = []
-        for x in self.queries:
-            seen, part = self._seen(x), np.zeros((x.q.shape[0] // len(self.lengths), len(self.pos)), np.float32)
-            keys = self.k if seen.all() else self.ops.concatenate([self.k[lo:hi] for lo, hi in runs(seen)])
-            lengths = np.bincount(self.heads[seen], minlength=len(self.lengths))
-            rows = keys, lengths, np.log(self.size[seen]), self.pos[seen]
-            part[:, seen] = self.ops.column_scores(
-                x.q, *rows, x.pos, self.scale, self.attention_window, lse=x.lse, **common
-            )
-            parts.append(part)
+        parts = [
+            self.ops.column_scores(x.q, *rows, x.pos, self.scale, self.attention_window, lse=x.lse, **common)
+            for x in self.queries
+        ]
         return np.sum(parts, axis=0) if reduce == "sum" else np.max(parts, axis=0)
-
-    def _seen(self, queries):
-        """(R,) bool: the rows that they see."""
-        seen = np.ones(len(self.pos), bool)
-        if queries.sees is not None:
-            for end in np.cumsum(self.lengths):
-                seen[end - len(queries.sees) : end] = queries.sees
-        return seen
-
-
-def runs(mask):
-    """[lo, hi] of each stretch of a mask (n,) bool that is true."""
-    return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).tolist()
 
 
 @dataclass
