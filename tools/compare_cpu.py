@@ -429,7 +429,8 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("compare_cpu"), help="folder for files that are made")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END} in it")
     args = parser.parse_args()
-    before, after = around_marks(args.write) if args.write else ("", "")  # said before the run, not after it
+    if args.write:
+        around_marks(args.write)  # what is wrong with the file is said before the run, not after it
     from minillm import bench, hub, ops
 
     files, notes = hub.resolve(args.model), []
@@ -442,6 +443,7 @@ def main():
     shown = tables(args, found, figures, notes, load, (bandwidth, ops.backend("cpu").bandwidth()))
     print(shown)
     if args.write:
+        before, after = around_marks(args.write)
         args.write.write_text(f"{before}\n{shown}\n{after}", encoding="utf-8")
 
 
