@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillm import cli, hub, ops
-from minillm.compress.config import CacheConfig
+from minillm.compress.config import unusual
 from minillm.compress.methods import methods_table
 from minillm.config import read_config
 from minillm.errors import MinillmError, UsageError
@@ -159,13 +159,10 @@ def _caches(args):
 def _label(config):
     if config.method == "full":
         return "full"
-    values, table = config.as_dict(), CacheConfig.option_table(config.method)
-    needed = {name: values[name] for name, option in table.items() if option.needed}
-    usual = {
-        name: value for name, value in CacheConfig(config.method, **needed).as_dict().items() if name not in needed
-    }
-    budget = values.pop("budget") or values.pop("quality", None)
-    named = [f"{name}={value}" for name, value in values.items() if value != usual.get(name)]
+    cache = config.as_dict()
+    values = unusual(cache)
+    budget = cache["budget"] or values.pop("quality", None)
+    named = [f"{name}={value}" for name, value in values.items()]
     return " ".join([config.method or "default", *([] if budget is None else [str(budget)]), *named])
 
 

@@ -18,7 +18,7 @@ VERSIONS = {"minillm": "1"}
 def cache(method, budget=0.5, **options):
     usual = {"tau": None, "rope": "unrotated"} if method == "semanticache" else {}
     common = {"method": method, "budget": budget, "window": 32, "sinks": 4, "recompress": 256}
-    return common | (tables.CacheConfig("semanticache").as_dict() | common if usual else {}) | options
+    return common | (CacheConfig("semanticache").as_dict() | common if usual else {}) | options
 
 
 def row(task, seed, config, scores, kind="prose", length=1000, protocol="aware", **more):

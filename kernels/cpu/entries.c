@@ -1,16 +1,6 @@
 /* Entries of a layer into its pages. */
 #include "minillm_cpu.h"
 
-#include <string.h>
-
-static void put(const float *rows, int64_t n, int bf16, void *field, int64_t at)
-{
-    if (bf16)
-        kernels->bf16_from(rows, n, (uint16_t *)field + at);
-    else
-        memcpy((float *)field + at, rows, sizeof(float) * (size_t)n);
-}
-
 static int64_t pages_of(const Entries *e, int64_t head)
 {
     const int64_t size = e->to.page_size, start = e->start[head], end = start + e->lengths[head];
@@ -33,8 +23,8 @@ static void page(void *context, int64_t task, int thread)
     const Slab *slab;
     const int64_t at = entry_of(&e->to, head, lo, &slab);
     row += lo - start;
-    put(e->k + row * d, n * d, e->to.bf16, slab->k, at * d);
-    put(e->v + row * d, n * d, e->to.bf16, slab->v, at * d);
+    store_words(e->k + row * d, n * d, e->to.bf16, slab->k, at * d);
+    store_words(e->v + row * d, n * d, e->to.bf16, slab->v, at * d);
     memcpy(slab->log_size + at, e->log_size + row, sizeof(float) * (size_t)n);
     memcpy(slab->pos + at, e->pos + row, sizeof(int32_t) * (size_t)n);
 }

@@ -7,6 +7,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -189,6 +190,15 @@ static inline int64_t entry_of(const Paged *layer, int64_t head, int64_t i, cons
     const int64_t page = layer->pages[head * layer->capacity + i / layer->page_size];
     *slab = &layer->slabs[page / layer->slab_pages];
     return page % layer->slab_pages * layer->page_size + i % layer->page_size;
+}
+
+/* n floats into k or v of a slab, from element `at` on. */
+static inline void store_words(const float *x, int64_t n, int bf16, void *field, int64_t at)
+{
+    if (bf16)
+        kernels->bf16_from(x, n, (uint16_t *)field + at);
+    else
+        memcpy((float *)field + at, x, sizeof(float) * (size_t)n);
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -47,9 +47,8 @@ static void pack(void *context, int64_t block, int thread)
                 c->pos[key] = INT32_MIN;
                 if (key >= stored)
                     continue;
-                int64_t page = past->pages[c->head * past->capacity + key / past->page_size];
-                const Slab *slab = &past->slabs[page / past->slab_pages];
-                int64_t entry = page % past->slab_pages * past->page_size + key % past->page_size;
+                const Slab *slab;
+                int64_t entry = entry_of(past, c->head, key, &slab);
                 k[i] = (const char *)slab->k + entry * d * (kind == BF16 ? 2 : 4);
                 v[i] = (const char *)slab->v + entry * d * (kind == BF16 ? 2 : 4);
                 c->bias[key] = slab->log_size[entry] * LOG2E;

@@ -45,16 +45,10 @@ EXPORT void minillm_logits(const Model *m, const float *x, int64_t n, float *log
 /* k, v (d,) into the last entry of a head; its page is this sequence's own. */
 static void append(const Paged *past, int64_t head, int64_t d, const float *k, const float *v)
 {
-    const int64_t last = past->lengths[head] - 1, page = past->pages[head * past->capacity + last / past->page_size];
-    const Slab *slab = &past->slabs[page / past->slab_pages];
-    const int64_t entry = page % past->slab_pages * past->page_size + last % past->page_size;
-    if (past->bf16) {
-        kernels->bf16_from(k, d, (uint16_t *)slab->k + entry * d);
-        kernels->bf16_from(v, d, (uint16_t *)slab->v + entry * d);
-    } else {
-        memcpy((float *)slab->k + entry * d, k, sizeof(float) * (size_t)d);
-        memcpy((float *)slab->v + entry * d, v, sizeof(float) * (size_t)d);
-    }
+    const Slab *slab;
+    const int64_t entry = entry_of(past, head, past->lengths[head] - 1, &slab);
+    store_words(k, d, past->bf16, slab->k, entry * d);
+    store_words(v, d, past->bf16, slab->v, entry * d);
     slab->log_size[entry] = 0;
     slab->pos[entry] = (int32_t)past->seen;
 }

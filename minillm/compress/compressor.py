@@ -286,8 +286,8 @@ class Compression:
         )
 
 
-def _joined(lengths, old, new, concatenate=np.concatenate):
+def _joined(lengths, old, new):
     """old (sum of lengths, ...) rows of heads one after another, and after each head's the new (H, n, ...) ones."""
     ends = np.cumsum(lengths).tolist()
     heads = zip([0, *ends], ends, range(len(ends)), strict=False)
-    return concatenate([part for lo, hi, head in heads for part in (old[lo:hi], new[head])])
+    return np.concatenate([part for lo, hi, head in heads for part in (old[lo:hi], new[head])])

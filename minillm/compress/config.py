@@ -1,6 +1,7 @@
 """CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
 
 import copy
+import functools
 
 import numpy as np
 
@@ -212,3 +213,34 @@ class CacheConfig:
     def __repr__(self):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items() if name != "method")
         return f"CacheConfig({self.method!r}, {shown})"
+
+
+def unusual(cache):
+    """The options of a configuration, but its budget, that are not its method's defaults, or have none."""
+    if cache["method"] == "full":
+        return {}
+    needed = {name: cache[name] for name in _needed(cache["method"])}
+    usual = _usual(cache["method"], **needed)
+    return {
+        name: value
+        for name, value in cache.items()
+        if name not in ("method", "budget") and (name in needed or value != usual.get(name))
+    }
+
+
+@functools.cache
+def _needed(method):
+    """The options that a method cannot do without."""
+    try:
+        return [name for name, option in CacheConfig.option_table(method).items() if option.needed]
+    except UsageError:
+        return []
+
+
+@functools.cache
+def _usual(method, **needed):
+    """The options of a method that is told no others; none of a method that is not here."""
+    try:
+        return CacheConfig(method, **needed).as_dict()
+    except UsageError:
+        return {}

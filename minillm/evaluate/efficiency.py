@@ -6,9 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-from minillm.compress.config import CacheConfig
+from minillm.compress.config import CacheConfig, unusual
 from minillm.errors import MinillmError
-from minillm.evaluate.tables import unusual
 
 GENERATED = 64  # tokens a repetition
 

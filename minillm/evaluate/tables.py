@@ -2,15 +2,13 @@
 samples in every cell."""
 
 import csv
-import functools
 import hashlib
 import json
 import math
 from collections import defaultdict
 from pathlib import Path
 
-from minillm.compress.config import OUTCOMES, CacheConfig
-from minillm.errors import UsageError
+from minillm.compress.config import OUTCOMES, unusual
 from minillm.evaluate.statistics import mean_of, mean_of_groups
 
 # The scores of a task that tables show, the first of which decides; those that are better when they are small.
@@ -41,37 +39,6 @@ def label(cache):
     """A configuration's method and what is unusual about it, without its budget; a long value as its digest."""
     named = (f"{name}={_short(value)}" for name, value in unusual(cache).items() if name not in OUTCOMES)
     return " ".join([cache["method"], *named])
-
-
-def unusual(cache):
-    """The options of a configuration, but its budget, that are not its method's defaults, or have none."""
-    if cache["method"] == "full":
-        return {}
-    needed = {name: cache[name] for name in _needed(cache["method"])}
-    usual = _usual(cache["method"], **needed)
-    return {
-        name: value
-        for name, value in cache.items()
-        if name not in ("method", "budget") and (name in needed or value != usual.get(name))
-    }
-
-
-@functools.cache
-def _needed(method):
-    """The options that a method cannot do without."""
-    try:
-        return [name for name, option in CacheConfig.option_table(method).items() if option.needed]
-    except UsageError:
-        return []
-
-
-@functools.cache
-def _usual(method, **needed):
-    """The options of a method that is told no others; none of a method that is not here."""
-    try:
-        return CacheConfig(method, **needed).as_dict()
-    except UsageError:
-        return {}
 
 
 def _short(value):
