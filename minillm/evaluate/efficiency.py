@@ -1,4 +1,4 @@
-"""What a cache costs and saves in time and memory: minillm.bench on the same configurations."""
+"""What a cache costs and saves in time and memory: minillm.bench on the same configurations, in turn."""
 
 import json
 import platform
@@ -23,28 +23,34 @@ def run(setup, jobs):
     token generated after it, of each repetition; bytes of the cache and of the process at its peak. Raises
     MinillmError."""
     for job in jobs:
-        for cache in job.caches:
-            yield [job.row(cache) | _measure(setup, job.sample, CacheConfig(**cache))]
+        measured = [[] for _ in job.caches]
+        for _ in range(job.sample["repetitions"]):  # a machine that slows down slows all of them
+            for cache, found in zip(job.caches, measured, strict=True):
+                found.append(_measure(setup, job.sample, CacheConfig(**cache)))
+        yield [job.row(cache) | _row(found) for cache, found in zip(job.caches, measured, strict=True)]
 
 
 def _measure(setup, sample, config):
+    """(the rows of minillm.bench for the prompt and for a token after it, the seconds of each)"""
     n, depth = sample["generated"], sample["length"]
-    (prompt,) = bench(setup, sample, config, "-p", depth, "-n", 0)
-    (token,) = bench(setup, sample, config, "-p", 0, "-n", n, "-d", depth)
-    times = {
-        "ttft": [depth / rate for rate in prompt["samples_ts"]],
-        "tpot": [1 / rate for rate in token["samples_ts"]],
-    }
+    (prompt,) = bench(setup, config, "-p", depth, "-n", 0)
+    (token,) = bench(setup, config, "-p", 0, "-n", n, "-d", depth)
+    return prompt, token, depth / prompt["avg_ts"], 1 / token["avg_ts"]
+
+
+def _row(measured):
+    prompts, tokens, ttft, tpot = zip(*measured, strict=True)
+    times, prompt = {"ttft": ttft, "tpot": tpot}, prompts[-1]
     scores = {name: sum(values) / len(values) for name, values in times.items()}
-    scores |= {"cache_bytes": prompt["cache_bytes"], "peak_bytes": max(prompt["peak_bytes"], token["peak_bytes"])}
+    scores |= {"cache_bytes": prompt["cache_bytes"], "peak_bytes": max(row["peak_bytes"] for row in prompts + tokens)}
     machine = {name: prompt[name] for name in ("backend", "dtype", "cpu_info", "n_threads")}
     versions = {"minillm": version("minillm-engine"), "python": platform.python_version(), **machine}
     return {"kept": round(prompt["kept"], 6), "scores": scores, "times": times, "versions": versions}
 
 
-def bench(setup, sample, config, *flags):
-    """The rows that python -m minillm.bench prints as JSON."""
-    command = [sys.executable, "-m", "minillm.bench", "-o", "json", "-r", sample["repetitions"], *flags]
+def bench(setup, config, *flags):
+    """The rows that python -m minillm.bench prints as JSON, of one repetition."""
+    command = [sys.executable, "-m", "minillm.bench", "-o", "json", "-r", 1, *flags]
     command += ["--device", setup.device, "--dtype", setup.dtype, *cache_flags(config)]
     command += ["-m", setup.model] if setup.model else []
     command += ["-t", setup.threads] if setup.threads else []
