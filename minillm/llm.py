@@ -45,7 +45,7 @@ class LLM:
     def set_profile(self, profile):
         """Predict scores by another Profile of this model from now on."""
         self.profile = profile
-        self.model.foresee(profile.weight, profile.bias)
+        self.model.foresee(*profile.projection)
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
@@ -60,7 +60,8 @@ class LLM:
             known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
         model, config = self.model, self.config
-        return Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
+        worth = None if self.profile is None else np.exp(self.profile.worth)
+        return Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window, worth)
 
     def new_cache(self, window=None):
         """An empty KVCache in this model's pool. window: see there."""
@@ -88,8 +89,8 @@ class LLM:
         "float32" (widened at load), "stored" (as in the file, widened tile by tile on every use: slow, small), "auto"
         (float32 where it fits). quantize: "q8_0" or "q4_0" turns 16- and 32-bit weights into such blocks instead, the
         head (and an embedding that is the head) always into q8_0. threads: of the linear algebra library.
-        chat_template: a name or a text in place of the model's. profile: a file of python -m minillm.profile (default:
-        the model's own, where there is one). progress: bars on a terminal's stderr. Raises MinillmError."""
+        chat_template: a name or a text in place of the model's. profile: a file of python -m minillm.profile (None: the
+        model's own, where there is one; False: none). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
         if dtype not in DTYPES:
@@ -123,8 +124,8 @@ class LLM:
         require(backend, files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
         weights = load_weights(files.path, config, dtype=dtype, progress=progress)
         stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
-        profile = find_profile(config, weights, files.path, profile)
-        model = Model(config, weights, backend, profile and (profile.weight, profile.bias))
+        profile = None if profile is False else find_profile(config, weights, files.path, profile)
+        model = Model(config, weights, backend, profile and profile.projection)
         llm = cls(config, model, tokenizer, cache, context or config.context, dtype, stop_ids, profile)
         llm.load_seconds = time.perf_counter() - start
         return llm

@@ -14,7 +14,7 @@ from minillm.compress import compressor as compressor_module
 from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
 from minillm.ops import numpy_ops
-from minillm.profile import fit, make
+from minillm.profile import fit, make, worth
 from minillm.profile.profile import Profile, fingerprint, load, places
 
 F32 = np.float32
@@ -26,8 +26,8 @@ def profile_of(llm, seed=0, **about):
     weight = rng.normal(0, 0.2, (c.n_layers, c.n_kv_heads, c.dim)).astype(np.float16).astype(F32)
     curve = {"threshold": [0.01, 0.1, 0.3, 0.8], "kept": [0.9, 0.6, 0.3, 0.1], "quality": [1.0, 0.99, 0.9, 0.95]}
     about = {"model": c.name, "fingerprint": fingerprint(llm.config, llm.model.norms)} | about
-    bias = rng.normal(-2, 1, weight.shape[:2]).astype(F32)
-    return Profile(weight, bias, {name: np.array(values, F32) for name, values in curve.items()}, about)
+    bias, worth = (rng.normal(mean, spread, weight.shape[:2]).astype(F32) for mean, spread in ((-2, 1), (0, 0.5)))
+    return Profile(weight, bias, worth, {name: np.array(values, F32) for name, values in curve.items()}, about)
 
 
 def blind_model(n_layers=3):
@@ -196,14 +196,88 @@ def tiny(model):
 def test_a_profile_foretells_texts_it_was_not_fitted_on():
     """Tokens of a tiny random model differ in how much they are attended to, and that shows in their embeddings."""
     llm = tiny(model_of(config_of()))
-    texts = [ids_of(300, seed) for seed in range(10)]
+    texts = [make.Reading(ids_of(300, seed)) for seed in range(10)]
     calls = []
     profile = make.make(llm, texts[:8], texts[8:], lambda: calls.append(1))
-    assert len(calls) == 8 + 2 * 2
+    assert len(calls) == 8 + 4 + 2 * 2
+    assert llm.model.blocks[0].b_score == pytest.approx(profile.bias[0] + profile.worth[0])
     assert profile.about["correlation"] > 0.5
     assert (np.diff(profile.curve["threshold"]) > 0).all() and (np.diff(profile.curve["kept"]) < 0).all()
     assert profile.curve["quality"].shape == profile.curve["kept"].shape
     assert llm.profile is profile and "correlation" in make.report(profile)
+
+
+# what an entry is worth
+
+
+def cost(llm, config, ids, passages):
+    """Nats a token of passages, read one by one after ids that were compressed as any prompt is."""
+    cache, losses = llm.new_cache(), []
+    llm.model.extend(ids, cache, llm.compressor_for(config))
+    for passage, scored in passages:
+        following = passage[1:][-(scored or len(passage)) :]
+        logits = llm.model.logits(llm.model.extend(passage[:-1], cache.fork())[-len(following) :]).astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        losses.append(-np.mean([row[token] for row, token in zip(log_p, following, strict=True)]))
+    return np.mean(losses), cache.lengths.copy()
+
+
+def test_a_trial_says_what_a_compressed_prompt_would(monkeypatch):
+    """Of each head, with its scores raised and lowered in the profile, and the text read anew."""
+    monkeypatch.setattr(worth, "TOKENS", 300)
+    llm, ids = tiny(model_of(config_of())), ids_of(320)
+    profile = profile_of(llm)
+    llm.set_profile(profile)
+    trial = worth.Trial(llm, ids, asks=[5, 6])
+    assert len(trial.passages) == 2 + 3 + 1 and all(list(passage[:2]) == [5, 6] for passage, _ in trial.passages[:5])
+    base, lengths = cost(llm, trial.config, ids[:300], trial.passages)
+    assert 0 <= lengths.sum() - worth.BUDGET * 300 * lengths.size < 10  # tokens that are alike score alike
+    assert trial.base == pytest.approx(base, rel=1e-5)
+    for index, head in ((1, 1), (0, 0), (1, 0)):
+        expected = {}
+        for sign in (1, -1):
+            profile.bias[index, head] += sign * worth.SHIFT
+            llm.set_profile(profile)
+            expected[sign] = cost(llm, trial.config, ids[:300], trial.passages)
+            profile.bias[index, head] -= sign * worth.SHIFT
+        llm.set_profile(profile)
+        lost, entries = trial.tried(index, head)
+        assert entries == (expected[1][1] - expected[-1][1]).sum() > 0
+        assert lost == pytest.approx(expected[-1][0] - expected[1][0], abs=1e-5)
+
+
+def test_a_head_that_is_not_listened_to_is_worth_the_least():
+    model = model_of(config_of())
+    model.blocks[1].wo.data[:, : model.config.n_heads // 2 * model.config.head_dim] = 0
+    llm = tiny(model)
+    llm.set_profile(profile_of(llm))
+    lost, entries = worth.try_heads(llm, [(ids_of(300, seed), []) for seed in range(3)])
+    assert (lost[:, 1, 0] == 0).all() and (entries[:, 1, 0] > 0).all() and (lost[:, 0] != 0).any()
+
+
+def test_what_is_little_known_of_a_head_counts_little():
+    """Heads of known worth, tried with noise of one size: what is found is close where entries were many, and the mean
+    where they were few."""
+    rng, true = np.random.default_rng(0), np.array([[0.5, 2.0, 0.5, 2.0, 1.0, 1.0]])
+    entries = np.tile(np.array([[400, 400, 1, 1, 400, 400]]), (24, 1, 1))
+    lost = 1e-4 * true * entries + rng.normal(0, 0.004, entries.shape)
+    found = worth.log_worth(lost, entries)
+    np.testing.assert_allclose(np.exp(found / worth.STEP)[0, [0, 1, 4, 5]], true[0, [0, 1, 4, 5]] / 1.125, rtol=0.15)
+    assert np.abs(found[0, 2:4]).max() < 0.2
+    assert not worth.log_worth(-lost, entries).any()  # a budget at which nothing is lost says nothing
+
+
+def test_a_second_reading_counts_for_what_entries_are_worth():
+    """hindsight's scores with a profile are those without one, times what an entry of the head is worth."""
+    llm, ids = tiny(model_of(config_of())), ids_of(300)
+    llm.profile = profile_of(llm)
+    scores = {}
+    for name, options in {"hindsight": {}, "without": {"worth": False}}.items():
+        cache = llm.new_cache()
+        llm.model.extend(ids, cache, llm.compressor_for(CacheConfig("hindsight", 1.0, **options)))
+        scores[name] = np.reshape(cache.scores, (*cache.lengths.shape, 300))
+    expected = scores["without"] * np.exp(llm.profile.worth)[:, :, None]
+    np.testing.assert_allclose(scores["hindsight"], expected, rtol=1e-6)
 
 
 # files
@@ -222,6 +296,7 @@ def test_a_file_gives_back_what_was_saved(folder, tmp_path):
     again = load(tmp_path / "deep" / "a.profile")
     np.testing.assert_array_equal(again.weight, profile.weight)
     np.testing.assert_array_equal(again.bias, profile.bias)
+    np.testing.assert_array_equal(again.worth, profile.worth)
     assert again.about == profile.about
     assert all((again.curve[name] == values).all() for name, values in profile.curve.items())
 
@@ -263,7 +338,13 @@ def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch
     assert "held-out rank correlation" in said and said.count("| ") > 12
     with LLM.load(folder) as llm:
         assert llm.profile.about["texts"] == [str(i) for i in range(5)]
+        mark = llm.profile.about["fingerprint"]
         assert llm.cache_config.method == "foresight"
+    made = places(mark, folder)[1]
+    made.write_bytes(b"of another version")  # does not stand in the way of a new one
+    with pytest.raises(MinillmError, match="make one with python -m minillm.profile"):
+        LLM.load(folder)
+    assert make.main(["-m", str(folder), "--texts", str(texts), "--length", "300"]) == 0 and load(made)
     (texts / "0.txt").unlink()
     assert make.main(["-m", str(folder), "--texts", str(texts)]) == 2
     assert "4 .txt files, and 5 at least are needed" in capsys.readouterr().err

@@ -32,11 +32,11 @@ VARIANTS = {  # label -> keywords of `fit`
 def collect(llm, readings):
     """(h [(N, dim)] and scores [(N, H)] of each layer, (N,) whether a row begins a text)."""
     hidden, scores = ([[] for _ in range(llm.config.n_layers)] for _ in "hs")
-    for ids in tqdm(readings, unit="text", disable=None):
+    for ids, _ in tqdm(readings, unit="text", disable=None):
         for layer, (h, y) in enumerate(second_reading(llm, ids)):
             hidden[layer].append(np.array(h))
             scores[layer].append(np.exp(y.T) - np.float32(FLOOR))
-    begins = np.concatenate([np.arange(len(ids)) == 0 for ids in readings])
+    begins = np.concatenate([np.arange(len(ids)) == 0 for ids, _ in readings])
     return [np.concatenate(parts) for parts in hidden], [np.concatenate(parts) for parts in scores], begins
 
 
@@ -88,7 +88,7 @@ def main():
     with LLM.load(args.model, cache=CacheConfig("full"), threads=args.threads) as llm:
         readings = make.encode(llm, make.read_texts(), args.length)
         hidden, scores, begins = collect(llm, readings)
-    lengths = [len(ids) for ids in readings]
+    lengths = [len(ids) for ids, _ in readings]
     number = np.repeat(np.arange(len(readings)), lengths)
     fitted = (number + 1) % make.HELD_OUT != 0
     shown = np.stack([layer[~fitted] for layer in scores])

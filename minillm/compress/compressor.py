@@ -19,11 +19,12 @@ MAX_OPEN = 256  # generated text without a delimiter is compressed all the same 
 class Compressor:
     """Compresses the sequences of one model with one CacheConfig.
 
-    classes (vocab,) uint8: DelimiterClass of each token id. scale, window: of the model's attention."""
+    classes (vocab,) uint8: DelimiterClass of each token id. scale, window: of the model's attention. worth (L, H)
+    float32: what an entry is worth in each head, where a profile of the model says that."""
 
-    def __init__(self, config, rope, ops, classes, scale=1.0, window=None):
+    def __init__(self, config, rope, ops, classes, scale=1.0, window=None, worth=None):
         self.config, self.rope, self.ops, self.classes = config, rope, ops, classes
-        self.scale, self.window = scale, window
+        self.scale, self.window, self.worth = scale, window, worth
         self.outputs = {}  # layer -> Output
 
     @property
@@ -280,6 +281,7 @@ class Compression:
             queries=queries,
             generated=self.generated,
             threshold=None if np.isnan(threshold) else float(threshold),
+            worth=None if compressor.worth is None else compressor.worth[index],
             output=compressor.outputs.get(index),
             scale=compressor.scale,
             attention_window=compressor.window,

@@ -49,7 +49,7 @@ METHODS = {
         "reread",
         "global",
         "fold",
-        defaults=LOSSLESS,
+        defaults=LOSSLESS | {"worth": True},
     ),
     "foresight": Method(
         "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",

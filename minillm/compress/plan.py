@@ -46,6 +46,7 @@ class Layer:
     history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
     predicted: np.ndarray | None = None  # (R,) float32: the attention that the profile predicts each row to be worth
     threshold: float | None = None  # that an earlier compression came to
+    worth: np.ndarray | None = None  # (H,) float32: what an entry of each head is worth, where a profile says that
     output: Output | None = None  # the layer's W_O
     scale: float = 1.0  # of the logits
     attention_window: int | None = None  # the model's sliding window

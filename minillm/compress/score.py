@@ -50,11 +50,14 @@ def columns(layer, per_query):
     return sums / new if history is None else (history * (since - new) + sums) / since.astype(np.float32)
 
 
-def reread(layer, group):
+def reread(layer, group, worth):
     """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row, the largest of
-    the group's query heads; hindsight: their mean."""
+    the group's query heads; hindsight: their mean, times what an entry of the head is worth where that is known."""
     largest = layer.column_scores("max")
-    return largest_so_far(layer, largest.max(axis=0) if group == "max" else largest.mean(axis=0))
+    scores = largest.max(axis=0) if group == "max" else largest.mean(axis=0)
+    if worth and layer.worth is not None:
+        scores = scores * layer.worth[layer.heads]
+    return largest_so_far(layer, scores)
 
 
 def largest_so_far(layer, scores):
@@ -150,6 +153,7 @@ POOL = Option(7, number(1, 1 << 10, int), "neighbours whose scores are pooled")
 POOLING = Option("max", one_of("max", "avg"), "max or avg")
 WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
 GROUP = Option("mean", one_of("mean", "max"), "of the query heads of a KV head: mean or max")
+WORTH = Option(False, one_of(True, False), "times what an entry of the head is worth, where a profile says that")
 PER_QUERY = Option(False, one_of(True, False), "divided by the number of queries that have seen the row")
 QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
 HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
@@ -161,7 +165,11 @@ SCORES = {
     "window": Score(window, "attention of the newest queries", WINDOW | {"group": GROUP}, "new"),
     "columns": Score(columns, "attention of all queries, summed", {"per_query": PER_QUERY}, "new", True),
     "reread": Score(
-        reread, "the largest attention when the text is read a second time", {"group": GROUP}, "again", True
+        reread,
+        "the largest attention when the text is read a second time",
+        {"group": GROUP, "worth": WORTH},
+        "again",
+        True,
     ),
     "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
     "composite": Score(

@@ -184,7 +184,7 @@ def _command(parser, name):
         n = FOLLOWING[name]
         add("--following", type=cli.positive, default=n, metavar="N", help=f"tokens that are scored (default {n})")
     if name == "efficiency":
-        add("-r", "--repetitions", type=cli.positive, default=3, metavar="N", help="each after one to warm up (default 3)")
+        add("-r", "--repetitions", type=cli.positive, default=3, metavar="N", help="each after a warm-up (default 3)")
     else:
         default = SUITE_SAMPLES if name == "suite" else {"longbench": None}.get(name, 24)
         add(

@@ -34,7 +34,10 @@ def second_reading(llm, token_ids):
             scale=model.scale,
             attention_window=config.sliding_window,
         )
-        yield ops.stored_rows(h), np.log(reread(rows, "mean").reshape(config.n_kv_heads, n) + np.float32(FLOOR))
+        yield (
+            ops.stored_rows(h),
+            np.log(reread(rows, "mean", worth=False).reshape(config.n_kv_heads, n) + np.float32(FLOOR)),
+        )
         model.output(index, x, mixed)
 
 

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,11 +18,14 @@ from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
 from minillm.profile.profile import Profile, fingerprint, places
+from minillm.profile.worth import log_worth, try_heads
 from minillm.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"
 LENGTH, SHORTEST = 2048, 256  # tokens of a text
 HELD_OUT = 5  # every so many-th text
+TRIALS = 2  # of the others every so many-th says what entries are worth
+QUESTION = "\n\nWhat does it say after this?"
 SHARES = (0.8, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13, 0.1, 0.07, 0.05, 0.035, 0.025)  # of the scores, above the thresholds
 
 DESCRIPTION = """\
@@ -38,10 +42,11 @@ def main(argv=None):
 def _run(argv):
     args = _parser().parse_args(argv)
     texts = read_texts(args.texts)
-    llm = LLM.load(args.model, cache=CacheConfig("full"), progress=True, **cli.machine(args))
+    llm = LLM.load(args.model, cache=CacheConfig("full"), profile=False, progress=True, **cli.machine(args))
     readings = encode(llm, texts, min(args.length, llm.context))
     fitted, held_out = split(readings)
-    with tqdm(total=len(fitted) + 2 * len(held_out), unit="text", disable=None) as bar:
+    total = len(fitted) + len(fitted[::TRIALS]) + 2 * len(held_out)
+    with tqdm(total=total, unit="text", disable=None) as bar:
         profile = make(llm, fitted, held_out, bar.update)
     profile.about |= {"texts": sorted(texts), "digest": digest(texts), "length": args.length}
     path = args.out
@@ -88,15 +93,26 @@ def digest(texts):
     return hashlib.sha256("\0".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
 
 
+class Reading(NamedTuple):
+    """ids: of a text. asks: what stands between it and a passage of it: in a chat a question, the end of the turn."""
+
+    ids: list[int]
+    asks: list[int] = ()
+
+
 def encode(llm, texts, length):
-    """Token ids of each text, `length` of them at most; every other text is what a user says in a chat, where the model
+    """A Reading of each text, `length` tokens at most; every other text is what a user says in a chat, where the model
     has a template for that. Texts that are too short to be compressed are left out."""
+    chats, asks = bool(llm.tokenizer and llm.tokenizer.has_chat_template), []
+    if chats:
+        one, other = (llm.encode([{"role": "user", "content": word + QUESTION}]) for word in ("one", "two"))
+        asks = one[next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b) + 1 :]
     readings = []
     for number, name in enumerate(sorted(texts)):
-        chat = number % 2 and llm.tokenizer and llm.tokenizer.has_chat_template
+        chat = number % 2 and chats
         ids = llm.encode([{"role": "user", "content": texts[name]}] if chat else texts[name])[:length]
         if len(ids) >= min(SHORTEST, length):
-            readings.append(ids)
+            readings.append(Reading(ids, asks if chat else []))
     return readings
 
 
@@ -107,34 +123,37 @@ def split(readings):
 
 
 def make(llm, fitted, held_out, done=lambda: None):
-    """The Profile of a model from lists of token ids. done() is called after every reading."""
+    """The Profile of a model from Readings. done() is called after every one."""
     config = llm.config
     equations = [Equations(config.dim, config.n_kv_heads) for _ in range(config.n_layers)]
-    for ids in fitted:
+    for ids, _ in fitted:
         for layer, (h, y) in zip(equations, second_reading(llm, ids), strict=True):
             layer.add(h, y.T)
         done()
     weight, bias = (np.stack(parts) for parts in zip(*(layer.solve() for layer in equations), strict=True))
+    about = {
+        "model": config.name,
+        "fingerprint": fingerprint(config, llm.model.norms),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"minillm": version("minillm-engine"), "numpy": np.__version__},
+    }
+    profile = Profile(weight, bias, np.zeros_like(bias), {}, about)
+    llm.set_profile(profile)
+    profile.worth = log_worth(*try_heads(llm, fitted[::TRIALS], done))
+    llm.set_profile(profile)
+    weight, bias = profile.projection
     correlations, predicted = [], []
-    for ids in held_out:
+    for ids, _ in held_out:
         foretold = []
         for layer, (h, y) in enumerate(second_reading(llm, ids)):
             foretold.append(weight[layer] @ h.T + bias[layer][:, None])
             correlations += [rank_correlation(a, b) for a, b in zip(foretold[-1], y, strict=True)]
         predicted.append(np.exp(foretold).ravel())
         done()
-    about = {
-        "model": config.name,
-        "fingerprint": fingerprint(config, llm.model.norms),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"minillm": version("minillm-engine"), "numpy": np.__version__},
-        "correlation": round(float(np.mean(correlations)), 4),
-    }
-    profile = Profile(weight, bias, {}, about)
-    llm.set_profile(profile)
+    about["correlation"] = round(float(np.mean(correlations)), 4)
     thresholds = np.quantile(np.concatenate(predicted), 1 - np.array(SHARES)).astype(np.float32)
     kept, right = [], []
-    for ids in held_out:
+    for ids, _ in held_out:
         shares, counts = repeat(llm, ids, thresholds)
         kept.append(shares)
         right.append(counts)

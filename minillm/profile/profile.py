@@ -2,7 +2,8 @@
 
 In every layer the score of a token in a head is w . h + b: h is the normalised hidden state that the head's query, key
 and value are made from, and the score is the log of the largest attention that the token gets from that head when the
-text is read a second time. So a profile is a fourth projection beside W_Q, W_K and W_V, one number a head."""
+text is read a second time. So a profile is a fourth projection beside W_Q, W_K and W_V, one number a head. To it comes
+the log of what an entry of the head is worth beside those of others (minillm.profile.worth)."""
 
 import hashlib
 import json
@@ -15,26 +16,32 @@ from minillm.config import read_config
 from minillm.errors import MinillmError
 from minillm.weights import load_weights
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".profile"
 
 
 @dataclass
 class Profile:
-    """weight (L, H, dim) and bias (L, H) float32. curve: name -> (m,) float32 for m thresholds, ascending: "threshold",
-    a score; "kept", the share of the entries that reach it; "quality", the share of the full cache's token accuracy
-    that is left then when held-out texts are repeated from memory. about: plain values: model, fingerprint, date,
-    versions, texts, held-out rank correlation."""
+    """weight (L, H, dim), bias and worth (L, H) float32. curve: name -> (m,) float32 for m thresholds, ascending:
+    "threshold", a score; "kept", the share of the entries that reach it; "quality", the share of the full cache's token
+    accuracy that is left then when held-out texts are repeated from memory. about: plain values: model, fingerprint,
+    date, versions, texts, held-out rank correlation."""
 
     weight: np.ndarray
     bias: np.ndarray
+    worth: np.ndarray
     curve: dict[str, np.ndarray]
     about: dict
 
     @property
+    def projection(self):
+        """(weight, bias) of what is predicted, what entries are worth included."""
+        return self.weight, self.bias + self.worth
+
+    @property
     def digest(self):
         """Of what it predicts."""
-        return hashlib.sha256(self.weight.tobytes() + self.bias.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(b"".join(part.tobytes() for part in self.projection)).hexdigest()[:16]
 
     def threshold(self, quality):
         """The highest threshold at which, and at all below which, at least `quality` was left."""
@@ -52,7 +59,7 @@ class Profile:
         """Write the file: the projections in 16 bits, which is more than their fit knows."""
         from safetensors.numpy import save_file
 
-        arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias} | self.curve
+        arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias, "worth": self.worth} | self.curve
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.array(array, order="C") for name, array in arrays.items()}  # it writes memory as it lies
@@ -69,17 +76,18 @@ def load(path):
             arrays = {name: file.get_tensor(name) for name in file.keys()}
         if about.pop("format") != FORMAT:
             raise ValueError("another version of minillm wrote it")
-        weight, bias = arrays.pop("weight").astype(np.float32), arrays.pop("bias")
+        weight, bias, worth = arrays.pop("weight").astype(np.float32), arrays.pop("bias"), arrays.pop("worth")
         curve = {name: arrays[name] for name in ("threshold", "kept", "quality")}
-        if weight.ndim != 3 or bias.shape != weight.shape[:2] or not {"model", "fingerprint"} <= about.keys():
+        shapes = {bias.shape, worth.shape, weight.shape[:2]}
+        if weight.ndim != 3 or len(shapes) > 1 or not {"model", "fingerprint"} <= about.keys():
             raise ValueError("its parts do not fit one another")
-        if not all(np.isfinite(array).all() for array in (weight, bias, *curve.values())):
+        if not all(np.isfinite(array).all() for array in (weight, bias, worth, *curve.values())):
             raise ValueError("it holds NaN or infinity")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MinillmError(
             f"{path} is not a minillm profile ({error}): make one with python -m minillm.profile"
         ) from None
-    return Profile(weight, bias, curve, about)
+    return Profile(weight, bias, worth, curve, about)
 
 
 def fingerprint(config, norms):
