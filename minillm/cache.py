@@ -7,7 +7,8 @@ methods.
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -111,13 +112,18 @@ class PagePool:
 
 @dataclass
 class Entries:
-    """Entries of one layer, heads one after another: E = lengths.sum() rows. k and v: arrays of the backend."""
+    """Entries of one layer, heads one after another: E = lengths.sum() rows. Arrays of the backend, but for lengths."""
 
     k: np.ndarray  # (E, d) rotated at `pos`
     v: np.ndarray  # (E, d)
     log_size: np.ndarray  # (E,) float32; log of the number of tokens an entry stands for
     pos: np.ndarray  # (E,) int32
     lengths: np.ndarray  # (H,) entries of each head
+
+    def on_host(self, ops):
+        """The same in NumPy, k and v in float32."""
+        k, v = (ops.host(ops.stored_rows(rows)) for rows in (self.k, self.v))
+        return Entries(k, v, ops.host(self.log_size), ops.host(self.pos), self.lengths)
 
 
 @dataclass
@@ -148,8 +154,9 @@ class PagedLayer:
     def read(self, head, start=0):
         """k (m, d), v (m, d) float32, log_size (m,), pos (m,) of the head's entries from `start` on, m = length -
         start: copies, or a view where the pages lie together."""
-        rows = self.pool.ops.stored_rows
-        runs = [(rows(k), rows(v), log_size, pos) for k, v, log_size, pos in self.runs(head, start)]
+        ops = self.pool.ops
+        rows = lambda stored: ops.host(ops.stored_rows(stored))  # noqa: E731
+        runs = [(rows(k), rows(v), ops.host(log_size), ops.host(pos)) for k, v, log_size, pos in self.runs(head, start)]
         if not runs:
             empty = np.zeros((0, self.pool.head_dim), np.float32)
             return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)
@@ -169,7 +176,8 @@ class KVCache:
         self.token_ids = []  # the tokens read
         self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
         self.queries = None  # [(L, Hq, d)] of the tokens generated since the last compression, if the next asks
-        self.predicted = None  # for each layer [(H, n)]: predicted scores of the tokens read since then, if it asks
+        self.predicted = None  # for each layer [(H, n)]: predicted scores of the tokens read since then, if it asks;
+        # arrays of the backend or, of generated tokens, of the host
         self.scores = None  # [(E,)] of each layer: what the last compression's entries scored, if the next asks
         self.thresholds = None  # (L,) float64 that the last compression came to (NaN: none), where it has such
         self.shift = 0  # how much lower the position of the next token is than the number of tokens seen
@@ -286,6 +294,11 @@ class KVCache:
         k, v = (ops.gather(StoredRows(view, start, field)) for field in ("k", "v"))
         return Entries(k, v, *ops.read_labels(view, start), view.lengths - start)
 
+    def noted(self, layer):
+        """(H, n) the predicted scores of a layer, an array of the backend."""
+        runs = (np.concatenate(list(run), axis=1) for _, run in groupby(self.predicted[layer], type))
+        return np.concatenate([self.pool.ops.array(run) for run in runs], axis=1)
+
     def advance(self, token_ids, tail=None):
         """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any
         Plan now."""
@@ -334,8 +347,7 @@ class KVCache:
 
     def state(self):
         """Everything stored, as plain arrays: name -> array."""
-        layers, host = [self.read(layer) for layer in range(len(self.lengths))], self.pool.ops.stored_rows
-        layers = [replace(e, k=host(e.k), v=host(e.v)) for e in layers]
+        layers = [self.read(layer).on_host(self.pool.ops) for layer in range(len(self.lengths))]
         arrays = {name: np.concatenate([getattr(e, name) for e in layers]) for name in ("k", "v", "log_size", "pos")}
         return arrays | {
             "lengths": self.lengths.copy(),
@@ -347,16 +359,16 @@ class KVCache:
 
     def _left(self):
         """What the last compression left for the next one, as plain arrays."""
-        n_layers, n_heads, d = *self.lengths.shape, self.pool.head_dim
+        (n_layers, n_heads), d, host = self.lengths.shape, self.pool.head_dim, self.pool.ops.host
         left = {}
         if self.queries is not None:
             left["queries"] = (
                 np.stack(list(self.queries)) if self.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
             )
         if self.predicted is not None:
-            left["predicted"] = np.stack([np.concatenate(noted, axis=1) for noted in self.predicted])
+            left["predicted"] = np.stack([host(self.noted(layer)) for layer in range(n_layers)])
         if self.scores is not None:
-            left["scores"] = np.concatenate(self.scores)
+            left["scores"] = np.concatenate([host(scores) for scores in self.scores])
         if self.thresholds is not None:
             left["thresholds"] = self.thresholds.copy()
         return left
@@ -379,7 +391,7 @@ class KVCache:
         if "scores" in arrays:
             since = (int(lengths.sum()) - len(arrays["scores"])) // lengths.size
             scored = (lengths - since).sum(axis=1)
-            self.scores = np.split(arrays["scores"], np.cumsum(scored)[:-1])
+            self.scores = [self.pool.ops.array(part) for part in np.split(arrays["scores"], np.cumsum(scored)[:-1])]
 
     def _fits(self, arrays):
         whole = ("pos", "lengths", "token_ids", "tail", "shift")

@@ -314,13 +314,13 @@ def test_scores_through_the_contract(device, rng, window, monkeypatch):
     log_size, pos = np.log(rng.integers(1, 9, 1340)).astype(np.float32), rng.integers(0, 1300, 1340).astype(np.int32)
     arguments = q, keys, lengths, log_size, pos, np.arange(1280, 1280 + n), 0.125, window
     close = {"rtol": 2e-5, "atol": 1e-7}
-    np.testing.assert_allclose(ops.window_scores(*arguments), numpy_ops.window_scores(*arguments), **close)
+    np.testing.assert_allclose(ops.window_scores(*arguments).get(), numpy_ops.window_scores(*arguments), **close)
     for how in ({"reduce": "sum"}, {"reduce": "max", "min_distance": 3}):
         exact = numpy_ops.column_scores(*arguments, **how)
-        np.testing.assert_allclose(ops.column_scores(*arguments, **how), exact, **close)
+        np.testing.assert_allclose(ops.column_scores(*arguments, **how).get(), exact, **close)
         lse = device.upload(rng.normal(size=(6, n)).astype(np.float32))
         exact = numpy_ops.column_scores(*arguments, **how, lse=lse.get())
-        np.testing.assert_allclose(ops.column_scores(*arguments, **how, lse=lse), exact, **close)
+        np.testing.assert_allclose(ops.column_scores(*arguments, **how, lse=lse).get(), exact, **close)
 
 
 @pytest.mark.parametrize("pos", [0, 126, 127, 128, 256])
@@ -332,7 +332,7 @@ def test_queries_that_see_a_row_at_the_edges_of_tiles(device, rng, pos):
     for window in (1, 2, 128, 129, 130):
         for distance in (0, 1, 127, 128, 129):
             arguments = q, key, [1], one, np.array([pos]), q_pos, 1.0, window
-            found = ops.column_scores(*arguments, min_distance=distance)[0, 0]
+            found = ops.column_scores(*arguments, min_distance=distance).get()[0, 0]
             far = q_pos - pos
             assert abs(found - np.count_nonzero((far >= distance) & (far >= 0) & (far < window))) < 1e-3
 
@@ -343,7 +343,7 @@ def test_scores_of_nothing(device):
     q = np.zeros((4, 3, 64), np.float32)
     assert ops.window_scores(q, rows, [0, 0], none, none, np.arange(3), 1.0).shape == (2, 3, 0)
     keys, five = np.zeros((5, 64), np.float32), np.zeros(5, np.int32)
-    assert not ops.column_scores(q[:, :0], keys, [5, 0], five, five, none, 1.0).any()
+    assert not ops.column_scores(q[:, :0], keys, [5, 0], five, five, none, 1.0).get().any()
 
 
 @pytest.fixture

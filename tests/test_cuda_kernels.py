@@ -8,8 +8,10 @@ from cuda_words import REAL16, from_words, to_words
 from emulator.module import Kernel
 from literal import rotated
 
-from minillm.ops import cuda_clusters, launch
+from minillm.ops import cuda_clusters, launch, numpy_ops
+from minillm.ops.cuda_ops import CudaOps
 from minillm.ops.cuda_weights import FORMATS, CudaWeight
+from minillm.ops.launch import planning
 from minillm.weights import Weight
 
 F32 = np.float32
@@ -277,6 +279,74 @@ def test_the_nearest_of_a_stretch(device, rng, real16, d):
         assert similarity[i] == pytest.approx(max(cosines, default=0), abs=1e-4)
 
 
+# what a Plan is made of
+
+
+@pytest.mark.parametrize("lengths", [[1], [70, 0, 33], [3000, 5, 9000]])
+def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
+    """Many that are equal, on both sides of zero, infinite; all, none and some of a stretch."""
+    monkeypatch.setattr(planning, "ROWS", 1000)  # several blocks
+    ops, lengths = CudaOps(device), np.array(lengths)
+    ends = np.cumsum(lengths)
+    for values in (rng.normal(size=ends[-1]), rng.integers(-2, 3, ends[-1]) / 4, np.zeros(ends[-1])):
+        scores = values.astype(F32)
+        scores[rng.random(len(scores)) < 0.1] = -np.inf
+        scores[rng.random(len(scores)) < 0.1] = -0.0
+        for share in (-0.1, 0, 0.2, 0.9, 1, 2):
+            counts = np.floor(share * lengths).astype(int)
+            expected = np.zeros(len(scores), bool)
+            for n, end, count in zip(lengths, ends, counts, strict=True):
+                best = sorted(range(end - n, end), key=lambda i: (-scores[i], i))
+                expected[best[: max(count, 0)]] = True
+            taken = ops.largest(device.upload(scores), lengths, counts)
+            assert taken.dtype == bool
+            np.testing.assert_array_equal(taken.get(), expected)
+            np.testing.assert_array_equal(ops.true_rows(taken, expected.sum()).get(), np.flatnonzero(expected))
+
+
+def test_sums_over_groups(device, rng):
+    """In the order of the rows, in float64: to the bit."""
+    ops, values = CudaOps(device), rng.normal(size=300).astype(F32) * 10.0 ** rng.integers(-9, 9, 300)
+    groups = rng.integers(-1, 20, 300)
+    expected = [0.0] * 22
+    for group, value in zip(groups, values, strict=True):
+        if group >= 0:
+            expected[group] += float(value)
+    found = ops.totals(device.upload(groups), device.upload(values), 22)
+    assert found.get().tolist() == expected
+    assert ops.numbers([3, 0, 2]).get().tolist() == [0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 40])
+def test_neighbours_are_pooled(device, rng, width):
+    lengths = np.array([30, 0, 1, 9])
+    scores, ends = rng.normal(size=40).astype(F32), np.cumsum(lengths)
+    for kind in ("max", "avg"):
+        exact = []
+        for n, end in zip(lengths, ends, strict=True):
+            for row in range(end - n, end):
+                lo = row - width // 2
+                around = scores[max(lo, end - n) : min(lo + width, end)]
+                exact.append(around.max() if kind == "max" else np.float64(around).sum() / width)
+        ours = CudaOps(device).pooled(device.upload(scores), lengths, width, kind).get()
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(numpy_ops.pooled(scores, lengths, width, kind), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.6, 1])
+def test_the_neighbour_that_stays(device, rng, share):
+    lengths, reach = np.array([60, 0, 1, 30]), 5
+    pos = np.concatenate([np.sort(rng.permutation(150)[:n]) for n in lengths]).astype(np.int32)
+    stays, ends = rng.random(len(pos)) < share, np.cumsum(lengths)
+    ours = CudaOps(device).neighbours(device.upload(stays), device.upload(pos), lengths, reach).get()
+    numpys = numpy_ops.neighbours(stays, pos, lengths, reach)
+    for n, end in zip(lengths, ends, strict=True):
+        for row in np.arange(end - n, end)[~stays[end - n : end]]:
+            near = [other for other in range(end - n, end) if stays[other] and abs(pos[other] - pos[row]) <= reach]
+            expected = min(near, key=lambda other: (abs(pos[other] - pos[row]), other), default=-1)
+            assert ours[row] == numpys[row] == expected
+
+
 # clusters
 
 
@@ -293,7 +363,9 @@ def test_greedy_clusters(device, rng, d, kept, monkeypatch):
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
     taus = [-1.1, 0.5, 0.6, 0.7, 1.0]
-    clusters = cuda_clusters.GreedyClusters(device, "bf16", device.upload(words), np.arange(n), n, starts, lengths)
+    segments = cuda_clusters.segments(device, device.upload(starts), device.upload(lengths))
+    rows = device.upload(np.arange(n))
+    clusters = cuda_clusters.GreedyClusters(device, "bf16", device.upload(words), rows, n, segments)
     counts = clusters.counts(taus)
     for tau, count in zip(taus, counts, strict=True):
         expected = np.arange(n)
@@ -305,7 +377,7 @@ def test_greedy_clusters(device, rng, d, kept, monkeypatch):
                 assert (np.abs(cosines - tau) > 1e-6).all()
                 expected[[r for r, c in zip(rest, cosines, strict=True) if c > tau]] = seed
                 free = [r for r, c in zip(rest, cosines, strict=True) if not c > tau]
-        seed, similarity = clusters.assign(tau)
+        seed, similarity = (found.get() for found in clusters.assign(tau))
         np.testing.assert_array_equal(seed, expected)
         inside = np.concatenate([np.arange(s, s + length) for s, length in zip(starts, lengths, strict=True)])
         assert count == (expected == np.arange(n))[inside].sum()
@@ -323,14 +395,16 @@ def test_the_order_of_threads_does_not_matter(rng, monkeypatch):
     weight, _, real16 = matrix(device, rng, "Q4_0", 20, 96)
     x, norm = device.upload(rng.normal(size=(2, 96)).astype(F32)), device.upload(np.ones(96, F32))
     keys = device.upload(to_words(rng.normal(size=(60, 64)) + 1, "half"))
+    scores = device.upload(rng.integers(0, 4, 60).astype(F32))
     for order in (0, 1, 2):
         monkeypatch.setattr(Kernel, "order", order)
         y, h = device.empty((2, 20), np.float32), device.empty((2, 96), np.uint16)
         launch.norm_gemv(device, x, norm, 1e-5, weight, y)
         launch.rms_norm(device, x, norm, 1e-5, h, "half")
-        segments = np.array([0, 33]), np.array([33, 27])
-        clusters = cuda_clusters.GreedyClusters(device, "half", keys, np.arange(60), 60, *segments)
-        results.append([y.get(), h.get(), *clusters.assign(0.5)])
+        segments = cuda_clusters.segments(device, *(device.upload(np.array(table)) for table in ([0, 33], [33, 27])))
+        clusters = cuda_clusters.GreedyClusters(device, "half", keys, device.upload(np.arange(60)), 60, segments)
+        largest = CudaOps(device).largest(scores, [40, 20], [11, 7])
+        results.append([y.get(), h.get(), largest.get(), *(found.get() for found in clusters.assign(0.5))])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(a, b)

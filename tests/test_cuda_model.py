@@ -169,7 +169,7 @@ def test_every_method(device, ids, method):
     assert abs(pair[0].entries - pair[1].entries) <= 8 and pair[0].kept < 0.5
     shared = total = 0
     for layer in range(SMALL.n_layers):
-        ours, expected = (cache.read(layer) for cache in pair)
+        ours, expected = (cache.read(layer).on_host(cache.pool.ops) for cache in pair)
         ends = [np.cumsum(e.lengths)[:-1] for e in (ours, expected)]
         for a, b in zip(np.split(ours.pos, ends[0]), np.split(expected.pos, ends[1]), strict=True):
             shared, total = shared + len(np.intersect1d(a, b)), total + len(b)
@@ -196,7 +196,7 @@ def test_predicted_scores(device, ids, kind):
         twins.decode([token, 3], pairs)
     assert twins.models[0].runner.step.graph
     for pair, n in zip(pairs, (49, 16), strict=True):
-        noted = [np.stack([np.concatenate(layer, axis=1) for layer in cache.predicted]) for cache in pair]
+        noted = [cache.state()["predicted"] for cache in pair]
         assert noted[0].shape == (SMALL.n_layers, 3, n) and noted[0].dtype == np.float32
         twins.close(noted, 2)
         for cache in pair:
@@ -232,12 +232,11 @@ def test_the_entries_of_a_plan(device, tau):
         for layer in range(SMALL.n_layers):
             compression.store(layer, k, v)
     for layer in range(SMALL.n_layers):
-        ours, expected = (cache.read(layer) for cache in pair)
+        ours, expected = (cache.read(layer).on_host(cache.pool.ops) for cache in pair)
         for name in ("lengths", "pos", "log_size"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name))
         for name in "kv":
-            rows = twins.models[0].ops.stored_rows(getattr(ours, name))
-            np.testing.assert_allclose(rows, getattr(expected, name), rtol=2**-8, atol=1e-6)
+            np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=2**-8, atol=1e-6)
     assert (ours.log_size > 0).any()
 
 
@@ -249,7 +248,8 @@ def test_positions_that_were_moved_up(device, ids):
         cache.shift = 4
     for token in ids[30:33]:
         twins.close(twins.decode([token], [pair]))
-    assert all((cache.read(1).pos.reshape(2, -1)[:, -3:] == [26, 27, 28]).all() for cache in pair)
+    for cache in pair:
+        assert (cache.read(1).on_host(cache.pool.ops).pos.reshape(2, -1)[:, -3:] == [26, 27, 28]).all()
 
 
 def test_pages_that_a_sliding_window_has_left_are_given_back(device, ids):

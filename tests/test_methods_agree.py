@@ -91,11 +91,12 @@ def check_kept(name, layer, other, error):
     n_kept = 0
     for allocate in ("even", "layer"):
         config = CacheConfig("h2o", score=name, allocate=allocate, sinks=0, window=0)
-        scores = [config.scores(one) for one in (layer, other)]
+        made = [config.scores(one) for one in (layer, other)]
+        scores = [one.ops.host(s) for one, s in zip((layer, other), made, strict=True)]
         assert abs(scores[0] - scores[1]).max() <= error * abs(scores[0]).max()
         for target in (len(layer.pos) // 5, len(layer.pos) // 2):
             target = max(target, np.count_nonzero(layer.protected))
-            kept = [config.plan(one, s, target)[1] for one, s in zip((layer, other), scores, strict=True)]
+            kept = [one.ops.host(config.plan(one, s, target)[1]) for one, s in zip((layer, other), made, strict=True)]
             assert len(kept[0]) == len(kept[1])
             for rows in (layer.heads == head for head in range(len(layer.lengths))) if allocate == "even" else [...]:
                 mine, others = (set(np.arange(len(layer.pos))[rows]) & set(k) for k in kept)
@@ -160,4 +161,7 @@ def test_a_gpu_keeps_the_rows_that_numpy_keeps(device, name):
     layer.k_rows, layer.v_rows = rounded
     layer.queries = [Queries(from_words(to_words(q.q, "bf16"), "bf16"), q.pos) for q in layer.queries]
     k, v = (device.upload(to_words(rows, "bf16")) for rows in (layer.k, layer.v))
-    check_kept(name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, memo={}), ERROR["cuda"])
+    labels = {label: device.upload(getattr(layer, label)) for label in ("size", "pos", "classes", "protected")}
+    labels |= {"output": Output(ops.prepare(layer.output.wo), len(layer.lengths), 64, ops)}
+    labels |= {"history": None if layer.history is None else device.upload(layer.history)}
+    check_kept(name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, memo={}, shared={}, **labels), ERROR["cuda"])

@@ -313,7 +313,7 @@ class Kernels:
 
         starts = np.arange(0, n_rows, chunk)
         made = ops.GreedyClusters(keys, np.arange(n_rows), starts, np.diff(starts, append=n_rows))
-        tables = made.starts, made.lengths, made.place
+        tables = made.segments.starts, made.segments.lengths, made.segments.place
         taus, counts = up(np.float32([0.7, 0.75, 0.8])), up(np.zeros(3, np.int32))
         self.add(f"unit_rows {n}", 3 * keys.nbytes, 0, launch.unit_rows, keys, made.unit, "bf16")
         both = made.unit.nbytes + made.kept.nbytes

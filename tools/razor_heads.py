@@ -41,7 +41,8 @@ class Watch:
         for lo in range(self.n, n, 128):  # a few queries at a time
             at = pos[lo : lo + 128]
             arguments = q[:, at], keys, np.full(n_heads, n), zeros, np.tile(pos, n_heads), at, self.llm.model.scale
-            p = ops.window_scores(*arguments, self.llm.config.sliding_window).reshape(group, len(at), n_heads, n)
+            p = ops.host(ops.window_scores(*arguments, self.llm.config.sliding_window))
+            p = p.reshape(group, len(at), n_heads, n)
             back = at[:, None] - pos
             same = (back > 0) & (back % self.n == 0)
             after = (back > 0) & ((back + 1) % self.n == 0) & (back > 1)

@@ -5,15 +5,16 @@ row whose into is itself stays, one with another row's number of its head joins 
 
 layers(ledger, layer, scores, **options) -> the targets of the layers seen so far, this one the last."""
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 
 from minillm.compress import cluster, retrieval
-from minillm.compress.ledger import largest, split
+from minillm.compress.ledger import others, split
 from minillm.compress.options import Option, Part, number, one_of
-from minillm.compress.score import QUERIES
+from minillm.compress.score import QUERIES, over_heads
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Allocation:
 
 def stay(kept):
     """The `into` of rows that stay (R,) bool, the others have no place."""
-    return np.where(kept, np.arange(len(kept)), -1)
+    return np.where(kept, np.arange(len(kept), like=kept), -1)
 
 
 # heads
@@ -45,8 +46,8 @@ def per_head(layer, scores, target):
     """The same number of rows in every head (the first heads take one more where it does not divide; what a head does
     not have goes to the others): the protected ones and, of the others, those with the best scores; of equal ones the
     earlier."""
-    protected = np.bincount(layer.heads[layer.protected], minlength=len(layer.lengths))
-    counts = leveled(protected, layer.lengths - protected, max(target - int(protected.sum()), 0))
+    protected = layer.n_protected
+    counts = leveled(protected, layer.n_free, max(target - int(protected.sum()), 0))
     return stay(best(layer, scores, counts, layer.protected))
 
 
@@ -63,9 +64,7 @@ def leveled(held, most, room):
 
 def across_heads(layer, scores, target):
     """The best rows of all heads together, beside the protected ones; of equal ones the earlier."""
-    kept = layer.protected.copy()
-    kept[layer.free[largest(scores[layer.free], target - np.count_nonzero(kept))]] = True
-    return stay(kept)
+    return stay(layer.protected | best_of_all(layer, scores, target - int(layer.n_protected.sum())))
 
 
 def above(layer, scores, target, threshold):
@@ -78,8 +77,7 @@ def above(layer, scores, target, threshold):
 def shared(layer, scores, target):
     """The same tokens in every head (but for one where the number does not divide): those with the best sums of the
     scores of all heads; of equal ones the earlier."""
-    token = np.unique(layer.pos, return_inverse=True)[1]
-    return per_head(layer, np.bincount(token, scores)[token], target)
+    return per_head(layer, over_heads(layer, scores), target)
 
 
 def adaptive(layer, scores, target, alpha, normalize):
@@ -102,36 +100,40 @@ def adaptive_counts(layer, scores, target, alpha, normalize):
     """(H,) rows that each head may keep beside the protected ones, their sum exact by the largest remainder.
     normalize: the scores of a head count by the share of them that its best rows have, as many as every head would
     keep if all kept the same (the authors' code)."""
-    room, n_heads = max(target - np.count_nonzero(layer.protected), 0), len(layer.lengths)
+    room, n_heads = max(target - int(layer.n_protected.sum()), 0), len(layer.lengths)
     if normalize:
-        rows, rank = ranked(layer, scores, layer.protected)
-        of_head, top = layer.heads[rows], rank < room / n_heads
-        held = np.bincount(of_head[top], scores[rows[top]], n_heads)
-        share = held / np.maximum(np.bincount(of_head, scores[rows], n_heads), np.finfo(np.float32).tiny)
-        scores = scores * share[layer.heads]
-    hits = np.bincount(layer.heads[layer.free[largest(scores[layer.free], room)]], minlength=n_heads)
-    n_free = np.bincount(layer.heads[layer.free], minlength=n_heads)
-    return split(room, (1 - alpha) * hits + alpha * room / n_heads, n_free)
+        top = best(layer, scores, np.full(n_heads, math.ceil(room / n_heads)), layer.protected) & ~layer.protected
+        held, all_of_it = (
+            np.stack([part.sum(dtype=np.float64) for part in layer.of_heads(np.where(rows, scores, np.float32(0)))])
+            for rows in (top, ~layer.protected)
+        )
+        scores = scores * (held / np.maximum(all_of_it, np.finfo(np.float32).tiny))[layer.heads]
+    hits = layer.count(best_of_all(layer, scores, room))
+    return split(room, (1 - alpha) * hits + alpha * room / n_heads, layer.n_free)
 
 
 def best(layer, scores, counts, kept):
     """(R,) bool: `kept` and, of each head's other rows, the `counts` (H,) with the best scores; of equal ones the
     earlier."""
-    ends, out = np.cumsum(layer.lengths), kept.copy()
-    for n, end, count in zip(layer.lengths, ends, counts, strict=True):
-        rows = end - n + np.flatnonzero(~kept[end - n : end])
-        out[rows[largest(scores[rows], count)]] = True
-    return out
+    return kept | layer.ops.largest(others(scores, kept), layer.lengths, counts)
+
+
+def best_of_all(layer, scores, count):
+    """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
+    earlier."""
+    taken = layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
+    return taken & ~layer.protected
 
 
 def ranked(layer, scores, kept):
     """The rows that are not `kept`, best first in each head, heads one after another; and the rank of each in its
     head, from 0."""
-    rows = np.flatnonzero(~kept)
+    n = layer.count(~kept)
+    rows = layer.ops.true_rows(~kept, int(n.sum()))
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     rows = rows[np.argsort(layer.heads[rows], kind="stable")]
-    n = np.bincount(layer.heads[rows], minlength=len(layer.lengths))
-    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(n) - n, n)
+    first = layer.ops.array(np.cumsum(n) - n)[layer.ops.numbers(n)]
+    return rows, np.arange(len(rows), like=rows) - first
 
 
 # layers
@@ -147,17 +149,17 @@ def composites(ledger, layer, scores, least):
     second, and so on; a composite scores the mean of its rows. One cut through the composites of all layers, so that
     the heads of a layer keep as many rows each; the first `least` of each layer come before all others."""
     rows, rank = ranked(layer, scores, layer.protected)
-    of_rank = np.bincount(rank, scores[rows]) / np.maximum(np.bincount(rank), 1)
-    composite = np.zeros(len(scores), np.float32)
-    composite[rows] = np.where(rank < least, np.inf, of_rank[rank])
+    n_ranks = int(layer.n_free.max())
+    sums, heads = (layer.ops.totals(rank, x, n_ranks) for x in (scores[rows], np.ones_like(rank)))
+    composite, of_rank = np.zeros(len(scores), np.float32, like=scores), sums / np.maximum(heads, 1)
+    composite[rows] = np.where(rank < least, np.inf, of_rank[rank]).astype(np.float32)
     return one_cut(ledger, layer, composite)
 
 
 def unlike(ledger, layer, scores):
     """D2O: the more, the less the scores of its rows vary: in proportion to exp(-F), F the mean over the heads of the
     variance of their rows' scores, which the least and the greatest of the heads bring to 0 and 1."""
-    ends = np.cumsum(layer.lengths)
-    variance = [np.float64(scores[end - n : end]).var() for n, end in zip(layer.lengths, ends, strict=True) if n]
+    variance = np.stack([part.astype(np.float64).var() for part in layer.of_heads(scores) if len(part)]).tolist()
     spread = max(np.ptp(variance), np.finfo(np.float64).tiny)
     ledger.weights.append(np.exp(-np.mean((variance - np.min(variance)) / spread)))
     return ledger.shared(ledger.weights)
@@ -170,9 +172,10 @@ def one_cut(ledger, layer, scores):
     index = len(ledger.targets)
     ledger.pool[index] = scores[layer.free]
     pool, ends = np.concatenate(ledger.pool), np.cumsum([len(known) for known in ledger.pool])
-    kept = largest(pool, ledger.room)
-    cuts = np.searchsorted(kept, ends)
-    ledger.pool = np.split(pool[kept], cuts[:-1])
+    kept = layer.ops.largest(pool, [len(pool)], [ledger.room])
+    number = np.concatenate([np.zeros(1, np.int64, like=pool), np.cumsum(kept)])
+    cuts = number[layer.ops.array(ends)].tolist()
+    ledger.pool = np.split(pool[layer.ops.true_rows(kept, cuts[-1])], cuts[:-1])
     return (ledger.protected + np.diff(cuts, prepend=0))[: index + 1].tolist()
 
 
@@ -190,8 +193,8 @@ def preference(ledger, layer, scores, queries, tau1, tau2):
     """CAKE (Qin et al. 2025): in proportion to H^(1/tau1) V^(1/tau2): H the entropy of what the newest queries attend
     to, V its variance among them, summed over heads and rows."""
     attention = layer.window_scores(queries)[:, :, layer.free]
-    entropy = -(attention * np.log(attention + np.float32(1e-10))).sum(dtype=np.float64)
-    variance = attention.var(axis=1, ddof=min(1, attention.shape[1] - 1)).sum(dtype=np.float64)
+    entropy = float(-(attention * np.log(attention + np.float32(1e-10))).sum(dtype=np.float64))
+    variance = float(attention.var(axis=1, ddof=min(1, attention.shape[1] - 1)).sum(dtype=np.float64))
     ledger.weights.append(max(entropy, 0) ** (1 / tau1) * variance ** (1 / tau2))
     return ledger.shared(ledger.weights)
 
@@ -201,7 +204,7 @@ def entropy(ledger, layer, scores):
     largest that so many could have."""
     p = scores[layer.free].astype(np.float64)
     p = p[p > 0] / p.sum()
-    ledger.weights.append(-(p * np.log(p)).sum() / np.log(max(len(layer.free), 2)))
+    ledger.weights.append(float(-(p * np.log(p)).sum()) / np.log(max(len(layer.free), 2)))
     return ledger.shared(ledger.weights)
 
 

@@ -10,7 +10,6 @@ from functools import cache
 
 import numpy as np
 
-from minillm.compress.ledger import largest
 from minillm.compress.options import Option, number, one_of, text
 
 MAX_CHUNK = 256  # a chunk without a delimiter is split at this many rows
@@ -30,21 +29,24 @@ class Chunking:
 
     def segments(self, layer):
         """rows (C,) that belong to a chunk; starts, lengths (M,) of the chunks as stretches of `rows`."""
-        rows = np.flatnonzero(~(layer.protected | np.isin(layer.classes, self.alone)))
+        outside = layer.protected
+        for delimiter_class in self.alone:
+            outside = outside | (layer.classes == delimiter_class)
+        rows = np.flatnonzero(~outside)
         heads = layer.heads[rows]
-        head_starts = np.cumsum(layer.lengths) - layer.lengths
         if self.width is None:
             ends = layer.protected | (layer.classes > 0)
             chunk = (np.cumsum(ends) - ends)[rows]
         else:
+            head_starts = layer.ops.array(np.cumsum(layer.lengths) - layer.lengths)
             chunk = (rows - head_starts[heads]) // self.width
         new_head = np.diff(heads, prepend=-1) != 0
         new_chunk = (np.diff(chunk, prepend=-1) != 0) | new_head
         number = np.cumsum(new_chunk) - 1
-        number -= np.maximum.accumulate(np.where(new_head, number, 0))  # of the chunk within its head
+        number = number - number[np.searchsorted(heads, heads)]  # of the chunk within its head
         new = (np.diff(number // self.joined, prepend=-1) != 0) | new_head
         starts = np.flatnonzero(new)
-        within = np.arange(len(rows)) - starts[np.cumsum(new) - 1] if len(rows) else rows
+        within = np.arange(len(rows), like=rows) - starts[np.cumsum(new) - 1] if len(rows) else rows
         limit = MAX_CHUNK * self.joined if self.width is None else len(rows) + 1
         starts = np.flatnonzero(new | (within % limit == 0))
         return rows, starts, np.diff(starts, append=len(rows))
@@ -99,11 +101,9 @@ def seeds(layer, scores, target, tau, rope, chunking):
         (chunks, tau), room = rungs[rung], max(target - rungs.count(rung), 0)
     into, similarity = _clusters(layer, rope, chunks).assign(tau)
     layer.memo = {"tau": tau}  # the clusters are not needed any more
-    members = np.flatnonzero(into != np.arange(len(into)))
-    free = members[largest(-similarity[members], room)]
-    into = into.copy()
-    into[free] = free
-    return into
+    rows = np.arange(len(into), like=into)
+    least_alike = np.where(into == rows, np.float32(-np.inf), -similarity)
+    return np.where(layer.ops.largest(least_alike, [len(into)], [room]), rows, into)
 
 
 def spread(ledger, layer, scores, tau, rope, chunking):

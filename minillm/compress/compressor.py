@@ -89,7 +89,8 @@ class Compressor:
             if cache.seen:
                 raise MinillmError("what this session holds was read without predicting scores: start a new session")
             n_layers, n_heads = cache.lengths.shape
-            cache.predicted = [[np.zeros((n_heads, 0), np.float32)] for _ in range(n_layers)]
+            nothing = self.ops.array(np.zeros((n_heads, 0), np.float32))
+            cache.predicted = [[nothing] for _ in range(n_layers)]
 
 
 class Labels(NamedTuple):
@@ -97,7 +98,7 @@ class Labels(NamedTuple):
 
     size: np.ndarray  # (R,) float32 tokens each stands for
     pos: np.ndarray  # (R,) int32
-    lengths: np.ndarray  # (H,)
+    lengths: np.ndarray  # (H,), on the host
 
 
 class Compression:
@@ -109,8 +110,9 @@ class Compression:
 
     def __init__(self, compressor, cache, new_ids, classes, sinks, end, coming=0, generated=False, asked=None):
         self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
-        self.classes, self.sinks, self.end = classes, sinks, end
-        self.seen = seen = len(classes)
+        self.ops, self.sinks, self.end = compressor.ops, sinks, end
+        self.classes, self.seen = compressor.ops.array(classes), len(classes)
+        seen = self.seen
         self.generated = generated
         self.cos, self.sin = compressor.rope.tables(np.arange(seen - cache.shift), seen - cache.shift)
         n_layers, n_heads = cache.lengths.shape
@@ -134,6 +136,7 @@ class Compression:
         self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
         self.next_pos = {}  # of each layer whose Plan says so
         self.labels = {}  # of the entries of each layer stored
+        self.new = None  # size, pos (H, n) and numbers (H,) of the new tokens
         self.prompt = None  # Labels of a first prompt's rows: alike in every layer
         self.attributes = None, {}  # the pos of the rows that came last, and what else a Layer says of them
 
@@ -151,7 +154,7 @@ class Compression:
             queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
         if wo is not None and index not in self.compressor.outputs:
             heads, d = self.cache.lengths.shape[1], self.cache.pool.head_dim
-            self.compressor.outputs[index] = Output(wo, heads, d, self.compressor.ops)
+            self.compressor.outputs[index] = Output(wo, heads, d, self.ops)
         labels = self._labels(index, 0 if k is None else k.shape[1])
         layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
         layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
@@ -201,7 +204,7 @@ class Compression:
         where scores stay what they were."""
         scores, lengths, known = self.cache.scores, self.cache.lengths, []
         if not self.config.foresees or scores is None:
-            return [np.zeros(0, np.float32)] * len(lengths)
+            return [self.ops.array(np.zeros(0, np.float32))] * len(lengths)
         for scored, n in zip(scores, lengths, strict=True):
             since = (n.sum() - len(scored)) // len(n)  # tokens read since then
             heads = np.split(scored, np.cumsum(n - since)[:-1])
@@ -212,15 +215,18 @@ class Compression:
         """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new
         tokens."""
         cache, start = self.cache, self.settled[index]
-        new, lengths = np.arange(cache.position, cache.position + n, dtype=np.int32), cache.lengths[index] - start
+        lengths, n_heads = cache.lengths[index] - start, len(start)
+        if self.new is None:
+            pos = np.arange(cache.position, cache.position + n, dtype=np.int32, like=self.classes)
+            ones = np.ones_like(pos, np.float32, shape=(n_heads, n))
+            self.new = Labels(ones, np.tile(pos, (n_heads, 1)), np.full(n_heads, n))
         if not lengths.any():
             if self.prompt is None:
-                n_heads = len(lengths)
-                self.prompt = Labels(np.ones(n_heads * n, np.float32), np.tile(new, n_heads), np.full(n_heads, n))
+                self.prompt = Labels(self.new.size.ravel(), self.new.pos.ravel(), self.new.lengths)
             return self.prompt
-        log_size, pos = cache.pool.ops.read_labels(cache.layer(index), start)
-        size = _joined(lengths, np.exp(log_size), np.ones((len(lengths), n), np.float32))
-        return Labels(size, _joined(lengths, pos, np.broadcast_to(new, (len(lengths), n))), lengths + n)
+        log_size, pos = self.ops.read_labels(cache.layer(index), start)
+        size = _joined(lengths, np.exp(log_size), self.new.size)
+        return Labels(size, _joined(lengths, pos, self.new.pos), lengths + n)
 
     def _rows(self, index, k=None, v=None):
         """The keys and values of the same rows; k, v (H, n, d): those of the new tokens."""
@@ -236,20 +242,21 @@ class Compression:
             return None
         n_heads = len(labels.lengths)
         n_new = (len(labels.pos) - len(self.cache.scores[index])) // n_heads
-        return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32))
+        return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32, like=self.classes))
 
     def _predicted(self, index, labels):
         """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
         if not self.config.foresees:
             return None
-        noted = np.exp(np.concatenate(self.cache.predicted[index], axis=1))  # (H, tokens since the last compression)
+        noted = np.exp(self.cache.noted(index))  # (H, tokens since the last compression)
         self.cache.predicted[index] = [noted[:, :0]]
         return self._scored(index, labels, noted)
 
     def _scored(self, index, labels, new):
         """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
-        old = np.zeros(0, np.float32) if self.cache.scores is None else self.cache.scores[index]
-        return _joined(labels.lengths - new.shape[1], old, new)
+        if self.cache.scores is None:
+            return new.ravel()
+        return _joined(labels.lengths - new.shape[1], self.cache.scores[index], new)
 
     def _attributes(self, labels):
         """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
@@ -277,7 +284,7 @@ class Compression:
             **self._attributes(labels),
             cos=self.cos,
             sin=self.sin,
-            ops=compressor.ops,
+            ops=self.ops,
             queries=queries,
             generated=self.generated,
             threshold=None if np.isnan(threshold) else float(threshold),

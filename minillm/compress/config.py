@@ -199,7 +199,8 @@ class CacheConfig:
     def plan(self, layer, scores, target):
         """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
         into = self.allocation.heads(layer, scores, target, options=self.options)
-        return self.merge(layer, scores, into, options=self.options), np.flatnonzero(into == np.arange(len(into)))
+        plan = self.merge(layer, scores, into, options=self.options)
+        return plan, layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""

@@ -62,17 +62,9 @@ class Ledger:
         return (self.protected + split(self.room, weights, rows)).tolist()[: len(self.targets) + 1]
 
 
-def largest(scores, count):
-    """Where the `count` largest of scores (n,) are, in their order; of equal ones the earlier."""
-    if count >= len(scores):
-        return np.arange(len(scores))
-    if count <= 0:
-        return np.arange(0)
-    last = np.partition(scores, -count)[-count]
-    above = scores > last
-    equal = np.flatnonzero(scores == last)[: count - np.count_nonzero(above)]
-    above[equal] = True
-    return np.flatnonzero(above)
+def others(scores, kept):
+    """Scores that put the rows `kept` (R,) behind all others."""
+    return np.where(kept, scores.dtype.type(-np.inf), scores)
 
 
 def split(total, weights, most):

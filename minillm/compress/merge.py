@@ -24,9 +24,10 @@ class Merge(Part):
 def drop(layer, scores, into, positions):
     """They are gone (eviction); with positions "cache" the others move up, and so does the next token (StreamingLLM):
     positions never grow beyond the entries there are."""
-    plan = Plan.keep(layer, into == np.arange(len(into)))
+    plan = Plan.keep(layer, into == np.arange(len(into), like=into))
     if positions == "cache":
-        plan.pos = np.concatenate([np.arange(n, dtype=np.int32) for n in plan.lengths])
+        starts = layer.ops.array(np.cumsum(plan.lengths) - plan.lengths)[layer.ops.numbers(plan.lengths)]
+        plan.pos = (np.arange(len(plan.pos), like=into) - starts).astype(np.int32)
         plan.unrotate, plan.next_pos = True, int(plan.lengths.max())
     return plan
 
@@ -34,15 +35,13 @@ def drop(layer, scores, into, positions):
 def cores(layer, scores, into, rope, log_size):
     """SemantiCache (eqs. 2-4): a row that stays becomes the mean of itself and the rows that join it, weighted by their
     sizes, at their mean position, and of the size of them all; what joins none is dropped."""
-    stays = into == np.arange(len(into))
-    joined, number = into >= 0, np.cumsum(stays)  # of the entry that each row that stays becomes, from 1
-    dest = np.where(joined, number[into], 0)
-    size = np.bincount(dest, layer.size).astype(np.float32)
-    weight = np.where(joined, layer.size / size[dest], np.float32(0))
-    size = size[1:]
-    pos = np.rint(np.bincount(dest, weight * layer.pos)[1:]).astype(np.int32)
-    lengths = np.bincount(layer.heads[stays], minlength=len(layer.lengths))
-    return Plan(dest - 1, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
+    number = np.cumsum(into == np.arange(len(into), like=into))  # of the entry that each row that stays becomes, from 1
+    joined, lengths = into >= 0, layer.last(number)
+    dest, n = np.where(joined, number[into] - 1, -1), int(lengths.sum())
+    size = layer.ops.totals(dest, layer.size, n).astype(np.float32)
+    weight = np.where(joined, layer.size / of_entries(size, dest), np.float32(0))
+    pos = np.rint(layer.ops.totals(dest, weight * layer.pos, n)).astype(np.int32)
+    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
 
 
 def average(layer, scores, into, chunking, rope, log_size):
@@ -50,10 +49,13 @@ def average(layer, scores, into, chunking, rope, log_size):
     which no row stays, and outside the chunks, it is dropped."""
     rows, starts, lengths = parse_chunking(chunking).segments(layer)
     stays, into = into[rows] >= 0, into.copy()
-    first = np.append(0, np.cumsum(stays))  # of those that stay, how many there are before each row
-    gone, chunks = rows[~stays], np.repeat(np.stack([first[starts], first[starts + lengths]]), lengths, axis=1)
+    number = np.cumsum(stays)
+    gone = np.flatnonzero(~stays)
+    chunk = np.searchsorted(starts, gone, side="right") - 1
+    first, last = starts[chunk] - 1, (starts + lengths)[chunk] - 1  # of those that stay, how many there are up to each
+    chunks = np.where(first < 0, 0, number[first]), number[last]
     keys = layer.k_unrotated if rope == "unrotated" else layer.k
-    into[gone] = layer.ops.nearest(keys, gone, rows[stays], *chunks[:, ~stays])[0]
+    into[rows[gone]] = layer.ops.nearest(keys, rows[gone], rows[np.flatnonzero(stays)], *chunks)[0]
     return cores(layer, scores, into, rope, log_size)
 
 
@@ -61,22 +63,17 @@ def fold(layer, scores, into, reach, counts):
     """The value of each is folded into that of the row nearest to it in its head, of those that stay within `reach`
     positions (of two as near the earlier); it `counts` for so much of itself, times its score over that row's. Keys
     stay as they are. Where none is near it is dropped."""
-    stays, gone = (into >= 0) & ~layer.protected, np.flatnonzero(into < 0)
-    number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)[gone]
-    beside = np.stack([number[i - 1], number[i]])  # of those that stay, the one before each that goes and the one after
-    place = (layer.heads.astype(np.int64) << 32) + layer.pos
-    far = np.where(beside < 0, reach + 1, np.abs(place[beside] - place[gone]))
-    target, near = np.where(far[1] < far[0], beside[1], beside[0]), far.min(axis=0) <= reach
-    gone, target = gone[near], target[near]
-    mass = layer.size.copy()
-    ratio = np.clip(scores[gone] / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
-    mass[gone] *= np.float32(counts) * ratio
-    plan = Plan.keep(layer, into >= 0)
-    plan.key_weight = plan.weight.copy()
-    plan.dest[gone], plan.key_weight[gone] = plan.dest[target], 0
-    folded = plan.dest >= 0
-    plan.size = np.bincount(plan.dest[folded], mass[folded]).astype(np.float32)
-    plan.weight[folded] = mass[folded] / plan.size[plan.dest[folded]]
+    kept = into >= 0
+    plan, target = (
+        Plan.keep(layer, kept),
+        layer.ops.neighbours(kept & ~layer.protected, layer.pos, layer.lengths, reach),
+    )
+    folded = (target >= 0) & ~kept
+    ratio = np.clip(scores / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
+    mass = np.where(folded, layer.size * (np.float32(counts) * ratio), layer.size).astype(np.float32, copy=False)
+    plan.dest, plan.key_weight = np.where(folded, plan.dest[target], plan.dest), kept.astype(np.float32)
+    plan.size = layer.ops.totals(plan.dest, mass, len(plan.size)).astype(np.float32)
+    plan.weight = mass / of_entries(plan.size, plan.dest)
     return plan
 
 
@@ -87,25 +84,23 @@ def nearest(layer, scores, into, weights, log_size):
     ("exp"), or the joining ones multiplied by their cosines and averaged as they are ("code")."""
     stays, gone = np.flatnonzero((into >= 0) & ~layer.protected), np.flatnonzero(into < 0)
     of_head = (np.searchsorted(layer.heads[stays], layer.heads[gone], side) for side in ("left", "right"))
-    target, alike = np.full(len(into), -1), np.zeros(len(into), np.float32)
+    target, alike = np.full_like(into, -1), np.zeros_like(layer.size)
     target[gone], alike[gone] = layer.ops.nearest(layer.k, gone, stays, *of_head)
-    found = target >= 0
-    plan = Plan.keep(layer, into >= 0)
-    if not found.any():
+    found, plan = target >= 0, Plan.keep(layer, into >= 0)
+    n_found = int(np.count_nonzero(found))
+    if not n_found:
         return plan
-    mean = float(alike[found].mean())
+    mean = float(alike[layer.ops.true_rows(found, n_found)].mean())
     threshold = mean if layer.threshold is None else 0.5 * (layer.threshold + mean)
     layer.memo["tau"] = threshold
     joins = found & (alike >= np.float32(threshold))
-    plan.dest[joins] = plan.dest[target[joins]]
-    kept = plan.dest >= 0
-    dest, n = plan.dest[kept], len(plan.size)
-    similarity = np.where(joins, alike, np.float32(1))[kept]
+    plan.dest, n = np.where(joins, plan.dest[target], plan.dest), len(plan.size)
+    similarity = np.where(joins, alike, np.float32(1))
     share = np.exp(similarity) if weights == "exp" else similarity
-    total = np.bincount(dest, share if weights == "exp" else None, n).astype(np.float32)
-    plan.weight[kept] = share / total[dest]
+    total = layer.ops.totals(plan.dest, share if weights == "exp" else np.ones_like(share), n).astype(np.float32)
+    plan.weight = share / of_entries(total, plan.dest)
     if log_size:
-        plan.size = np.bincount(dest, layer.size[kept], n).astype(np.float32)
+        plan.size = layer.ops.totals(plan.dest, layer.size, n).astype(np.float32)
     return plan
 
 
@@ -115,21 +110,29 @@ def pass_on(layer, scores, into, spread, expected, seed):
     of them; its key is dropped. expected: the probability itself is the factor, not a throw."""
     attention = layer.window_scores(1).mean(axis=(0, 1))
     throws = np.random.default_rng((seed, layer.index, int(layer.pos.max()))).random(len(into))
-    v = layer.values.copy()
-    for end, n in zip(np.cumsum(layer.lengths), layer.lengths, strict=True):
-        rows = np.arange(end - n, end)
-        stays, gone = rows[into[rows] >= 0], rows[into[rows] < 0]
-        first = np.searchsorted(stays, gone)  # of those that stay after it
-        for gap in np.unique(first[first < len(stays)]):
-            between, after = gone[first == gap], stays[gap:]
+    throws, v, end = layer.ops.array(throws), layer.values.copy(), 0
+    for n in layer.lengths.tolist():
+        end, kept, free = end + n, into[end : end + n] >= 0, ~layer.protected[end : end + n]
+        stays, gone = end - n + np.flatnonzero(kept), end - n + np.flatnonzero(~kept)
+        receiving = end - n + np.flatnonzero(kept & free)
+        first, edges = np.searchsorted(stays, gone).tolist(), np.flatnonzero(np.diff(gone, prepend=-2) > 1).tolist()
+        for lo, hi in zip(edges, [*edges[1:], len(gone)], strict=False):  # those between one that stays and the next
+            after, between = stays[first[lo] :], gone[lo:hi]
+            if not len(after):
+                continue
             with np.errstate(divide="ignore", invalid="ignore"):
                 chance = np.clip(np.nan_to_num(attention[between] / attention[after].mean(), posinf=1), 0, 1)
             factor = chance if expected else (throws[between] < chance).astype(np.float32)
-            receive = after[~layer.protected[after]][:spread]
+            receive = receiving[int(np.searchsorted(receiving, after[:1])[0]) :][:spread]
             v[receive] += factor @ layer.values[between] / np.float32(max(len(receive), 1))
     plan = Plan.keep(layer, into >= 0)
     plan.v = v
     return plan
+
+
+def of_entries(values, dest):
+    """values (E,) of the entry that each row goes to; of one that goes to none anything."""
+    return values[dest] if len(values) else np.ones_like(values, shape=len(dest))
 
 
 LOG_SIZE = Option(True, one_of(True, False), "count an entry as often as it has tokens")

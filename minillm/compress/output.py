@@ -22,9 +22,9 @@ class Output:
     def norms(self, v, lengths, order):
         """(G, R) float32: |v W_O^h| of each row for the query heads h of its group. v (R, d), rows of the H KV heads
         one after another, `lengths` of them each. order: "l1" or "l2"."""
-        out = np.empty((self.group, len(v)), np.float32)
+        out = np.empty((self.group, len(v)), np.float32, like=v)
         for head in range(self.n_heads):
-            matrix = self._factors[head] if order == "l2" else self._matrix(head)
+            matrix = self._factors[head] if order == "l2" else self.ops.array(self._matrix(head))
             kv_head, g = divmod(head, self.group)
             end = int(lengths[: kv_head + 1].sum())
             for lo in range(end - int(lengths[kv_head]), end, BLOCK):
@@ -34,7 +34,7 @@ class Output:
 
     def inner(self, v, lengths):
         """(G, G, R) float32: the inner products of v W_O^h and v W_O^h' of each row, h and h' of its group."""
-        out = np.empty((self.group, self.group, len(v)), np.float32)
+        out = np.empty((self.group, self.group, len(v)), np.float32, like=v)
         starts = np.cumsum(lengths) - lengths
         for kv_head, (start, n) in enumerate(zip(starts, lengths, strict=True)):
             for lo in range(start, start + n, BLOCK):
@@ -44,7 +44,7 @@ class Output:
         return out
 
     def _matrix(self, head):
-        """W_O^h (d, dim)."""
+        """W_O^h (d, dim), on the host."""
         columns = np.zeros((self.head_dim, self.wo.shape[1]), np.float32)
         columns[:, head * self.head_dim :][:, : self.head_dim] = np.eye(self.head_dim)
         return self.ops.linear(columns, self.wo)
@@ -52,7 +52,8 @@ class Output:
     @cached_property
     def _factors(self):
         """For each query head R (d, <= d) with R R^T = W_O^h W_O^h^T: |v W_O^h| = |v R|, dim / d times cheaper."""
-        return [np.linalg.qr(self._matrix(head).T, mode="r").T for head in range(self.n_heads)]
+        factors = (np.linalg.qr(self._matrix(head).T, mode="r").T for head in range(self.n_heads))
+        return [self.ops.array(factor) for factor in factors]
 
     @cached_property
     def _group_factors(self):
@@ -61,5 +62,5 @@ class Output:
         for first in range(0, self.n_heads, self.group):
             stacked = np.concatenate([self._matrix(head) for head in range(first, first + self.group)])
             factor = np.linalg.qr(stacked.T, mode="r").T
-            factors.append(factor.reshape(self.group, self.head_dim, -1))
+            factors.append(self.ops.array(factor.reshape(self.group, self.head_dim, -1)))
         return factors

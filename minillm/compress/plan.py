@@ -1,8 +1,11 @@
 """Plan: what becomes of each row of a layer. Budget: how many entries a sequence may keep. Layer: what a method may
-look at."""
+look at.
 
+What there is of each row or entry is an array of the backend: NumPy's, on a GPU CuPy's, on which NumPy's functions run
+as well; the two do not mix. What there is of each head is in NumPy."""
+
+import functools
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -31,14 +34,14 @@ class Layer:
     A row is a token that is stored as one entry, or an entry that an earlier Plan made."""
 
     index: int
-    k_rows: object  # (R, d) rotated at pos: an array of the backend, or StoredRows, which stay where they are
+    k_rows: object  # (R, d) rotated at pos: an array, or StoredRows, which stay where they are
     v_rows: object  # (R, d)
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
     classes: np.ndarray  # (R,) uint8 DelimiterClass of each row's token
     protected: np.ndarray  # (R,) bool: sinks and window; they stay as they are
-    lengths: np.ndarray  # (H,) rows of each head
-    cos: np.ndarray  # (seen, d/2) rotation of every position
+    lengths: np.ndarray  # (H,) rows of each head, on the host
+    cos: np.ndarray  # (seen, d/2) rotation of every position, on the host
     sin: np.ndarray
     ops: object  # the backend
     queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
@@ -56,33 +59,62 @@ class Layer:
     @property
     def heads(self):
         """(R,) the KV head of each row."""
-        if "heads" not in self.shared:
-            self.shared["heads"] = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return self.shared["heads"]
+        return self._shared("heads", lambda: self.ops.numbers(self.lengths))
 
-    @cached_property
+    @property
+    def n_protected(self):
+        """(H,) rows of each head that are protected, on the host."""
+        return self._shared("n_protected", lambda: self.count(self.protected))
+
+    @property
+    def n_free(self):
+        """(H,) rows of each head that are not protected, on the host."""
+        return self.lengths - self.n_protected
+
+    @property
     def free(self):
         """(F,) the rows that are not protected."""
-        return np.flatnonzero(~self.protected)
+        return self._shared("free", lambda: self.ops.true_rows(~self.protected, int(self.n_free.sum())))
 
-    @cached_property
+    def _shared(self, name, make):
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+    def count(self, mask):
+        """(H,) how many of each head's rows are true of mask (R,), on the host."""
+        return self.last(np.cumsum(mask))
+
+    def last(self, number):
+        """(H,) by how much number (R,), which counts something up, grows in each head; on the host."""
+        ends = np.cumsum(self.lengths)
+        at = self._shared("last rows", lambda: self.ops.array(np.maximum(ends - 1, 0)))
+        counts = np.array(number[at].tolist() if len(number) else np.zeros(len(ends)), np.int64)
+        return np.diff(np.where(ends > 0, counts, 0), prepend=0)
+
+    def of_heads(self, rows):
+        """[(n, ...)] rows (R, ...) of each head."""
+        ends = np.cumsum(self.lengths).tolist()
+        return [rows[lo:hi] for lo, hi in zip([0, *ends], ends, strict=False)]
+
+    @functools.cached_property
     def k(self):
-        """(R, d) keys: an array of the backend, of a GPU on that GPU."""
+        """(R, d) keys."""
         return self.ops.gather(self.k_rows)
 
-    @cached_property
+    @functools.cached_property
     def v(self):
         """(R, d) values, in the same way."""
         return self.ops.gather(self.v_rows)
 
-    @cached_property
+    @functools.cached_property
     def k_unrotated(self):
         """(R, d) keys with the rotation undone: what RoPE was applied to."""
         return self.ops.unrotated(self.k, self.pos, self.cos, self.sin)
 
-    @cached_property
+    @functools.cached_property
     def values(self):
-        """(R, d) float32: v as a NumPy array, which a GPU has to hand over."""
+        """(R, d) float32: v, which a GPU has in 16 bits."""
         return self.ops.stored_rows(self.v)
 
     def window_scores(self, w):
@@ -98,7 +130,7 @@ class Layer:
 
     def window_means(self, w):
         """(G, R) float32: the mean of the probabilities that the newest m <= w queries give to each row: window_scores
-        where no more is wanted of them, and m times less to hold and, on a GPU, to hand over."""
+        where no more is wanted of them, and m times less to hold."""
         q, pos = self.queries[-1].q[:, -w:], self.queries[-1].pos[-w:]
         arguments = q, self.k, self.lengths, np.log(self.size), self.pos, pos, self.scale, self.attention_window
         return self.ops.column_scores(*arguments) / np.float32(len(pos))
@@ -116,7 +148,7 @@ class Layer:
             self.ops.column_scores(x.q, *rows, x.pos, self.scale, self.attention_window, lse=x.lse, **common)
             for x in self.queries
         ]
-        return np.sum(parts, axis=0) if reduce == "sum" else np.max(parts, axis=0)
+        return functools.reduce(np.add if reduce == "sum" else np.maximum, parts)
 
 
 @dataclass
@@ -126,11 +158,11 @@ class Plan:
     Keys of an entry with several rows are summed as they are stored, or (`unrotate`) with RoPE undone, and then
     rotated to the position of the entry. An entry with one row of weight 1 is that row, bit for bit."""
 
-    dest: np.ndarray  # (R,) int64: entry of the layer, heads one after another; -1: dropped
+    dest: np.ndarray  # (R,) entry of the layer, heads one after another; -1: dropped
     weight: np.ndarray  # (R,) float32
     size: np.ndarray  # (E,) float32, tokens each entry stands for
     pos: np.ndarray  # (E,) int32
-    lengths: np.ndarray  # (H,) entries of each head; the sum is E
+    lengths: np.ndarray  # (H,) entries of each head, on the host; the sum is E
     unrotate: bool = False
     key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
     v: np.ndarray | None = None  # (R, d) values in place of the layer's
@@ -139,9 +171,11 @@ class Plan:
     @classmethod
     def keep(cls, layer, kept):
         """The Plan of an eviction: rows with kept (R,) true stay as they are, the others are dropped."""
-        dest = np.where(kept, np.cumsum(kept) - 1, -1)
-        lengths = np.bincount(layer.heads[kept], minlength=len(layer.lengths))
-        return cls(dest, np.ones(len(kept), np.float32), layer.size[kept], layer.pos[kept], lengths)
+        number = np.cumsum(kept)
+        lengths = layer.last(number)
+        rows = layer.ops.true_rows(kept, int(lengths.sum()))
+        weight = np.ones_like(layer.size)
+        return cls(np.where(kept, number - 1, -1), weight, layer.size[rows], layer.pos[rows], lengths)
 
     def apply(self, layer):
         """The Entries of the Plan."""

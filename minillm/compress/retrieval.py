@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.compress.ledger import split
+from minillm.compress.ledger import others, split
 from minillm.compress.options import Option
 from minillm.errors import UsageError
 
@@ -18,15 +18,13 @@ def heads(layer, scores, target, retrieval_heads):
     them: they are one entry of the target."""
     keep_all = _flags(retrieval_heads, layer.index + 1, len(layer.lengths))[layer.index]
     quotas = _quotas(target, layer.lengths, keep_all, _least(layer))
-    into = np.arange(len(layer.pos))
-    for quota, n, end in zip(quotas, layer.lengths, np.cumsum(layer.lengths), strict=True):
-        rows = np.arange(end - n, end)
-        free = rows[~layer.protected[rows]]
-        if quota < n:
-            best = free[np.argsort(-scores[free], kind="stable")]
-            rest = best[max(quota - 1 - (n - len(free)), 0) :]
-            into[rest] = rest.min()
-    return into
+    best = np.maximum(quotas - 1 - layer.n_protected, 0)  # that stay, of a head that may not keep all
+    stays = layer.protected | layer.ops.largest(others(scores, layer.protected), layer.lengths, best)
+    joins = ~stays & layer.ops.array(quotas < layer.lengths)[layer.heads]
+    rows = np.arange(len(stays), like=scores)
+    none = np.zeros((), rows.dtype, like=rows)
+    firsts = [part.min() if len(part) else none for part in layer.of_heads(np.where(joins, rows, len(rows)))]
+    return np.where(joins, np.stack(firsts)[layer.heads], rows)
 
 
 def layers(ledger, layer, scores, retrieval_heads):
@@ -41,7 +39,7 @@ def layers(ledger, layer, scores, retrieval_heads):
 
 def _least(layer):
     """Entries that a head needs: its protected rows, and one for the rest."""
-    return int(np.count_nonzero(layer.protected[: layer.lengths[0]])) + 1
+    return int(layer.n_protected[0]) + 1
 
 
 def _quotas(total, most, keep_all, least):

@@ -28,7 +28,7 @@ def recency(layer):
 
 def chance(layer):
     """Random numbers: the control that every method must beat."""
-    return np.random.default_rng(layer.index).random(len(layer.pos), np.float32)
+    return layer.ops.array(np.random.default_rng(layer.index).random(len(layer.pos), np.float32))
 
 
 def window(layer, queries, pool, pooling, group):
@@ -56,7 +56,7 @@ def reread(layer, group, worth):
     largest = layer.column_scores("max")
     scores = largest.max(axis=0) if group == "max" else largest.mean(axis=0)
     if worth and layer.worth is not None:
-        scores = scores * layer.worth[layer.heads]
+        scores = scores * layer.ops.array(layer.worth)[layer.heads]
     return largest_so_far(layer, scores)
 
 
@@ -82,9 +82,9 @@ def value_scaled(layer, queries, pool):
     """LAVa (Shen et al. 2025): what the newest queries attend to, the largest of the group and of neighbours, times
     the largest L1 norm of a value in the head."""
     scores = pooled(layer, layer.window_means(queries).max(axis=0), pool, "max")
-    largest, heads = np.zeros(len(layer.lengths), np.float32), layer.heads[layer.free]
-    np.maximum.at(largest, heads, np.abs(layer.values[layer.free]).sum(axis=1))
-    return scores * largest[layer.heads]
+    norms = np.where(layer.protected, np.float32(0), np.abs(layer.values).sum(axis=1))
+    none = np.zeros((), np.float32, like=norms)
+    return scores * np.stack([part.max() if len(part) else none for part in layer.of_heads(norms)])[layer.heads]
 
 
 def column_row(layer, queries, pool, pooling, gqa, norm):
@@ -101,7 +101,7 @@ def column_row(layer, queries, pool, pooling, gqa, norm):
         columns = np.sqrt(np.square(attention).sum(axis=1))
         scores = (columns * layer.output_norms("l2")).mean(axis=0)
     scores = pooled(layer, scores, pool, pooling)
-    return scores / max(scores[layer.free].sum(), np.finfo(np.float32).tiny) if norm else scores
+    return scores / np.maximum(scores[layer.free].sum(), np.finfo(np.float32).tiny) if norm else scores
 
 
 def composite(layer, queries_agree, heads_agree, v_norm):
@@ -131,20 +131,14 @@ def contribution(layer, queries, pool, pooling):
 
 def over_heads(layer, scores):
     """(R,) for each row the sum of the scores (R,) of the rows that the heads have of its token."""
-    return np.bincount(layer.pos, scores)[layer.pos].astype(np.float32)
+    return layer.ops.totals(layer.pos, scores, len(layer.cos))[layer.pos].astype(np.float32)
 
 
 def pooled(layer, scores, width, kind):
     """Of the scores (R,), the maximum ("max") or mean ("avg": zeros beyond the ends count) of `width` neighbours, for
     the rows of each head that are not protected, and among these."""
     out = scores.copy()
-    for rows in np.split(layer.free, np.searchsorted(layer.heads[layer.free], range(1, len(layer.lengths)))):
-        padding, together = (-np.inf, np.maximum) if kind == "max" else (0, np.add)
-        padded = np.pad(scores[rows], (width // 2, width - 1 - width // 2), constant_values=padding)
-        around = padded[: len(rows)].copy()
-        for shift in range(1, width):
-            together(around, padded[shift : shift + len(rows)], out=around)
-        out[rows] = around if kind == "max" else around / np.float32(width)
+    out[layer.free] = layer.ops.pooled(scores[layer.free], layer.n_free, width, kind)
     return out
 
 

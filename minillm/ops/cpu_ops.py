@@ -19,10 +19,18 @@ from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import (  # noqa: F401
     DEVICE,
     StoredRows,
+    array,
     available_memory,
     concatenate,
+    host,
+    largest,
+    neighbours,
+    numbers,
+    pooled,
     random_words,
     read_labels,
+    totals,
+    true_rows,
 )
 
 _lib = cpu_lib.library()

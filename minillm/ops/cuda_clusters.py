@@ -1,5 +1,7 @@
 """Greedy seed-based clustering (SemantiCache, algorithm 1) on the device: the interface of numpy_clusters."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from minillm.ops import launch
@@ -8,45 +10,63 @@ KEPT_LENGTH = 512  # segments up to this length keep the cosines of their pairs;
 KEPT_COSINES = 256 << 20  # all of them together
 
 
+@dataclass
+class Segments:
+    """Where the keys of each of M segments begin and how many there are, as clusters.cu reads it: device arrays."""
+
+    starts: object  # (M,) int32
+    lengths: object  # (M,) int32
+    place: object  # (M,) int64: of the cosines that are kept, where those of a segment begin; -1: they are not kept
+    n_kept: int  # all cosines that are kept
+    some_long: bool  # whether there are segments whose cosines are not kept
+
+
+def segments(device, starts, lengths):
+    """Segments from starts, lengths (M,) of the device."""
+    short = lengths <= KEPT_LENGTH
+    squares = np.where(short, lengths.astype(np.int64) * lengths, 0)
+    ends = np.cumsum(squares)
+    kept = short & (ends <= KEPT_COSINES)
+    n_kept, n_long = np.stack([np.where(kept, squares, 0).sum(), np.count_nonzero(~kept)]).tolist()
+    place = np.where(kept, ends - squares, -1)
+    return Segments(starts.astype(np.int32), lengths.astype(np.int32), place, n_kept, n_long > 0)
+
+
 class GreedyClusters:
     """Segments of rows, and their clusters for any tau.
 
-    keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows; starts, lengths (M,): segment m is
-    the keys starts[m] : starts[m] + lengths[m]. What a cluster is, numpy_clusters says."""
+    keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows. What a cluster is, numpy_clusters
+    says."""
 
-    def __init__(self, device, real16, keys, rows, n_rows, starts, lengths):
-        self.device, self.real16, self.rows, self.n_rows = device, real16, rows, n_rows
-        starts, lengths = (np.ascontiguousarray(a, np.int32) for a in (starts, lengths))
-        squares = np.where(lengths <= KEPT_LENGTH, lengths.astype(np.int64) ** 2, 0)
-        ends = np.cumsum(squares)
-        place = np.where((lengths <= KEPT_LENGTH) & (ends <= KEPT_COSINES), ends - squares, -1)
-        self.some_long, upload = bool((place < 0).any()), self.device.upload
-        self.unit = self.device.empty(keys.shape, np.float32)
-        launch.unit_rows(self.device, keys, self.unit, self.real16)
-        self.starts, self.lengths, self.place = upload(starts), upload(lengths), upload(place)
-        self.kept = self.device.empty(int(squares[place >= 0].sum()), np.float32)
-        tables = self.starts, self.lengths, self.place
-        launch.keep_cosines(self.device, self.unit, *tables, self.kept, self.real16)
+    def __init__(self, device, real16, keys, rows, n_rows, segments):
+        self.device, self.real16, self.rows, self.n_rows, self.segments = device, real16, rows, n_rows, segments
+        self.unit, self.kept = device.empty(keys.shape, np.float32), device.empty(segments.n_kept, np.float32)
+        launch.unit_rows(device, keys, self.unit, real16)
+        launch.keep_cosines(device, self.unit, *self._tables, self.kept, real16)
+
+    @property
+    def _tables(self):
+        return self.segments.starts, self.segments.lengths, self.segments.place
 
     def counts(self, taus):
         """For each of `taus` the number of clusters of all segments together, in one launch."""
         return self._run(taus, None, None).tolist()
 
     def assign(self, tau):
-        """seed (n_rows,) int64, similarity (n_rows,), on the host."""
-        number = self.device.upload(np.arange(len(self.rows), dtype=np.int32))  # of each one's seed among `rows`
-        cosine = self.device.upload(np.ones(len(self.rows), np.float32))
+        """seed (n_rows,) int64, similarity (n_rows,)."""
+        number = np.arange(len(self.rows), dtype=np.int32, like=self.unit)  # of each one's seed among `rows`
+        cosine = np.ones_like(self.unit, shape=len(self.rows))
         self._run([tau], number, cosine)
-        seed, similarity = np.arange(self.n_rows), np.ones(self.n_rows, np.float32)
-        seed[self.rows], similarity[self.rows] = self.rows[number.get()], cosine.get()
+        seed = np.arange(self.n_rows, like=self.unit)
+        similarity = np.ones_like(self.unit, shape=self.n_rows)
+        seed[self.rows], similarity[self.rows] = self.rows[number], cosine
         return seed, similarity
 
     def _run(self, taus, seed, similarity):
-        upload, shape = self.device.upload, (len(taus), len(self.rows))
-        counts, taken = upload(np.zeros(len(taus), np.int32)), None
-        if self.some_long:
-            taken = self.device.empty(shape, np.uint8)
-            taken.fill(0)
-        tables = self.starts, self.lengths, self.place, upload(np.array(taus, np.float32))
+        """counts (taus,) int32 of the device."""
+        counts, taken = np.zeros(len(taus), np.int32, like=self.unit), None
+        if self.segments.some_long:
+            taken = np.zeros((len(taus), len(self.rows)), np.uint8, like=self.unit)
+        tables = *self._tables, self.device.upload(np.array(taus, np.float32))
         launch.clusters(self.device, self.unit, self.kept, *tables, counts, seed, similarity, taken, self.real16)
-        return counts.get()
+        return counts

@@ -1,8 +1,10 @@
 """The contract of `minillm.ops` on kernels/cuda and cuBLAS.
 
-Rows of K and V, hidden states and logits stay on the device, as its arrays; what a Plan says about them (indices,
-weights, sizes, positions) is in NumPy. Activations, K and V are 16-bit floats of one type, bf16 where the model's
-matrices are bf16 and half otherwise; the residual stream and every sum is float32.
+Rows of K and V, hidden states and logits stay on the device, as its arrays, and so does what a Plan says about them
+(scores, indices, weights, sizes, positions): NumPy's functions, called with CuPy's arrays, run on the device
+(__array_ufunc__, __array_function__), and planning is written with those that do. The host knows what is small: how
+many rows and entries each head has, budgets, thresholds. Activations, K and V are 16-bit floats of one type, bf16 where
+the model's matrices are bf16 and half otherwise; the residual stream and every sum is float32.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.ops import cuda_device, launch
-from minillm.ops.cuda_clusters import GreedyClusters
+from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
 from minillm.ops.numpy_ops import Slab, StoredRows
@@ -40,7 +42,7 @@ class CudaOps:
 
     def __init__(self, device):
         self.device, self.real16 = device, None
-        self._uploaded = {}  # id -> (host array, device array), the newest of them
+        self._made = {}  # id -> (array, what was made of it), the newest of them
         self._slabs = None  # (addresses, the same on the device)
 
     @property
@@ -57,7 +59,7 @@ class CudaOps:
 
     def trim(self):
         """Tables of the last pass, and memory of arrays that are gone, which CuPy keeps, go back to the device."""
-        self._uploaded.clear()
+        self._made.clear()
         self.device.trim()
 
     def set_threads(self, n):
@@ -148,7 +150,7 @@ class CudaOps:
         device, or float32 on the host."""
         if len(entries.pos):
             k, v = (self._rows(rows) for rows in (entries.k, entries.v))
-            log_size, pos = self.device.upload(entries.log_size), self.device.upload(entries.pos)
+            log_size, pos = self.array(entries.log_size), self._indices(entries.pos)
             first, start = self._offsets(entries.lengths), self.device.upload(start.astype(np.int32))
             launch.write_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
 
@@ -166,16 +168,24 @@ class CudaOps:
         return self.concatenate([part for lo, hi, new in heads for part in (stored[lo:hi], new)])
 
     def read_labels(self, layer, start):
-        """log_size, pos (E,), on the host, of the entries of a PagedLayer after the first `start` (H,) of each head."""
+        """log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
         n = int((layer.lengths - start).sum())
         log_size, pos = self.device.empty((n,), np.float32), self.device.empty((n,), np.int32)
         self._read(layer, start, log_size=log_size, pos=pos)
-        return log_size.get(), pos.get()
+        return log_size, pos
 
     def _read(self, layer, start, **out):
         """Fields of entries out of pages, into the arrays `out`."""
         first, start = self._offsets(layer.lengths - start), self.device.upload(start.astype(np.int32))
         launch.read_entries(self.device, self.paged(layer), first, start, layer.pool.head_dim, self.real16, **out)
+
+    def array(self, values):
+        """Values of the host on the device; what is there already is itself."""
+        return values if self.device.owns(values) else self.device.upload(np.asarray(values))
+
+    def host(self, values):
+        """An array of the device, or of the host, in NumPy."""
+        return values.get() if self.device.owns(values) else values
 
     def _offsets(self, lengths):
         return self.device.upload(np.append(0, np.cumsum(lengths)).astype(np.int32))
@@ -183,6 +193,8 @@ class CudaOps:
     def _rows(self, rows):
         if not self.device.owns(rows):
             return self.device.upload(to_words(rows, self.real16))
+        if rows.dtype == np.float32:
+            return to_words(rows, self.real16)
         if rows.flags.c_contiguous:
             return rows
         together = self.device.empty(rows.shape, rows.dtype)
@@ -190,17 +202,12 @@ class CudaOps:
         return together
 
     def stored_rows(self, rows):
-        """Rows of the device -> float32 (n, d) on the host."""
-        return from_words(rows.get(), self.real16)
+        """Rows of the device -> float32 (n, d), there."""
+        return from_words(rows, self.real16)
 
     def concatenate(self, parts):
         """Rows of several arrays of one dtype, one after another."""
-        out, row = self.device.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype), 0
-        for part in parts:
-            if len(part):
-                out[row : row + len(part)] = part
-            row += len(part)
-        return out
+        return np.concatenate(parts)
 
     # compression
 
@@ -212,11 +219,47 @@ class CudaOps:
         launch.unrotate(self.device, rows, self._indices(pos), *tables, norm, out, self.real16)
         return out
 
+    def numbers(self, lengths):
+        """lengths (S,) on the host -> (R,) of each row the number of its stretch. See numpy_ops."""
+        ends = self.device.upload(np.cumsum(lengths))
+        return np.searchsorted(ends, np.arange(int(np.sum(lengths)), like=ends), side="right")
+
+    def true_rows(self, mask, n):
+        """(n,) where the n that are true of mask (R,) are: the host knows how many, and nobody waits to be told."""
+        return np.searchsorted(np.cumsum(mask), np.arange(1, n + 1, like=mask))
+
+    def largest(self, scores, lengths, counts):
+        """(R,) bool: which are the counts[s] largest of each stretch. See numpy_ops."""
+        counts = np.clip(counts, 0, lengths)
+        taken = self.device.empty(scores.shape, np.uint8)
+        n, longest = len(lengths), int(np.max(lengths, initial=0))
+        tables = self.device.upload(np.concatenate([[0], np.cumsum(lengths), counts]).astype(np.int32))
+        launch.largest(self.device, self._floats(scores), tables[: n + 1], tables[n + 1 :], longest, taken)
+        return taken.view(bool)
+
+    def totals(self, groups, values, n):
+        """(n,) float64: the sum of values (R,) over the rows of each group, in their order. See numpy_ops."""
+        out = self.device.empty((n,), np.float64)
+        launch.totals(self.device, self._of_type(values, np.float64), *self._by_group(groups, n), out)
+        return out
+
+    def pooled(self, scores, lengths, width, kind):
+        """(R,) the largest or the mean of `width` neighbours in their stretch. See numpy_ops."""
+        out = self.device.empty(scores.shape, np.float32)
+        launch.pooled(self.device, self._floats(scores), self._offsets(lengths), out, width, kind == "max")
+        return out
+
+    def neighbours(self, stays, pos, lengths, reach):
+        """(R,) the nearest row that stays, or -1. See numpy_ops."""
+        out = self.device.empty(pos.shape, np.int32)
+        launch.neighbours(self.device, stays.view(np.uint8), pos, self._offsets(lengths), out, reach)
+        return out
+
     def merge(self, rows, dest, weight, n_entries):
         """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. -> (n_entries, d)."""
         out = self.device.empty((n_entries, rows.shape[1]), np.uint16)
-        rows, (order, first) = self._rows(self.gather(rows)), self._by_entry(dest, n_entries)
-        launch.merge(self.device, rows, order, first, self.device.upload(weight), out, self.real16)
+        rows = self._rows(self.gather(rows))
+        launch.merge(self.device, rows, *self._by_group(dest, n_entries), self._floats(weight), out, self.real16)
         return out
 
     def merge_unrotated(self, rows, pos, dest, weight, entry_pos, cos, sin):
@@ -225,8 +268,8 @@ class CudaOps:
         rows = self.gather(rows)
         rows_unrotated = self.unrotated(rows, pos, cos, sin)
         out = self.device.empty((len(entry_pos), rows.shape[1]), np.uint16)
-        order, first = self._by_entry(dest, len(entry_pos))
-        weight, pos, entry_pos = self.device.upload(weight), self._indices(pos), self._indices(entry_pos)
+        order, first = self._by_group(dest, len(entry_pos))
+        weight, pos, entry_pos = self._floats(weight), self._indices(pos), self._indices(entry_pos)
         tables = self._upload_once(cos), self._upload_once(sin)
         launch.merge_unrotated(
             self.device, rows, rows_unrotated, pos, order, first, weight, entry_pos, *tables, out, self.real16
@@ -241,12 +284,12 @@ class CudaOps:
 
     def window_scores(self, q, keys, lengths, log_size, pos, q_pos, scale, window=None):
         """Attention probabilities (G, w, R) of a few queries over the rows of a layer. q (Hq, w, d), keys (R, d): on
-        the device, or float32; the others on the host, q_pos ascending. See numpy_ops."""
+        the device, or float32; lengths and q_pos, which ascends, on the host. See numpy_ops."""
         rows, q, at = self._score_rows(q, keys, lengths, log_size, pos, q_pos)
         lse = self._score_lse(q, rows, at, scale, window)
         out = self.device.empty((len(q) // len(lengths), q.shape[1], len(pos)), np.float32)
         launch.window_scores(self.device, q, rows, at, lse, out, scale, window or 0, self.real16)
-        return out.get()
+        return out
 
     def column_scores(
         self, q, keys, lengths, log_size, pos, q_pos, scale, window=None, *, reduce="sum", min_distance=0, lse=None
@@ -259,12 +302,11 @@ class CudaOps:
         out = self.device.empty((len(q) // len(lengths), len(pos)), np.float32)
         largest, common = reduce == "max", (scale, window or 0)
         launch.column_scores(self.device, q, rows, at, lse, out, *common, largest, min_distance, self.real16)
-        return out.get()
+        return out
 
     def _score_rows(self, q, keys, lengths, log_size, pos, q_pos):
         assert (np.diff(q_pos) >= 0).all()
-        log_size = self.device.upload(np.ascontiguousarray(log_size, np.float32))
-        longest = int(np.max(lengths, initial=0))
+        longest, log_size = int(np.max(lengths, initial=0)), self._floats(log_size)
         rows = launch.Rows(self._rows(keys), log_size, self._indices(pos), self._offsets(lengths), longest)
         return rows, self._rows(q), self._indices(q_pos)
 
@@ -277,29 +319,50 @@ class CudaOps:
         n_rows, keys = len(keys), self._take(keys, rows)
         if rotation:
             pos, cos, sin = rotation
-            keys = self.unrotated(keys, pos[rows], cos, sin)
-        return GreedyClusters(self.device, self.real16, keys, rows, n_rows, starts, lengths)
+            keys = self.unrotated(keys, self.array(pos)[self.array(rows)], cos, sin)
+        table = self._once(lengths, lambda: segments(self.device, self.array(starts), self.array(lengths)))
+        return GreedyClusters(self.device, self.real16, keys, self.array(rows), n_rows, table)
 
     def nearest(self, keys, rows, others, first, last):
-        """For each of some rows the one most like it of a stretch of others; on the host. See numpy_ops."""
+        """For each of some rows the one most like it of a stretch of others. See numpy_ops."""
         found, cosine = (self.device.empty((len(rows),), dtype) for dtype in (np.int32, np.float32))
         arguments = (self._indices(array) for array in (rows, others, first, last))
         launch.nearest(self.device, self._rows(keys), *arguments, found, cosine, self.real16)
-        return found.get().astype(np.int64), cosine.get()
+        return found, cosine
 
-    def _by_entry(self, dest, n_entries):
-        """order: the rows that go somewhere, entry by entry; first (E + 1,): where those of an entry begin."""
-        taken = np.flatnonzero(dest >= 0)
-        order = taken[np.argsort(dest[taken], kind="stable")]
-        return self._indices(order), self._offsets(np.bincount(dest[taken], minlength=n_entries))
+    def _by_group(self, groups, n):
+        """order (R,): the rows, group by group, those of none (-1) before; first (n + 1,): where those of a group
+        begin. Of the groups asked for last it is known: a Plan's rows are added up more than once."""
+        order, first = self._once(groups, lambda: self._order(self._indices(groups), n))
+        assert len(first) == n + 1
+        return order, first
 
-    def _indices(self, host):
-        return self.device.upload(np.ascontiguousarray(host, np.int32))
+    def _order(self, groups, n):
+        order = np.argsort(groups, kind="stable")
+        first = np.searchsorted(groups[order], np.arange(n + 1, dtype=np.int32, like=groups))
+        return self._indices(order), self._indices(first)
+
+    def _indices(self, values):
+        return self._of_type(values, np.int32)
+
+    def _floats(self, values):
+        return self._of_type(values, np.float32)
+
+    def _of_type(self, values, dtype):
+        """Values of the device or of the host on the device, in one piece."""
+        if not self.device.owns(values):
+            return self.device.upload(np.ascontiguousarray(values, dtype))
+        values = values.astype(dtype, copy=False)
+        return values if values.flags.c_contiguous else values.copy()
 
     def _upload_once(self, host):
         """The device's copy of an array that comes again and again, and is not written to: the tables of one pass."""
-        if id(host) not in self._uploaded:
-            if len(self._uploaded) >= 4:
-                self._uploaded.pop(next(iter(self._uploaded)))
-            self._uploaded[id(host)] = host, self.device.upload(host)
-        return self._uploaded[id(host)][1]
+        return self._once(host, lambda: self.device.upload(host))
+
+    def _once(self, array, make):
+        """What `make` makes of an array that is not written to, known for the newest of them."""
+        if id(array) not in self._made:
+            if len(self._made) >= 8:
+                self._made.pop(next(iter(self._made)))
+            self._made[id(array)] = array, make()
+        return self._made[id(array)][1]

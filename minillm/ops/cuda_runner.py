@@ -23,7 +23,8 @@ class Layer:
         self.bqkv = _bias(device, block.bq, block.bk, block.bv)
         self.b_gate_up = _bias(device, block.b_gate, block.b_up)
         self.bo, self.b_down = _bias(device, block.bo), _bias(device, block.b_down)
-        self.w_score, self.b_score = block.w_score, block.b_score  # the bias is added on the host
+        self.w_score = block.w_score
+        self.b_score = _bias(device, block.b_score)
 
 
 def _above(ops, block, *names):
@@ -64,8 +65,8 @@ class Runner:
 
     def attention(self, index, x, cos, sin, past, wants):
         """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) float32
-        of its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32 on the host, or None where
-        `wants` lacks "scores"; mixed (n, Hq * d); the others of 16 bits."""
+        of its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32, or None where `wants` lacks
+        "scores"; mixed (n, Hq * d); the others of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
         cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
         normed = self._normed(x, layer.attention_norm)
@@ -84,7 +85,7 @@ class Runner:
     def _scores(self, layer, normed):
         scores = self.device.empty((len(normed), layer.w_score.shape[0]), np.float32)
         self._product(normed, layer.w_score, scores)
-        return scores.get().T + layer.b_score[:, None]
+        return scores.T + layer.b_score[:, None]
 
     def output(self, index, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""

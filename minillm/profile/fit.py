@@ -28,16 +28,17 @@ def second_reading(llm, token_ids):
             index,
             k.reshape(-1, config.head_dim),
             v.reshape(-1, config.head_dim),
-            *(np.ones(config.n_kv_heads * n, np.float32), np.tile(pos, config.n_kv_heads).astype(np.int32)),
-            *(np.zeros(config.n_kv_heads * n, np.uint8), np.zeros(config.n_kv_heads * n, bool)),
+            *map(
+                ops.array,
+                (np.ones(config.n_kv_heads * n, np.float32), np.tile(pos, config.n_kv_heads).astype(np.int32)),
+            ),
+            *map(ops.array, (np.zeros(config.n_kv_heads * n, np.uint8), np.zeros(config.n_kv_heads * n, bool))),
             *(np.full(config.n_kv_heads, n), cos, sin, ops, again.layer(index, k, v, pos)),
             scale=model.scale,
             attention_window=config.sliding_window,
         )
-        yield (
-            ops.stored_rows(h),
-            np.log(reread(rows, "mean", worth=False).reshape(config.n_kv_heads, n) + np.float32(FLOOR)),
-        )
+        scores = ops.host(reread(rows, "mean", worth=False)).reshape(config.n_kv_heads, n)
+        yield ops.host(ops.stored_rows(h)), np.log(scores + np.float32(FLOOR))
         model.output(index, x, mixed)
 
 

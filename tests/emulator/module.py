@@ -46,9 +46,11 @@ class Config(ctypes.Structure):
 
 
 class Module:
-    """The kernels of one source text. Libraries are kept by the hash of all that goes into them."""
+    """The kernels of one source text; each launch is told to started(kernel name). Libraries are kept by the hash of
+    all that goes into them."""
 
-    def __init__(self, source):
+    def __init__(self, source, started=lambda name: None):
+        self.started = started
         # A static __shared__ variable makes itself known when it is first met; a dynamic one is a pointer.
         body = _DYNAMIC.sub(lambda m: f"CUEMU_DYNAMIC_SHARED({_element(m[1])}, {m[2]});", source)
         body, n_static = _STATIC.subn(r"static \1 \2\3; CUEMU_SHARED(\2);", body)
@@ -57,7 +59,7 @@ class Module:
         self.lib = ctypes.CDLL(str(_built(unit, flags, os.environ.get("MINILLM_EMULATOR", ""))))
 
     def get_function(self, name):
-        return Kernel(self.lib, name)
+        return Kernel(self.lib, name, self.started)
 
 
 def _element(type_name):
@@ -88,7 +90,8 @@ class Kernel:
 
     order, seed = 0, 0  # of all kernels: a test may set them on the class
 
-    def __init__(self, lib, name):
+    def __init__(self, lib, name, started=lambda name: None):
+        self.started = started
         self.name, self.launch = name, getattr(lib, f"cuemu_launch_{name}")
         signature = getattr(lib, f"cuemu_signature_{name}")
         signature.restype = ctypes.c_char_p
@@ -107,6 +110,7 @@ class Kernel:
         error = ctypes.create_string_buffer(2000)
         if self.launch(ctypes.byref(config), pointers, error, len(error)):
             raise EmulatorError(f"{self.name}: {error.value.decode()}")
+        self.started(self.name)
 
     def _value(self, number, argument, parameter):
         """The bytes of one argument, as an array of one element. CuPy checks nothing of this."""

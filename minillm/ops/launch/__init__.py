@@ -7,7 +7,7 @@ any kernel.
     elementwise.py products.py rope.py attention.py sampling.py
                      the forward pass, up to the next token
     pages.py         the cache
-    scores.py merging.py
+    scores.py planning.py merging.py
                      compression
 
 One function a kernel or a few that belong together. Arrays are the device's, with the shapes said there; real16 is the
@@ -17,6 +17,7 @@ from minillm.ops.launch.attention import DecodeSpace, decode_attention, decode_p
 from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swiglu
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
 from minillm.ops.launch.pages import PAGE_SIZE, Paged, last_pages, read_entries, write_entries
+from minillm.ops.launch.planning import largest, neighbours, pooled, totals
 from minillm.ops.launch.products import (
     dequantize,
     embed,

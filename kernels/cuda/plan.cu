@@ -1,0 +1,51 @@
+// What a Plan is made of beside keys and values: sums over groups of rows, neighbours. Every result is the same every
+// time: sums have an order. Grid: a group or row a thread, 256 threads a block.
+#include "common.cuh"
+
+// out (E,): the sum of values (R,) over the rows of each group: order[first[e]], ..., order[first[e + 1] - 1].
+extern "C" __global__ void __launch_bounds__(256)
+totals(const double* values, const int* order, const int* first, double* out, int n_groups) {
+    int group = blockIdx.x * blockDim.x + threadIdx.x;
+    if (group >= n_groups) return;
+    double sum = 0;
+    for (int at = first[group]; at < first[group + 1]; ++at) sum += values[order[at]];
+    out[group] = sum;
+}
+
+// The stretch of row `row`: first[i] <= row < first[i + 1]; first (n + 1,).
+__device__ __forceinline__ int stretch_of(int row, const int* first, int n) {
+    int low = 0, high = n;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        (first[middle] <= row ? low : high) = middle;
+    }
+    return low;
+}
+
+// out (R,): the largest, or the mean (zeros beyond the ends count), of `width` neighbours of each of scores (R,) in its
+// stretch: width / 2 before it, itself, and the others after it.
+extern "C" __global__ void __launch_bounds__(256)
+pooled(const float* scores, const int* first, float* out, int n_stretches, int n_rows, int width, int largest) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= n_rows) return;
+    int stretch = stretch_of(row, first, n_stretches), from = row - width / 2;
+    float x = largest ? NEG_INF : 0.f;
+    for (int i = max(from, first[stretch]); i < min(from + width, first[stretch + 1]); ++i)
+        x = largest ? fmaxf(x, scores[i]) : x + scores[i];
+    out[row] = largest ? x : x / width;
+}
+
+// out (R,): of the rows of the same stretch that stay (R,), the one nearest to each row within `reach` positions, of two
+// as near the earlier; or -1. pos (R,) ascend within a stretch.
+extern "C" __global__ void __launch_bounds__(256)
+neighbours(const unsigned char* stays, const int* pos, const int* first, int* out, int n_stretches, int n_rows, int reach) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= n_rows) return;
+    int stretch = stretch_of(row, first, n_stretches), begin = first[stretch], end = first[stretch + 1], at = pos[row];
+    int before = row - 1, after = row + 1;
+    while (before >= begin && !stays[before] && at - pos[before] <= reach) --before;
+    while (after < end && !stays[after] && pos[after] - at <= reach) ++after;
+    int far = before >= begin && stays[before] ? at - pos[before] : reach + 1;
+    int farther = after < end && stays[after] ? pos[after] - at : reach + 1;
+    out[row] = min(far, farther) > reach ? -1 : far <= farther ? before : after;
+}

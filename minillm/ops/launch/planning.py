@@ -1,0 +1,48 @@
+"""What a Plan is made of beside keys and values: which rows score most, sums over groups of rows, neighbours."""
+
+import numpy as np
+
+from minillm.ops.launch.start import blocks, run
+
+DIGIT, BINS = 11, 2048  # bits of a key that a launch decides, as in select.cu
+ROWS = 4096  # of a stretch that a block of a select reads at least
+
+
+def largest(device, scores, first, counts, longest, taken):
+    """taken (R,) uint8: whether a row is among the counts[s] largest of scores (R,) in its stretch first[s] : first[s +
+    1], of equal ones the earlier; first (S + 1,), counts (S,). longest: rows of the longest stretch."""
+    n_stretches, low = len(counts), max(longest - 1, 1).bit_length()
+    passes = -(-(32 + low) // DIGIT)
+    histograms = device.empty((passes, n_stretches, BINS), np.uint32)
+    histograms.fill(0)
+    at = (passes + 1, n_stretches)
+    arguments = {"scores": scores, "first": first, "counts": counts, "histograms": histograms}
+    arguments |= {"from": device.empty(at, np.uint64), "left": device.empty(at, np.int32), "low": low, "passes": passes}
+    grid = min(blocks(longest, ROWS), blocks(4 * device.processors, n_stretches)), n_stretches
+    for done in range(passes if len(scores) else 0):
+        run(device, "select", "select_digit", grid, (256,), arguments | {"pass": done})
+    run(device, "select", "select_mask", grid, (256,), arguments | {"taken": taken})
+
+
+def totals(device, values, order, first, out):
+    """out (E,) float64: the sum of values (R,) float64 over r in order[first[e] : first[e + 1]]; first (E + 1,)."""
+    n = len(out)
+    assert len(first) == n + 1 and len(order) == len(values)
+    arguments = {"values": values, "order": order, "first": first, "out": out, "n_groups": n}
+    run(device, "plan", "totals", (blocks(n, 256),), (256,), arguments)
+
+
+def pooled(device, scores, first, out, width, largest):
+    """out (R,): the largest or the mean of `width` neighbours of each of scores (R,) within first[s] : first[s + 1]."""
+    n = len(scores)
+    assert out.shape == (n,)
+    arguments = {"scores": scores, "first": first, "out": out, "n_stretches": len(first) - 1, "n_rows": n}
+    run(device, "plan", "pooled", (blocks(n, 256),), (256,), arguments | {"width": width, "largest": largest})
+
+
+def neighbours(device, stays, pos, first, out, reach):
+    """out (R,) int32: the nearest row of the stretch that stays (R,) uint8, within `reach` of pos (R,), or -1."""
+    n = len(stays)
+    assert pos.shape == out.shape == (n,)
+    arguments = {"stays": stays, "pos": pos, "first": first, "out": out, "n_stretches": len(first) - 1, "n_rows": n}
+    run(device, "plan", "neighbours", (blocks(n, 256),), (256,), arguments | {"reach": reach})
