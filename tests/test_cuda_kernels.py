@@ -301,7 +301,11 @@ def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
             taken = ops.largest(device.upload(scores), lengths, counts)
             assert taken.dtype == bool
             np.testing.assert_array_equal(taken.get(), expected)
-            np.testing.assert_array_equal(ops.true_rows(taken, expected.sum()).get(), np.flatnonzero(expected))
+            numbered = [found.get() for found in ops.places(taken, int(expected.sum()))]
+            for ours, numpys in zip(numbered, numpy_ops.places(expected, int(expected.sum())), strict=True):
+                np.testing.assert_array_equal(ours, numpys)
+            assert ops.counts(taken, lengths).tolist() == numpy_ops.counts(expected, lengths).tolist()
+            assert [part.sum() for part in np.split(expected, ends[:-1])] == ops.counts(taken, lengths).tolist()
 
 
 def test_sums_over_groups(device, rng):

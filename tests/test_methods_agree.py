@@ -161,7 +161,7 @@ def test_a_gpu_keeps_the_rows_that_numpy_keeps(device, name):
     layer.k_rows, layer.v_rows = rounded
     layer.queries = [Queries(from_words(to_words(q.q, "bf16"), "bf16"), q.pos) for q in layer.queries]
     k, v = (device.upload(to_words(rows, "bf16")) for rows in (layer.k, layer.v))
-    labels = {label: device.upload(getattr(layer, label)) for label in ("size", "pos", "classes", "protected")}
+    labels = {label: device.upload(getattr(layer, label)) for label in ("size", "pos", "protected")}
     labels |= {"output": Output(ops.prepare(layer.output.wo), len(layer.lengths), 64, ops)}
     labels |= {"history": None if layer.history is None else device.upload(layer.history)}
     check_kept(name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, memo={}, shared={}, **labels), ERROR["cuda"])

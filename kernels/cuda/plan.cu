@@ -1,8 +1,52 @@
-// What a Plan is made of beside keys and values: sums over groups of rows, neighbours. Every result is the same every
-// time: sums have an order. Grid: a group or row a thread, 256 threads a block.
+// What a Plan is made of beside keys and values: counts, sums over groups of rows, neighbours. Every result is the same
+// every time: sums are of whole numbers or have an order. Blocks of 256 threads.
 #include "common.cuh"
 
+static const int THREADS = 256, OWN = 8;  // rows that a thread numbers
+
+// counts (S,): how many of mask[first[s] : first[s + 1]] are true; first NULL: of every OWN * THREADS rows of (n,). Grid:
+// a block a stretch.
+extern "C" __global__ void __launch_bounds__(256)
+count_true(const unsigned char* mask, const int* first, int* counts, int n) {
+    __shared__ int total;
+    int stretch = blockIdx.x, own = 0, begin = stretch * OWN * THREADS, end = min(begin + OWN * THREADS, n);
+    if (first) begin = first[stretch], end = first[stretch + 1];
+    if (threadIdx.x == 0) total = 0;
+    __syncthreads();
+    for (int i = begin + threadIdx.x; i < end; i += THREADS) own += mask[i] != 0;
+    atomicAdd(&total, own);
+    __syncthreads();
+    if (threadIdx.x == 0) counts[stretch] = total;
+}
+
+// rows: where mask (n,) is true, in order; number (n,): the how-manieth of them each is, from 0, or -1. `before`: of
+// every OWN * THREADS rows how many are true, which count_true has found. Grid: so many rows a block.
+extern "C" __global__ void __launch_bounds__(256)
+number_true(const unsigned char* mask, const int* before, int* rows, int* number, int n) {
+    __shared__ int base, sums[THREADS];
+    int thread = threadIdx.x, begin = (blockIdx.x * THREADS + thread) * OWN, own = 0, blocks = 0;
+    if (thread == 0) base = 0;
+    __syncthreads();
+    for (int i = thread; i < blockIdx.x; i += THREADS) blocks += before[i];
+    atomicAdd(&base, blocks);
+    for (int i = begin; i < min(begin + OWN, n); ++i) own += mask[i] != 0;
+    sums[thread] = own;
+    __syncthreads();
+    for (int offset = 1; offset < THREADS; offset *= 2) {
+        int other = thread >= offset ? sums[thread - offset] : 0;
+        __syncthreads();
+        sums[thread] += other;
+        __syncthreads();
+    }
+    int at = base + sums[thread] - own;
+    for (int i = begin; i < min(begin + OWN, n); ++i) {
+        number[i] = mask[i] ? at : -1;
+        if (mask[i]) rows[at++] = i;
+    }
+}
+
 // out (E,): the sum of values (R,) over the rows of each group: order[first[e]], ..., order[first[e + 1] - 1].
+// Grid: a group a thread.
 extern "C" __global__ void __launch_bounds__(256)
 totals(const double* values, const int* order, const int* first, double* out, int n_groups) {
     int group = blockIdx.x * blockDim.x + threadIdx.x;
@@ -23,7 +67,7 @@ __device__ __forceinline__ int stretch_of(int row, const int* first, int n) {
 }
 
 // out (R,): the largest, or the mean (zeros beyond the ends count), of `width` neighbours of each of scores (R,) in its
-// stretch: width / 2 before it, itself, and the others after it.
+// stretch: width / 2 before it, itself, and the others after it. Grid: a row a thread.
 extern "C" __global__ void __launch_bounds__(256)
 pooled(const float* scores, const int* first, float* out, int n_stretches, int n_rows, int width, int largest) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -36,7 +80,7 @@ pooled(const float* scores, const int* first, float* out, int n_stretches, int n
 }
 
 // out (R,): of the rows of the same stretch that stay (R,), the one nearest to each row within `reach` positions, of two
-// as near the earlier; or -1. pos (R,) ascend within a stretch.
+// as near the earlier; or -1. pos (R,) ascend within a stretch. Grid: a row a thread.
 extern "C" __global__ void __launch_bounds__(256)
 neighbours(const unsigned char* stays, const int* pos, const int* first, int* out, int n_stretches, int n_rows, int reach) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;

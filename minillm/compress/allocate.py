@@ -108,7 +108,7 @@ def adaptive_counts(layer, scores, target, alpha, normalize):
             for rows in (top, ~layer.protected)
         )
         scores = scores * (held / np.maximum(all_of_it, np.finfo(np.float32).tiny))[layer.heads]
-    hits = layer.count(best_of_all(layer, scores, room))
+    hits = layer.count(best_of_all(layer, scores, room) & ~layer.protected)
     return split(room, (1 - alpha) * hits + alpha * room / n_heads, layer.n_free)
 
 
@@ -120,9 +120,8 @@ def best(layer, scores, counts, kept):
 
 def best_of_all(layer, scores, count):
     """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
-    earlier."""
-    taken = layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
-    return taken & ~layer.protected
+    earlier. (And others, where there are not so many.)"""
+    return layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
 
 
 def ranked(layer, scores, kept):
@@ -170,13 +169,13 @@ def one_cut(ledger, layer, scores):
     earlier. What is not among the best of the rows known so far cannot be among the best of all: so the layers seen are
     cut as new ones come, and the result is that of one cut at the end."""
     index = len(ledger.targets)
-    ledger.pool[index] = scores[layer.free]
-    pool, ends = np.concatenate(ledger.pool), np.cumsum([len(known) for known in ledger.pool])
-    kept = layer.ops.largest(pool, [len(pool)], [ledger.room])
-    number = np.concatenate([np.zeros(1, np.int64, like=pool), np.cumsum(kept)])
-    cuts = number[layer.ops.array(ends)].tolist()
-    ledger.pool = np.split(pool[layer.ops.true_rows(kept, cuts[-1])], cuts[:-1])
-    return (ledger.protected + np.diff(cuts, prepend=0))[: index + 1].tolist()
+    ledger.pool[index] = others(scores, layer.protected)
+    pool, lengths = np.concatenate(ledger.pool), [len(known) for known in ledger.pool]
+    kept = layer.ops.largest(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
+    counts = layer.ops.counts(kept, lengths)
+    ends = np.cumsum(counts).tolist()
+    ledger.pool = np.split(pool[layer.ops.true_rows(kept, ends[-1])], ends[:-1])
+    return (ledger.protected + counts)[: index + 1].tolist()
 
 
 def pyramid(ledger, layer, scores, beta):

@@ -1,6 +1,7 @@
 """When a sequence is compressed, and which of its rows: the step between fresh keys and values and the pages they end
 in."""
 
+import functools
 from collections import deque
 from typing import NamedTuple
 
@@ -262,17 +263,18 @@ class Compression:
         """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
         if self.attributes[0] is not labels.pos:
             cache = self.cache
-            token = labels.pos + cache.shift  # of rows that no Plan has touched; what is older may have moved
-            known = (labels.size == 1) & ((token >= cache.seen - cache.tail) if cache.shift else True)
-            self.attributes = (
-                labels.pos,
-                {
-                    "classes": np.where(known, self.classes[token * known], 0).astype(np.uint8),
-                    "protected": (labels.pos < self.sinks) | (token >= self.end),
-                    "shared": {},
-                },
-            )
+            token = labels.pos + cache.shift if cache.shift else labels.pos
+            protected = (labels.pos < self.sinks) | (token >= self.end)
+            classes = functools.partial(self._classes, labels.size, token)
+            self.attributes = labels.pos, {"find_classes": classes, "protected": protected, "shared": {}}
         return self.attributes[1]
+
+    def _classes(self, size, token):
+        """(R,) uint8: the classes of rows that no Plan has touched; what is older may have moved."""
+        known = size == 1
+        if self.cache.shift:
+            known = known & (token >= self.cache.seen - self.cache.tail)
+        return np.where(known, self.classes[token * known], np.uint8(0))
 
     def _layer(self, index, labels, k, v, queries=()):
         compressor, threshold = self.compressor, self.thresholds[index]

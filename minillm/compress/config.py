@@ -200,7 +200,9 @@ class CacheConfig:
         """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
         into = self.allocation.heads(layer, scores, target, options=self.options)
         plan = self.merge(layer, scores, into, options=self.options)
-        return plan, layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))
+        if plan.rows is None:
+            plan.rows = layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))
+        return plan, plan.rows
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""

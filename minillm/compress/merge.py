@@ -35,13 +35,15 @@ def drop(layer, scores, into, positions):
 def cores(layer, scores, into, rope, log_size):
     """SemantiCache (eqs. 2-4): a row that stays becomes the mean of itself and the rows that join it, weighted by their
     sizes, at their mean position, and of the size of them all; what joins none is dropped."""
-    number = np.cumsum(into == np.arange(len(into), like=into))  # of the entry that each row that stays becomes, from 1
-    joined, lengths = into >= 0, layer.last(number)
-    dest, n = np.where(joined, number[into] - 1, -1), int(lengths.sum())
+    stays, joined = into == np.arange(len(into), like=into), into >= 0
+    lengths = layer.count(stays)
+    n = int(lengths.sum())
+    rows, number = layer.ops.places(stays, n)
+    dest = np.where(joined, number[into], -1)
     size = layer.ops.totals(dest, layer.size, n).astype(np.float32)
     weight = np.where(joined, layer.size / of_entries(size, dest), np.float32(0))
     pos = np.rint(layer.ops.totals(dest, weight * layer.pos, n)).astype(np.int32)
-    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated")
+    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated", rows=rows)
 
 
 def average(layer, scores, into, chunking, rope, log_size):

@@ -5,6 +5,7 @@ What there is of each row or entry is an array of the backend: NumPy's, on a GPU
 as well; the two do not mix. What there is of each head is in NumPy."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +39,7 @@ class Layer:
     v_rows: object  # (R, d)
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
-    classes: np.ndarray  # (R,) uint8 DelimiterClass of each row's token
+    find_classes: Callable  # () -> (R,) uint8 DelimiterClass of each row's token
     protected: np.ndarray  # (R,) bool: sinks and window; they stay as they are
     lengths: np.ndarray  # (H,) rows of each head, on the host
     cos: np.ndarray  # (seen, d/2) rotation of every position, on the host
@@ -62,6 +63,11 @@ class Layer:
         return self._shared("heads", lambda: self.ops.numbers(self.lengths))
 
     @property
+    def classes(self):
+        """(R,) uint8: the DelimiterClass of each row's token."""
+        return self._shared("classes", self.find_classes)
+
+    @property
     def n_protected(self):
         """(H,) rows of each head that are protected, on the host."""
         return self._shared("n_protected", lambda: self.count(self.protected))
@@ -83,14 +89,7 @@ class Layer:
 
     def count(self, mask):
         """(H,) how many of each head's rows are true of mask (R,), on the host."""
-        return self.last(np.cumsum(mask))
-
-    def last(self, number):
-        """(H,) by how much number (R,), which counts something up, grows in each head; on the host."""
-        ends = np.cumsum(self.lengths)
-        at = self._shared("last rows", lambda: self.ops.array(np.maximum(ends - 1, 0)))
-        counts = np.array(number[at].tolist() if len(number) else np.zeros(len(ends)), np.int64)
-        return np.diff(np.where(ends > 0, counts, 0), prepend=0)
+        return self.ops.counts(mask, self.lengths)
 
     def of_heads(self, rows):
         """[(n, ...)] rows (R, ...) of each head."""
@@ -167,15 +166,14 @@ class Plan:
     key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
     v: np.ndarray | None = None  # (R, d) values in place of the layer's
     next_pos: int | None = None  # position of the token that comes next, where it is not the number of tokens seen
+    rows: np.ndarray | None = None  # (E,) the row that each entry goes back to, where that is known
 
     @classmethod
     def keep(cls, layer, kept):
         """The Plan of an eviction: rows with kept (R,) true stay as they are, the others are dropped."""
-        number = np.cumsum(kept)
-        lengths = layer.last(number)
-        rows = layer.ops.true_rows(kept, int(lengths.sum()))
-        weight = np.ones_like(layer.size)
-        return cls(np.where(kept, number - 1, -1), weight, layer.size[rows], layer.pos[rows], lengths)
+        lengths = layer.count(kept)
+        rows, dest = layer.ops.places(kept, int(lengths.sum()))
+        return cls(dest, np.ones_like(layer.size), layer.size[rows], layer.pos[rows], lengths, rows=rows)
 
     def apply(self, layer):
         """The Entries of the Plan."""

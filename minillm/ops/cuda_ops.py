@@ -136,13 +136,17 @@ class CudaOps:
 
     def paged(self, layer):
         """A PagedLayer as launch.Paged, a batch of one."""
-        upload = self.device.upload
+        held = layer.pages[:, : max(1, -(-int(layer.lengths.max()) // PAGE_SIZE))]
+        n_heads, tables = (
+            len(held),
+            self.device.upload(np.concatenate([held.ravel(), layer.lengths, [layer.seen]], dtype=np.int32)),
+        )
         return launch.Paged(
             self.slab_table(layer.pool),
             layer.pool.slab_pages,
-            upload(layer.pages[None]),
-            upload(layer.lengths[None].astype(np.int32)),
-            upload(np.array([layer.seen], np.int32)),
+            tables[: held.size].reshape(1, *held.shape),
+            tables[held.size : -1].reshape(1, n_heads),
+            tables[-1:],
         )
 
     def write_entries(self, layer, start, entries):
@@ -151,7 +155,7 @@ class CudaOps:
         if len(entries.pos):
             k, v = (self._rows(rows) for rows in (entries.k, entries.v))
             log_size, pos = self.array(entries.log_size), self._indices(entries.pos)
-            first, start = self._offsets(entries.lengths), self.device.upload(start.astype(np.int32))
+            first, start = self._offsets(entries.lengths, start)
             launch.write_entries(self.device, k, v, log_size, pos, self.paged(layer), first, start, self.real16)
 
     def gather(self, rows):
@@ -176,7 +180,7 @@ class CudaOps:
 
     def _read(self, layer, start, **out):
         """Fields of entries out of pages, into the arrays `out`."""
-        first, start = self._offsets(layer.lengths - start), self.device.upload(start.astype(np.int32))
+        first, start = self._offsets(layer.lengths - start, start)
         launch.read_entries(self.device, self.paged(layer), first, start, layer.pool.head_dim, self.real16, **out)
 
     def array(self, values):
@@ -187,8 +191,14 @@ class CudaOps:
         """An array of the device, or of the host, in NumPy."""
         return values.get() if self.device.owns(values) else values
 
-    def _offsets(self, lengths):
-        return self.device.upload(np.append(0, np.cumsum(lengths)).astype(np.int32))
+    def _offsets(self, lengths, others):
+        """(S + 1,) int32: where each of S stretches of `lengths` begins; and others (n,) int32."""
+        tables = self.device.upload(np.concatenate([[0], np.cumsum(lengths), others]).astype(np.int32))
+        return tables[: len(lengths) + 1], tables[len(lengths) + 1 :]
+
+    def _first(self, lengths):
+        """The first of _offsets, of lengths that come again."""
+        return self._once(lengths, lambda: self._offsets(lengths, [])[0])
 
     def _rows(self, rows):
         if not self.device.owns(rows):
@@ -226,15 +236,26 @@ class CudaOps:
 
     def true_rows(self, mask, n):
         """(n,) where the n that are true of mask (R,) are: the host knows how many, and nobody waits to be told."""
-        return np.searchsorted(np.cumsum(mask), np.arange(1, n + 1, like=mask))
+        return self.places(mask, n)[0]
+
+    def places(self, mask, n):
+        """rows (n,), and the number in them of each row of mask (R,), or -1. See numpy_ops."""
+        rows, number = self.device.empty((n,), np.int32), self.device.empty(mask.shape, np.int32)
+        launch.number_true(self.device, mask.view(np.uint8), rows, number)
+        return rows, number
+
+    def counts(self, mask, lengths):
+        """(S,) on the host: how many are true of each stretch. See numpy_ops."""
+        counts = self.device.empty((len(lengths),), np.int32)
+        launch.count_true(self.device, mask.view(np.uint8), self._first(lengths), counts)
+        return counts.get().astype(np.int64)
 
     def largest(self, scores, lengths, counts):
         """(R,) bool: which are the counts[s] largest of each stretch. See numpy_ops."""
         counts = np.clip(counts, 0, lengths)
         taken = self.device.empty(scores.shape, np.uint8)
-        n, longest = len(lengths), int(np.max(lengths, initial=0))
-        tables = self.device.upload(np.concatenate([[0], np.cumsum(lengths), counts]).astype(np.int32))
-        launch.largest(self.device, self._floats(scores), tables[: n + 1], tables[n + 1 :], longest, taken)
+        tables, longest = self._offsets(lengths, counts), int(np.max(lengths, initial=0))
+        launch.largest(self.device, self._floats(scores), *tables, longest, taken)
         return taken.view(bool)
 
     def totals(self, groups, values, n):
@@ -246,13 +267,13 @@ class CudaOps:
     def pooled(self, scores, lengths, width, kind):
         """(R,) the largest or the mean of `width` neighbours in their stretch. See numpy_ops."""
         out = self.device.empty(scores.shape, np.float32)
-        launch.pooled(self.device, self._floats(scores), self._offsets(lengths), out, width, kind == "max")
+        launch.pooled(self.device, self._floats(scores), self._first(lengths), out, width, kind == "max")
         return out
 
     def neighbours(self, stays, pos, lengths, reach):
         """(R,) the nearest row that stays, or -1. See numpy_ops."""
         out = self.device.empty(pos.shape, np.int32)
-        launch.neighbours(self.device, stays.view(np.uint8), pos, self._offsets(lengths), out, reach)
+        launch.neighbours(self.device, stays.view(np.uint8), pos, self._first(lengths), out, reach)
         return out
 
     def merge(self, rows, dest, weight, n_entries):
@@ -307,7 +328,7 @@ class CudaOps:
     def _score_rows(self, q, keys, lengths, log_size, pos, q_pos):
         assert (np.diff(q_pos) >= 0).all()
         longest, log_size = int(np.max(lengths, initial=0)), self._floats(log_size)
-        rows = launch.Rows(self._rows(keys), log_size, self._indices(pos), self._offsets(lengths), longest)
+        rows = launch.Rows(self._rows(keys), log_size, self._indices(pos), self._first(lengths), longest)
         return rows, self._rows(q), self._indices(q_pos)
 
     def _score_lse(self, q, rows, at, scale, window):
@@ -362,7 +383,7 @@ class CudaOps:
     def _once(self, array, make):
         """What `make` makes of an array that is not written to, known for the newest of them."""
         if id(array) not in self._made:
-            if len(self._made) >= 8:
+            if len(self._made) >= 16:
                 self._made.pop(next(iter(self._made)))
             self._made[id(array)] = array, make()
         return self._made[id(array)][1]

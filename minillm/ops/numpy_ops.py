@@ -368,9 +368,19 @@ def numbers(lengths):
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
+def counts(mask, lengths):
+    """(S,) on the host: how many are true of each stretch of mask (R,), of `lengths` (S,) one after another."""
+    return np.diff(np.append(0, np.cumsum(mask))[np.append(0, np.cumsum(lengths))])
+
+
 def true_rows(mask, n):
     """(n,) where the n that are true of mask (R,) are."""
     return np.flatnonzero(mask)
+
+
+def places(mask, n):
+    """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
+    return np.flatnonzero(mask), np.where(mask, np.cumsum(mask) - 1, -1)
 
 
 def largest(scores, lengths, counts):

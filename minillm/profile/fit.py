@@ -28,11 +28,10 @@ def second_reading(llm, token_ids):
             index,
             k.reshape(-1, config.head_dim),
             v.reshape(-1, config.head_dim),
-            *map(
-                ops.array,
-                (np.ones(config.n_kv_heads * n, np.float32), np.tile(pos, config.n_kv_heads).astype(np.int32)),
-            ),
-            *map(ops.array, (np.zeros(config.n_kv_heads * n, np.uint8), np.zeros(config.n_kv_heads * n, bool))),
+            ops.array(np.ones(config.n_kv_heads * n, np.float32)),
+            ops.array(np.tile(pos, config.n_kv_heads).astype(np.int32)),
+            lambda: None,  # nothing asks for delimiters
+            ops.array(np.zeros(config.n_kv_heads * n, bool)),
             *(np.full(config.n_kv_heads, n), cos, sin, ops, again.layer(index, k, v, pos)),
             scale=model.scale,
             attention_window=config.sliding_window,

@@ -1,15 +1,14 @@
 """Which NumPy functions work on CuPy's arrays, and how: what the emulator's arrays allow. Checked against the sources
-of CuPy 14 and 15 (cupy/_core/core.pyx: __array_ufunc__, __array_function__; the function's own file). NumPy hands them on
-to CuPy, which has its own of the same name; what it lacks, or takes in another way, fails there and must fail here.
+of CuPy 14 and 15 (cupy/_core/core.pyx: __array_ufunc__, __array_function__; the function's own file). NumPy hands them
+on to CuPy, which has its own of the same name; what it lacks, or takes in another way, fails there and must fail here.
 (numpy.ones and numpy.full with like= are among that: NumPy 2 hands on a `device` that CuPy's do not take.)"""
 
 import numpy as np
 
 UFUNCS = set(
-    "absolute add arctan2 bitwise_and bitwise_or bitwise_xor ceil cos divide equal exp floor floor_divide fmax fmin "
-    "greater greater_equal invert isfinite isnan left_shift less less_equal log log2 logical_and logical_not "
-    "logical_or matmul maximum minimum multiply negative not_equal positive power remainder right_shift rint sign sin sqrt square "
-    "subtract tanh".split()
+    "absolute add bitwise_and bitwise_or bitwise_xor divide equal exp floor_divide greater greater_equal invert "
+    "left_shift less less_equal log logical_and logical_not logical_or matmul maximum minimum multiply negative "
+    "not_equal power remainder right_shift rint sqrt square subtract".split()
 )
 UFUNC_KEYWORDS = {"out", "dtype"}
 AT = {"add", "maximum", "minimum"}  # ufunc.at; add sums floats in an order that changes: of whole numbers it is exact

@@ -1,10 +1,11 @@
-"""What a Plan is made of beside keys and values: which rows score most, sums over groups of rows, neighbours."""
+"""What a Plan is made of beside keys and values: which rows score most, counts, sums over groups, neighbours."""
 
 import numpy as np
 
 from minillm.ops.launch.start import blocks, run
 
 DIGIT, BINS = 11, 2048  # bits of a key that a launch decides, as in select.cu
+NUMBERED = 8 * 256  # rows of a block of number_true
 ROWS = 4096  # of a stretch that a block of a select reads at least
 
 
@@ -22,6 +23,22 @@ def largest(device, scores, first, counts, longest, taken):
     for done in range(passes if len(scores) else 0):
         run(device, "select", "select_digit", grid, (256,), arguments | {"pass": done})
     run(device, "select", "select_mask", grid, (256,), arguments | {"taken": taken})
+
+
+def count_true(device, mask, first, counts):
+    """counts (S,) int32: how many of mask[first[s] : first[s + 1]] uint8 are true; first (S + 1,); None: of every
+    NUMBERED rows."""
+    arguments = {"mask": mask, "first": first, "counts": counts, "n": len(mask)}
+    run(device, "plan", "count_true", (len(counts),), (256,), arguments)
+
+
+def number_true(device, mask, rows, number):
+    """rows (n,) int32: where mask (R,) uint8 is true, n times; number (R,) int32: which of them each is, or -1."""
+    n, n_blocks = len(mask), blocks(len(mask), NUMBERED)
+    counts = device.empty((n_blocks,), np.int32)
+    count_true(device, mask, None, counts)
+    arguments = {"mask": mask, "before": counts, "rows": rows, "number": number, "n": n}
+    run(device, "plan", "number_true", (n_blocks,), (256,), arguments)
 
 
 def totals(device, values, order, first, out):
