@@ -296,8 +296,10 @@ class KVCache:
 
     def noted(self, layer):
         """(H, n) the predicted scores of a layer, an array of the backend."""
-        runs = (np.concatenate(list(run), axis=1) for _, run in groupby(self.predicted[layer], type))
-        return np.concatenate([self.pool.ops.array(run) for run in runs], axis=1)
+        parts = [part for part in self.predicted[layer] if part.shape[1]] or self.predicted[layer][:1]
+        runs = [list(run) for _, run in groupby(parts, type)]
+        runs = [self.pool.ops.array(run[0] if len(run) == 1 else np.concatenate(run, axis=1)) for run in runs]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs, axis=1)
 
     def advance(self, token_ids, tail=None):
         """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any

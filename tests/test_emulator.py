@@ -198,3 +198,32 @@ def test_sanitizers(name, sanitizer, report):
 def test_sanitizers_are_content_with_what_is_right(name, sanitizer):
     code, text = sanitized(name, sanitizer)
     assert code == 0, text[-2000:]
+
+
+def test_numpy_functions_on_device_arrays():
+    """What CuPy refuses is refused, what it does is done in device memory, and all of it is counted."""
+    device = emulator.EmulatedDevice()
+    ours, host = device.upload(np.arange(6, dtype=F32)), np.ones(6, F32)
+    doubled = np.where(ours > 2, ours * np.float32(2), 0)
+    assert isinstance(doubled, emulator.Array) and doubled.get().tolist() == [0, 0, 0, 6, 8, 10]
+    assert device.launches == {"__call__": 2, "where": 1} and device.waits["get"] == 1
+    assert device.bytes_up == device.bytes_down == {24: 1}
+    rows = np.flatnonzero(doubled)
+    assert rows.get().tolist() == [3, 4, 5] and device.waits["flatnonzero"] == 1
+    assert np.zeros(3, np.int32, like=ours).get().tolist() == [0, 0, 0] and ours[rows].get().tolist() == [3, 4, 5]
+    refused = [
+        lambda: ours + host,
+        lambda: host + ours,
+        lambda: np.concatenate([ours, host]),
+        lambda: np.asarray(ours),
+        lambda: ours[host > 0],
+        lambda: ours.__setitem__(slice(None), host),
+        lambda: np.where(ours > 2),
+        lambda: np.repeat(ours, rows),  # waits for the sum
+        lambda: np.ones(3, like=ours),  # CuPy's takes no device=
+        lambda: np.maximum.accumulate(ours),
+        lambda: np.isin(ours, (1, 2)),
+    ]
+    for call in refused:
+        with pytest.raises(TypeError):
+            call()

@@ -66,11 +66,8 @@ def fold(layer, scores, into, reach, counts):
     positions (of two as near the earlier); it `counts` for so much of itself, times its score over that row's. Keys
     stay as they are. Where none is near it is dropped."""
     kept = into >= 0
-    plan, target = (
-        Plan.keep(layer, kept),
-        layer.ops.neighbours(kept & ~layer.protected, layer.pos, layer.lengths, reach),
-    )
-    folded = (target >= 0) & ~kept
+    target = layer.ops.neighbours(kept > layer.protected, layer.pos, layer.lengths, reach)
+    plan, folded = Plan.keep(layer, kept), (target >= 0) > kept
     ratio = np.clip(scores / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
     mass = np.where(folded, layer.size * (np.float32(counts) * ratio), layer.size).astype(np.float32, copy=False)
     plan.dest, plan.key_weight = np.where(folded, plan.dest[target], plan.dest), kept.astype(np.float32)
