@@ -14,6 +14,7 @@ from minillm.cache import KVCache, PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
+from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
@@ -238,6 +239,30 @@ def test_the_entries_of_a_plan(device, tau):
         for name in "kv":
             np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=2**-8, atol=1e-6)
     assert (ours.log_size > 0).any()
+
+
+@pytest.mark.parametrize("method, waits", [("streaming", 2), ("snapkv", 2), ("foresight", 3)])
+def test_a_layer_is_planned_on_the_device(device, method, waits):
+    """Of what is planned for a layer, in a first block and in a later one, the host asks for numbers of rows alone."""
+    if not isinstance(device, emulator.EmulatedDevice):
+        pytest.skip("counted on the emulator")
+    twins, rng = Twins(device, cache=method, budget=0.3), np.random.default_rng(2)
+    twins.models[0].ops.real16 = "bf16"
+    cache, compressor = twins.caches()[0], twins.compressors[0]
+    words = lambda heads, n: device.upload(to_words(rng.normal(size=(heads, n, 64)), "bf16"))  # noqa: E731
+    for n, coming in ((150, 30), (30, 0)):
+        compression = compressor.begin(cache, rng.integers(0, SMALL.vocab_size, n).tolist(), coming)
+        queries = [Queries(words(4, n), np.arange(cache.seen, cache.seen + n))] if method == "snapkv" else []
+        for layer in range(SMALL.n_layers):
+            k, v, predicted = words(2, n), words(2, n), rng.normal(size=(2, n)).astype(np.float32)
+            if method == "foresight":
+                cache.predicted[layer].append(device.upload(predicted))
+            device.waits.clear()
+            device.bytes_down.clear()
+            compression.store(layer, k, v, queries)
+            last = layer + 1 == SMALL.n_layers  # when others may be cut again
+            assert last or (sum(device.waits.values()) <= waits and max(device.bytes_down) <= 16)
+        compression.finish()
 
 
 def test_positions_that_were_moved_up(device, ids):

@@ -189,7 +189,10 @@ class CudaOps:
 
     def host(self, values):
         """An array of the device, or of the host, in NumPy."""
-        return values.get() if self.device.owns(values) else values
+        if self.device.owns(values):
+            values = values.get()
+            self.device.use()  # get() of what is not contiguous leaves CuPy on another stream
+        return values
 
     def _offsets(self, lengths, others):
         """(S + 1,) int32: where each of S stretches of `lengths` begins; and others (n,) int32."""
