@@ -121,10 +121,10 @@ def best(layer, scores, counts, kept):
 def best_of_all(layer, scores, count):
     """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
     earlier. (And others, where there are not so many.)"""
-    key = "best", count
-    if key not in layer.memo:
-        layer.memo[key] = layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
-    return layer.memo[key]
+    of, known, best = layer.memo.get("best", (None, None, None))  # what a cut through all layers has found
+    if of is scores and known == count:
+        return best
+    return layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
 
 
 def ranked(layer, scores, kept):
@@ -176,7 +176,7 @@ def one_cut(ledger, layer, scores):
     pool, lengths = np.concatenate(ledger.pool), [len(known) for known in ledger.pool]
     kept = layer.ops.largest(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
     counts = layer.ops.counts(kept, lengths)
-    layer.memo["best", int(counts[index])] = kept[sum(lengths[:index]) :][: len(scores)]
+    layer.memo["best"] = scores, int(counts[index]), kept[sum(lengths[:index]) :][: len(scores)]
     ends = np.cumsum(counts).tolist()
     ledger.pool = np.split(pool[layer.ops.true_rows(kept, ends[-1])], ends[:-1])
     return (ledger.protected + counts)[: index + 1].tolist()

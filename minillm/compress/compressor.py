@@ -112,8 +112,8 @@ class Compression:
     def __init__(self, compressor, cache, new_ids, classes, sinks, end, coming=0, generated=False, asked=None):
         self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
         self.ops, self.sinks, self.end = compressor.ops, sinks, end
-        self.classes, self.seen = compressor.ops.array(classes), len(classes)
-        seen = self.seen
+        self.classes = compressor.ops.array(classes)
+        self.seen = seen = len(classes)
         self.generated = generated
         self.cos, self.sin = compressor.rope.tables(np.arange(seen - cache.shift), seen - cache.shift)
         n_layers, n_heads = cache.lengths.shape
