@@ -121,9 +121,9 @@ def best(layer, scores, counts, kept):
 def best_of_all(layer, scores, count):
     """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
     earlier. (And others, where there are not so many.)"""
-    of, known, best = layer.memo.get("best", (None, None, None))  # what a cut through all layers has found
+    of, known, mask = layer.memo.get("best", (None, None, None))  # what a cut through all layers has found
     if of is scores and known == count:
-        return best
+        return mask
     return layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
 
 
