@@ -108,8 +108,8 @@ def _rows(llm, token_ids):
             k.reshape(-1, config.head_dim),
             v.reshape(-1, config.head_dim),
             *(np.ones(n_heads * n, np.float32), np.tile(pos, n_heads).astype(np.int32)),
-            *(np.zeros(n_heads * n, np.uint8), np.tile(protected, n_heads)),
-            *(np.full(n_heads, n), cos, sin, model.ops),
+            lambda: None,  # nothing asks for delimiters
+            *(np.tile(protected, n_heads), np.full(n_heads, n), cos, sin, model.ops),
             predicted=np.exp(scores).ravel(),
         )
         model.output(index, x, mixed)
