@@ -2,6 +2,7 @@
 with the same stored weights: the wiring of kernels, pages, plans and graphs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import emulator
 import gguf
@@ -19,6 +20,7 @@ from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.cuda_ops import CudaOps
+from minillm.profile import worth
 from minillm.weights import Weight, tensor_shapes
 
 SMALL = replace(CONFIG, head_dim=64, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=72, context=512)
@@ -215,6 +217,25 @@ def test_a_prompt_that_is_read_in_blocks(device, ids, monkeypatch):
     assert logits[0].shape == logits[1].shape == (200, SMALL.vocab_size)
     twins.close([rows[:64] for rows in logits])
     assert abs(pair[0].entries - pair[1].entries) <= 8 and pair[0].kept < 0.5
+
+
+def test_heads_are_tried_as_in_numpy(device, ids, monkeypatch):
+    """What a profile learns of a model: the loss after a compressed text, and what a head's entries change of it."""
+    monkeypatch.setattr(worth, "TOKENS", 200)
+    twins = Twins(device, cache="foresight", budget=0.3)
+    trials = []
+    for model, pool in zip(twins.models, twins.pools, strict=True):
+        llm = SimpleNamespace(
+            model=model, config=SMALL, new_cache=lambda pool=pool: KVCache(pool, SMALL.n_layers, SMALL.n_kv_heads)
+        )
+        trials.append(worth.Trial(llm, ids[:240], [5, 6]))
+    ours, expected = trials
+    assert ours.base == pytest.approx(expected.base, rel=0.01)
+    assert np.abs(ours.lengths - expected.lengths).max() <= 2
+    for index, head in ((0, 1), (1, 0)):
+        (lost, entries), (expected_lost, expected_entries) = (trial.tried(index, head) for trial in trials)
+        assert abs(entries - expected_entries) <= 2 and expected_entries > 10
+        assert lost == pytest.approx(expected_lost, abs=0.01)
 
 
 @pytest.mark.parametrize("tau", [0.3, None])

@@ -24,21 +24,33 @@ def second_reading(llm, token_ids):
     for index, block in enumerate(model.blocks):
         h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
         _, _, k, v, _, mixed = model.attention(index, x, cos, sin, empty.layer(index))
-        rows = Layer(
-            index,
-            k.reshape(-1, config.head_dim),
-            v.reshape(-1, config.head_dim),
-            ops.array(np.ones(config.n_kv_heads * n, np.float32)),
-            ops.array(np.tile(pos, config.n_kv_heads).astype(np.int32)),
-            lambda: None,  # nothing asks for delimiters
-            ops.array(np.zeros(config.n_kv_heads * n, bool)),
-            *(np.full(config.n_kv_heads, n), cos, sin, ops, again.layer(index, k, v, pos)),
-            scale=model.scale,
-            attention_window=config.sliding_window,
-        )
+        rows = layer_of(model, index, k, v, np.zeros(n, bool), queries=again.layer(index, k, v, pos))
         scores = ops.host(reread(rows, "mean", worth=False)).reshape(config.n_kv_heads, n)
         yield ops.host(ops.stored_rows(h)), np.log(scores + np.float32(FLOOR))
         model.output(index, x, mixed)
+
+
+def layer_of(model, index, k, v, protected, **known):
+    """The Layer of the tokens of a text, one row each in every head: k, v (H, n, d), protected (n,). known: more that a
+    Layer may know."""
+    array, (n_heads, n, d) = model.ops.array, k.shape
+    cos, sin = model.rope.tables(np.arange(n), n)
+    return Layer(
+        index=index,
+        k_rows=k.reshape(-1, d),
+        v_rows=v.reshape(-1, d),
+        size=array(np.ones(n_heads * n, np.float32)),
+        pos=array(np.tile(np.arange(n, dtype=np.int32), n_heads)),
+        find_classes=lambda: None,  # nothing here asks for delimiters
+        protected=array(np.tile(protected, n_heads)),
+        lengths=np.full(n_heads, n),
+        cos=cos,
+        sin=sin,
+        ops=model.ops,
+        scale=model.scale,
+        attention_window=model.config.sliding_window,
+        **known,
+    )
 
 
 class Equations:

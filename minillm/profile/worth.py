@@ -8,7 +8,7 @@ foretells afterwards says what an entry of the head is worth. The log of it is a
 import numpy as np
 
 from minillm.compress.config import CacheConfig
-from minillm.compress.plan import Layer
+from minillm.profile.fit import layer_of
 
 BUDGET = 0.1
 TOKENS = 1024  # of a text, at most
@@ -26,13 +26,15 @@ class Trial:
     and a passage of it."""
 
     def __init__(self, llm, token_ids, asks=()):
-        self.model, ids = llm.model, np.asarray(token_ids[:TOKENS])
-        self.rows = list(_rows(llm, ids))
-        self.cache, self.scores = llm.new_cache(), np.stack([layer.predicted for layer in self.rows])  # (L, H n)
-        free = ~self.rows[0].protected
-        room = round(BUDGET * self.scores.size) - len(self.rows) * np.count_nonzero(~free)
-        self.config = CacheConfig("foresight", threshold=float(np.sort(self.scores[:, free], axis=None)[-room]))
-        self.lengths = np.stack([self._store(layer, layer.predicted) for layer in self.rows])  # (L, H)
+        self.model, self.cache, ids = llm.model, llm.new_cache(), np.asarray(token_ids[:TOKENS])
+        (sinks, window), pos = CacheConfig("foresight", BUDGET).protect(len(ids)), np.arange(len(ids))
+        protected = (pos < sinks) | (pos >= len(ids) - window)
+        self.rows = list(_rows(llm, ids, protected))
+        self.scores = np.stack([llm.model.ops.host(layer.predicted) for layer in self.rows])  # (L, H n)
+        scores = self.scores.reshape(-1, len(ids))
+        room = round(BUDGET * scores.size) - len(scores) * np.count_nonzero(protected)
+        self.config = CacheConfig("foresight", threshold=float(np.sort(scores[:, ~protected], axis=None)[-room]))
+        self.lengths = np.stack([self._store(*row) for row in zip(self.rows, self.scores, strict=True)])  # (L, H)
         self.cache.advance(ids, 0)
         self.passages = list(_passages(ids, list(asks)))
         if len(token_ids) > len(ids):
@@ -45,13 +47,13 @@ class Trial:
         layer, lost, entries = self.rows[index], 0.0, 0
         n = layer.lengths[head]
         for sign in (1, -1):
-            scores = layer.predicted.copy()
+            scores = self.scores[index].copy()
             scores[head * n : (head + 1) * n] *= np.float32(np.exp(sign * SHIFT))
             more = int(self._store(layer, scores)[head] - self.lengths[index, head])
             if more:
                 lost -= sign * (self.loss(index) - self.base)
                 entries += sign * more
-        self._store(layer, layer.predicted)
+        self._store(layer, self.scores[index])
         return lost, entries
 
     def loss(self, first):
@@ -64,7 +66,7 @@ class Trial:
 
     def _store(self, layer, scores):
         """Compress a layer's rows by their scores. -> (H,) entries"""
-        plan = self.config.plan(layer, scores, None)[0]
+        plan = self.config.plan(layer, layer.ops.array(scores), None)[0]
         self.cache.write(layer.index, plan.apply(layer), np.zeros(len(layer.lengths), np.int64))
         return plan.lengths
 
@@ -93,25 +95,15 @@ class Trial:
         self.model.output(index, x, mixed)
 
 
-def _rows(llm, token_ids):
+def _rows(llm, token_ids, protected):
     """The Layers of a text that is read with what the profile predicts of it."""
-    model, config, n, empty = llm.model, llm.config, len(token_ids), llm.new_cache()
-    pos, n_heads = np.arange(n), config.n_kv_heads
-    cos, sin = model.rope.tables(pos, n)
-    sinks, window = CacheConfig("foresight", BUDGET).protect(n)
-    protected = (pos < sinks) | (pos >= n - window)
+    model, pos, empty = llm.model, np.arange(len(token_ids)), llm.new_cache()
+    cos, sin = model.rope.tables(pos, len(pos))
     x = model.ops.embed(model.embedding, token_ids)
-    for index in range(config.n_layers):
+    for index in range(llm.config.n_layers):
         _, _, k, v, scores, mixed = model.attention(index, x, cos, sin, empty.layer(index), {"scores"})
-        yield Layer(
-            index,
-            k.reshape(-1, config.head_dim),
-            v.reshape(-1, config.head_dim),
-            *(np.ones(n_heads * n, np.float32), np.tile(pos, n_heads).astype(np.int32)),
-            lambda: None,  # nothing asks for delimiters
-            *(np.tile(protected, n_heads), np.full(n_heads, n), cos, sin, model.ops),
-            predicted=np.exp(scores).ravel(),
-        )
+        predicted = np.exp(model.ops.array(scores)).reshape(-1)
+        yield layer_of(model, index, k, v, protected, predicted=predicted)
         model.output(index, x, mixed)
 
 
