@@ -265,16 +265,10 @@ class Compression:
             cache = self.cache
             token = labels.pos + cache.shift if cache.shift else labels.pos
             protected = (labels.pos < self.sinks) | (token >= self.end)
-            classes = functools.partial(self._classes, labels.size, token)
+            untouched = cache.seen - cache.tail if cache.shift else 0
+            classes = functools.partial(_classes_of, self.classes, labels.size, token, untouched)
             self.attributes = labels.pos, {"find_classes": classes, "protected": protected, "shared": {}}
         return self.attributes[1]
-
-    def _classes(self, size, token):
-        """(R,) uint8: the classes of rows that no Plan has touched; what is older may have moved."""
-        known = size == 1
-        if self.cache.shift:
-            known = known & (token >= self.cache.seen - self.cache.tail)
-        return np.where(known, self.classes[token * known], np.uint8(0))
 
     def _layer(self, index, labels, k, v, queries=()):
         compressor, threshold = self.compressor, self.thresholds[index]
@@ -295,6 +289,15 @@ class Compression:
             scale=compressor.scale,
             attention_window=compressor.window,
         )
+
+
+def _classes_of(classes, size, token, untouched):
+    """(R,) uint8: the classes (seen,) of the tokens (R,) of rows that no Plan has touched, none of them before
+    `untouched`: what is older may have moved."""
+    known = size == 1
+    if untouched:
+        known = known & (token >= untouched)
+    return np.where(known, classes[token * known], np.uint8(0))
 
 
 def _joined(lengths, old, new):
