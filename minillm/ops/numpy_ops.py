@@ -8,6 +8,16 @@ import numpy as np
 
 from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
+from minillm.ops.numpy_planning import (  # noqa: F401
+    counts,
+    largest,
+    neighbours,
+    numbers,
+    places,
+    pooled,
+    totals,
+    true_rows,
+)
 from minillm.ops.numpy_rope import rope, unrotated
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
@@ -361,72 +371,6 @@ def array(values):
 def host(values):
     """An array of this backend as NumPy's."""
     return values
-
-
-def numbers(lengths):
-    """lengths (S,) on the host -> (R,): of each row the number of its stretch, S stretches one after another."""
-    return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def counts(mask, lengths):
-    """(S,) on the host: how many are true of each stretch of mask (R,), of `lengths` (S,) one after another."""
-    return np.diff(np.append(0, np.cumsum(mask))[np.append(0, np.cumsum(lengths))])
-
-
-def true_rows(mask, n):
-    """(n,) where the n that are true of mask (R,) are."""
-    return np.flatnonzero(mask)
-
-
-def places(mask, n):
-    """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
-    return np.flatnonzero(mask), np.where(mask, np.cumsum(mask) - 1, -1)
-
-
-def largest(scores, lengths, counts):
-    """Which are the counts[s] largest of each stretch of scores (R,), stretches of `lengths` one after another; of
-    equal ones the earlier. lengths, counts (S,) on the host. -> (R,) bool"""
-    taken, start = np.zeros(len(scores), bool), 0
-    for n, count in zip(lengths, counts, strict=True):
-        part, taken_of_part = scores[start : start + n], taken[start : start + n]
-        start += n
-        if count >= n:
-            taken_of_part[:] = True
-        elif count > 0:
-            last = np.partition(part, -count)[-count]
-            np.greater(part, last, out=taken_of_part)
-            taken_of_part[np.flatnonzero(part == last)[: count - np.count_nonzero(taken_of_part)]] = True
-    return taken
-
-
-def totals(groups, values, n):
-    """(n,) float64: the sum of values (R,) over the rows of each group; groups (R,): 0 .. n - 1, or -1 for none."""
-    return np.bincount(groups + 1, values, n + 1)[1:]
-
-
-def pooled(scores, lengths, width, kind):
-    """The largest ("max") or the mean ("avg": zeros beyond the ends count) of `width` neighbours of each of scores (R,)
-    in its stretch, of `lengths` (S,) one after another: width // 2 before it, itself, and the others after it."""
-    beyond, together = (-np.inf, np.maximum) if kind == "max" else (0, np.add)
-    between, ends = np.full(width - 1, beyond, scores.dtype), np.cumsum(lengths).tolist()
-    parts = [part for lo, hi in zip([0, *ends], ends, strict=False) for part in (scores[lo:hi], between)]
-    padded = np.concatenate([np.full(width // 2, beyond, scores.dtype), *parts])
-    at = np.arange(len(scores)) + (width - 1) * numbers(lengths)
-    around = padded[: len(padded) - width + 1].copy()
-    for shift in range(1, width):
-        together(around, padded[shift : shift + len(around)], out=around)
-    return around[at] if kind == "max" else around[at] / np.float32(width)
-
-
-def neighbours(stays, pos, lengths, reach):
-    """For each row the nearest row of its stretch that stays (R,), within `reach` positions, of two as near the
-    earlier; -1 where none is. pos (R,) ascend in each stretch, of `lengths` (S,) one after another. Of a row that stays
-    something is returned that means nothing."""
-    number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)
-    beside = np.stack([number[i - 1], number[i]])  # of those that stay, the one before each and the one after
-    place = (numbers(lengths) << 32) + pos
-    far = np.where(beside < 0, reach + 1, np.abs(place[beside] - place))
-    return np.where(far.min(axis=0) > reach, -1, np.where(far[1] < far[0], beside[1], beside[0]))
 
 
 def stored_rows(stored):
