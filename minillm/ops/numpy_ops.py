@@ -285,16 +285,14 @@ def merge(rows, dest, weight, n_entries):
     order = taken[np.argsort(dest[taken], kind="stable")]  # rows, entry by entry
     count = np.bincount(dest[taken], minlength=n_entries)
     first = np.cumsum(count) - count
-    largest = np.argsort(
-        -count, kind="stable"
-    )  # entries with many rows first: those with more than r rows are a prefix
+    by_count = np.argsort(-count, kind="stable")  # most rows first: entries with more than r rows are a prefix
     total = np.zeros((n_entries, rows.shape[1]), np.float32)
     for r in range(int(count.max(initial=0))):
-        more = largest[: np.searchsorted(-count[largest], -r)]
+        more = by_count[: np.searchsorted(-count[by_count], -r)]
         source = order[first[more] + r]
         total[: len(more)] += rows[source] * weight[source, None]
     out = np.empty_like(total)
-    out[largest] = total
+    out[by_count] = total
     return out
 
 
