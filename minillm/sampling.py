@@ -121,3 +121,10 @@ def only(weight, ids):
     out = np.zeros_like(weight)
     out[ids] = weight[ids]
     return out
+
+
+def log_softmax(logits):
+    """(n, vocab) float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

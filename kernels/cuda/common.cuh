@@ -60,3 +60,27 @@ __device__ __forceinline__ float block_sum(float x, float* partial) {
     __syncthreads();
     return partial[32];
 }
+
+// The sum of `own` over the threads of the block up to this one. sums: an int of shared memory for each thread.
+__device__ __forceinline__ int block_scan(int own, int* sums) {
+    int thread = threadIdx.x;
+    sums[thread] = own;
+    __syncthreads();
+    for (int offset = 1; offset < blockDim.x; offset *= 2) {
+        int other = thread >= offset ? sums[thread - offset] : 0;
+        __syncthreads();
+        sums[thread] += other;
+        __syncthreads();
+    }
+    return sums[thread];
+}
+
+// The stretch of row `row`: first[i] <= row < first[i + 1]; first (n + 1,).
+__device__ __forceinline__ int stretch_of(int row, const int* first, int n) {
+    int low = 0, high = n;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        (first[middle] <= row ? low : high) = middle;
+    }
+    return low;
+}

@@ -10,14 +10,9 @@ static const int D = HEAD_DIM, THREADS = D / 8;  // 16 bytes a thread
 // The page of row `row` of the entries, and its place in it.
 __device__ __forceinline__ Page<real16, D> place(int row, const unsigned long long* slabs, int slab_pages, const int* pages,
                                                  int capacity, const int* first, const int* start, int n_kv_heads, int& at) {
-    int low = 0, high = n_kv_heads;  // first[low] <= row < first[high]
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        (first[middle] <= row ? low : high) = middle;
-    }
-    int entry = start[low] + row - first[low];
+    int head = stretch_of(row, first, n_kv_heads), entry = start[head] + row - first[head];
     at = entry % PAGE_SIZE;
-    return page_at<real16, D>(slabs, slab_pages, pages[(size_t)low * capacity + entry / PAGE_SIZE]);
+    return page_at<real16, D>(slabs, slab_pages, pages[(size_t)head * capacity + entry / PAGE_SIZE]);
 }
 
 __device__ __forceinline__ void copy16(real16* to, const real16* from) {

@@ -30,15 +30,7 @@ number_true(const unsigned char* mask, const int* before, int* rows, int* number
     for (int i = thread; i < blockIdx.x; i += THREADS) blocks += before[i];
     atomicAdd(&base, blocks);
     for (int i = begin; i < min(begin + OWN, n); ++i) own += mask[i] != 0;
-    sums[thread] = own;
-    __syncthreads();
-    for (int offset = 1; offset < THREADS; offset *= 2) {
-        int other = thread >= offset ? sums[thread - offset] : 0;
-        __syncthreads();
-        sums[thread] += other;
-        __syncthreads();
-    }
-    int at = base + sums[thread] - own;
+    int at = block_scan(own, sums) - own + base;
     for (int i = begin; i < min(begin + OWN, n); ++i) {
         number[i] = mask[i] ? at : -1;
         if (mask[i]) rows[at++] = i;
@@ -54,16 +46,6 @@ totals(const double* values, const int* order, const int* first, double* out, in
     double sum = 0;
     for (int at = first[group]; at < first[group + 1]; ++at) sum += values[order[at]];
     out[group] = sum;
-}
-
-// The stretch of row `row`: first[i] <= row < first[i + 1]; first (n + 1,).
-__device__ __forceinline__ int stretch_of(int row, const int* first, int n) {
-    int low = 0, high = n;
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        (first[middle] <= row ? low : high) = middle;
-    }
-    return low;
 }
 
 // out (R,): the largest, or the mean (zeros beyond the ends count), of `width` neighbours of each of scores (R,) in its

@@ -32,16 +32,8 @@ __device__ __forceinline__ State state_after(int pass, int passes, int n, int co
     const unsigned* bins = histograms + ((size_t)(pass - 1) * n_stretches + stretch) * BINS;
     int top = BINS - 1 - thread * OWN, own = 0;  // a thread has the bins top, top - 1, ...
     for (int i = 0; i < OWN; ++i) own += bins[top - i];
-    sums[thread] = own;
-    __syncthreads();
-    for (int offset = 1; offset < THREADS; offset *= 2) {
-        int other = thread >= offset ? sums[thread - offset] : 0;
-        __syncthreads();
-        sums[thread] += other;
-        __syncthreads();
-    }
-    int above = sums[thread] - own;
-    if (above < state.left && state.left <= sums[thread]) {
+    int upto = block_scan(own, sums), above = upto - own;
+    if (above < state.left && state.left <= upto) {
         int bin = top;
         while (above + (int)bins[bin] < state.left) above += bins[bin--];
         found[0] = bin;

@@ -12,6 +12,7 @@ from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
 from minillm.errors import MinillmError
 from minillm.ops.numpy_ops import StoredRows
+from minillm.ops.numpy_planning import joined
 
 BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
@@ -226,8 +227,8 @@ class Compression:
                 self.prompt = Labels(self.new.size.ravel(), self.new.pos.ravel(), self.new.lengths)
             return self.prompt
         log_size, pos = self.ops.read_labels(cache.layer(index), start)
-        size = _joined(lengths, np.exp(log_size), self.new.size)
-        return Labels(size, _joined(lengths, pos, self.new.pos), lengths + n)
+        size = joined(lengths, np.exp(log_size), self.new.size)
+        return Labels(size, joined(lengths, pos, self.new.pos), lengths + n)
 
     def _rows(self, index, k=None, v=None):
         """The keys and values of the same rows; k, v (H, n, d): those of the new tokens."""
@@ -257,7 +258,7 @@ class Compression:
         """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
         if self.cache.scores is None:
             return new.ravel()
-        return _joined(labels.lengths - new.shape[1], self.cache.scores[index], new)
+        return joined(labels.lengths - new.shape[1], self.cache.scores[index], new)
 
     def _attributes(self, labels):
         """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
@@ -298,10 +299,3 @@ def _classes_of(classes, size, token, untouched):
     if untouched:
         known = known & (token >= untouched)
     return np.where(known, classes[token * known], np.uint8(0))
-
-
-def _joined(lengths, old, new):
-    """old (sum of lengths, ...) rows of heads one after another, and after each head's the new (H, n, ...) ones."""
-    ends = np.cumsum(lengths).tolist()
-    heads = zip([0, *ends], ends, range(len(ends)), strict=False)
-    return np.concatenate([part for lo, hi, head in heads for part in (old[lo:hi], new[head])])

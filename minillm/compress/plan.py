@@ -93,8 +93,7 @@ class Layer:
 
     def of_heads(self, rows):
         """[(n, ...)] rows (R, ...) of each head."""
-        ends = np.cumsum(self.lengths).tolist()
-        return [rows[lo:hi] for lo, hi in zip([0, *ends], ends, strict=False)]
+        return np.split(rows, np.cumsum(self.lengths)[:-1].tolist())
 
     @functools.cached_property
     def k(self):

@@ -8,6 +8,7 @@ from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
 from minillm.memory import available_memory
 from minillm.preflight import cache_bytes
+from minillm.sampling import log_softmax
 
 LOGIT_ROWS = 64  # rows of logits that exist at a time
 FREE_SHARE = 0.5  # of the free memory that the caches of one prefill may take
@@ -114,13 +115,6 @@ def forced_scores(llm, states, full, answer):
         kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
     means = {"accuracy": np.mean(right), "nll": np.mean(nll), "kl": max(np.mean(kl), 0.0)}
     return {"em": float(all(right))} | {name: float(value) for name, value in means.items()}
-
-
-def log_softmax(logits):
-    """(n, vocab) float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def generate(llm, prompt, caches, compressors, last):

@@ -18,6 +18,7 @@ from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
 from minillm.ops.numpy_ops import Slab, StoredRows
+from minillm.ops.numpy_planning import joined
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -137,10 +138,8 @@ class CudaOps:
     def paged(self, layer):
         """A PagedLayer as launch.Paged, a batch of one."""
         held = layer.pages[:, : max(1, -(-int(layer.lengths.max()) // PAGE_SIZE))]
-        n_heads, tables = (
-            len(held),
-            self.device.upload(np.concatenate([held.ravel(), layer.lengths, [layer.seen]], dtype=np.int32)),
-        )
+        tables = np.concatenate([held.ravel(), layer.lengths, [layer.seen]], dtype=np.int32)  # in one copy
+        tables, n_heads = self.device.upload(tables), len(held)
         return launch.Paged(
             self.slab_table(layer.pool),
             layer.pool.slab_pages,
@@ -165,11 +164,7 @@ class CudaOps:
         lengths = rows.past.lengths - rows.start
         stored = self.device.empty((int(lengths.sum()), rows.shape[1]), np.uint16)
         self._read(rows.past, rows.start, **{rows.field: stored})
-        if rows.new is None:
-            return stored
-        ends = np.cumsum(lengths).tolist()
-        heads = zip([0, *ends], ends, rows.new, strict=False)
-        return self.concatenate([part for lo, hi, new in heads for part in (stored[lo:hi], new)])
+        return stored if rows.new is None else joined(lengths, stored, rows.new)
 
     def read_labels(self, layer, start):
         """log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""

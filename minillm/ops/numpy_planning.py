@@ -8,6 +8,14 @@ def numbers(lengths):
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
+def joined(lengths, old, new):
+    """old (sum of lengths, ...), stretches of `lengths` (S,) one after another, and after each its new ones of (S, n,
+    ...): arrays of any backend."""
+    ends = np.cumsum(lengths).tolist()
+    stretches = zip([0, *ends], ends, range(len(ends)), strict=False)
+    return np.concatenate([part for lo, hi, i in stretches for part in (old[lo:hi], new[i])])
+
+
 def counts(mask, lengths):
     """(S,) on the host: how many are true of each stretch of mask (R,), of `lengths` (S,) one after another."""
     return np.diff(np.append(0, np.cumsum(mask))[np.append(0, np.cumsum(lengths))])

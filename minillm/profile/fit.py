@@ -30,9 +30,9 @@ def second_reading(llm, token_ids):
         model.output(index, x, mixed)
 
 
-def layer_of(model, index, k, v, protected, **known):
-    """The Layer of the tokens of a text, one row each in every head: k, v (H, n, d), protected (n,). known: more that a
-    Layer may know."""
+def layer_of(model, index, k, v, protected, queries=()):
+    """The Layer of the tokens of a text, one row each in every head: k, v (H, n, d), protected (n,);
+    queries: of a second reading."""
     array, (n_heads, n, d) = model.ops.array, k.shape
     cos, sin = model.rope.tables(np.arange(n), n)
     return Layer(
@@ -49,7 +49,7 @@ def layer_of(model, index, k, v, protected, **known):
         ops=model.ops,
         scale=model.scale,
         attention_window=model.config.sliding_window,
-        **known,
+        queries=queries,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from minillm.compress.config import CacheConfig
 from minillm.profile.fit import layer_of
+from minillm.sampling import log_softmax
 
 BUDGET = 0.1
 TOKENS = 1024  # of a text, at most
@@ -29,8 +30,8 @@ class Trial:
         self.model, self.cache, ids = llm.model, llm.new_cache(), np.asarray(token_ids[:TOKENS])
         (sinks, window), pos = CacheConfig("foresight", BUDGET).protect(len(ids)), np.arange(len(ids))
         protected = (pos < sinks) | (pos >= len(ids) - window)
-        self.rows = list(_rows(llm, ids, protected))
-        self.scores = np.stack([llm.model.ops.host(layer.predicted) for layer in self.rows])  # (L, H n)
+        self.rows, scores = zip(*_rows(llm, ids, protected), strict=True)
+        self.scores = np.stack(scores)  # (L, H n)
         scores = self.scores.reshape(-1, len(ids))
         room = round(BUDGET * scores.size) - len(scores) * np.count_nonzero(protected)
         self.config = CacheConfig("foresight", threshold=float(np.sort(scores[:, ~protected], axis=None)[-room]))
@@ -72,38 +73,35 @@ class Trial:
 
     def _begin(self, passage):
         """The hidden states of a passage before each layer."""
-        x, states = self.model.ops.embed(self.model.embedding, np.asarray(passage[:-1])), []
-        for index in range(len(self.rows)):
-            states.append(x.copy())
-            self._layer(index, x)
-        return states
+        x = self.model.ops.embed(self.model.embedding, np.asarray(passage[:-1]))
+        return [x.copy() for _ in self._layers(x, 0)]
 
     def _cost(self, number, first):
         (passage, scored), x = self.passages[number], self.hidden[number][first].copy()
-        for index in range(first, len(self.rows)):
-            self._layer(index, x)
+        for _ in self._layers(x, first):
+            pass
         following = np.asarray(passage[1:])[-(scored or len(passage)) :]
-        logits = self.model.logits(x[-len(following) :]).astype(np.float64)
-        top = logits.max(axis=1)
-        total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        return (total - logits[np.arange(len(following)), following]).mean()
+        log_p = log_softmax(self.model.logits(x[-len(following) :]))
+        return -log_p[np.arange(len(following)), following].mean()
 
-    def _layer(self, index, x):
+    def _layers(self, x, first):
+        """Have the layers from `first` on read a passage, x (n, dim) its hidden states. Yields before each."""
         seen = self.cache.seen
         cos, sin = self.model.rope.tables(np.arange(seen, seen + len(x)), seen + len(x))
-        mixed = self.model.attention(index, x, cos, sin, self.cache.layer(index))[-1]
-        self.model.output(index, x, mixed)
+        for index in range(first, len(self.rows)):
+            yield
+            mixed = self.model.attention(index, x, cos, sin, self.cache.layer(index))[-1]
+            self.model.output(index, x, mixed)
 
 
 def _rows(llm, token_ids, protected):
-    """The Layers of a text that is read with what the profile predicts of it."""
+    """Yields the Layers of a text that is read, and what the profile predicts of each one's rows (H n,), in NumPy."""
     model, pos, empty = llm.model, np.arange(len(token_ids)), llm.new_cache()
     cos, sin = model.rope.tables(pos, len(pos))
     x = model.ops.embed(model.embedding, token_ids)
     for index in range(llm.config.n_layers):
         _, _, k, v, scores, mixed = model.attention(index, x, cos, sin, empty.layer(index), {"scores"})
-        predicted = np.exp(model.ops.array(scores)).reshape(-1)
-        yield layer_of(model, index, k, v, protected, predicted=predicted)
+        yield layer_of(model, index, k, v, protected), np.exp(model.ops.host(scores)).ravel()
         model.output(index, x, mixed)
 
 
