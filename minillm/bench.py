@@ -152,13 +152,12 @@ def _caches(args):
             one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
             setattr(one, name, value)
             config = cli.cache_config(one)
-            caches[_label(config)] = {"method": "full"} if config.method == "full" else config.as_dict()
+            full = {"method": "full", "dtype": config.dtype}
+            caches[_label(config)] = full if config.method == "full" else config.as_dict()
     return caches
 
 
 def _label(config):
-    if config.method == "full":
-        return "full"
     cache = config.as_dict()
     values = unusual(cache)
     budget = cache["budget"] or values.pop("quality", None)

@@ -14,21 +14,22 @@ import numpy as np
 
 from minillm.errors import MinillmError
 from minillm.memory import return_freed_memory
-from minillm.ops.numpy_ops import StoredRows
+from minillm.ops.pages import StoredRows, page_bytes, stored_as
 
 PAGE_SIZE = 32
 SLAB_BYTES = 8 << 20
 
 
 class PagePool:
-    """Slabs of pages, counted references to each page, and exact numbers of bytes.
+    """Slabs of pages, counted references to each page, and exact numbers of bytes. dtype: of K and V, "int8" or "auto"
+    (the backend's own).
 
     A page id is slab index x pages a slab + page within the slab. Pages are handed out lowest id first, so that the
     pages of a head written at once are consecutive."""
 
-    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES):
-        self.ops, self.head_dim, self.page_size = ops, head_dim, page_size
-        self.page_bytes = ops.page_bytes(page_size, head_dim)
+    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto"):
+        self.ops, self.head_dim, self.page_size, self.dtype = ops, head_dim, page_size, stored_as(dtype, ops)
+        self.page_bytes = page_bytes(page_size, head_dim, self.dtype)
         self.slab_pages = max(1, slab_bytes // self.page_bytes)
         self.slabs = []
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
@@ -53,7 +54,7 @@ class PagePool:
         free = self.first_free + np.flatnonzero(self.refs[self.first_free :] == 0)[:n]
         if len(free) < n:
             more, held = -(-(n - len(free)) // self.slab_pages), len(self.refs)
-            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim) for _ in range(more)]
+            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim, self.dtype) for _ in range(more)]
             self.slabs += new
             self.refs = np.append(self.refs, np.zeros(more * self.slab_pages, np.int32))
             free = np.append(free, held + np.arange(n - len(free)))
@@ -74,8 +75,9 @@ class PagePool:
 
     def copy_page(self, source, target):
         (a, i), (b, j) = divmod(int(source), self.slab_pages), divmod(int(target), self.slab_pages)
-        for name in ("k", "v", "log_size", "pos"):
-            getattr(self.slabs[b], name)[j] = getattr(self.slabs[a], name)[i]
+        copies, originals = self.slabs[b].fields(), self.slabs[a].fields()
+        for name in copies:
+            copies[name][j] = originals[name][i]
 
     def runs(self, pages):
         """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""
@@ -136,27 +138,22 @@ class PagedLayer:
     seen: int  # the position of the next token
 
     def runs(self, head, start=0):
-        """(k, v, log_size, pos) views of the head's entries from `start` on, a stretch of consecutive pages at a
-        time."""
-        size, length, d = self.pool.page_size, int(self.lengths[head]), self.pool.head_dim
+        """The head's entries from `start` on, a stretch of consecutive pages at a time: a Slab of views of them."""
+        size, length = self.pool.page_size, int(self.lengths[head])
         pages = self.pages[head, start // size : -(-length // size)]
         base = start // size * size
         for slab, lo, hi, before in self.pool.runs(pages) if len(pages) else ():
             offset = base + before * size
             rows = slice(max(start - offset, 0), min(length - offset, (hi - lo) * size))
-            yield (
-                slab.k[lo:hi].reshape(-1, d)[rows],
-                slab.v[lo:hi].reshape(-1, d)[rows],
-                slab.log_size[lo:hi].reshape(-1)[rows],
-                slab.pos[lo:hi].reshape(-1)[rows],
-            )
+            yield slab.entries(slice(lo, hi), rows)
 
     def read(self, head, start=0):
         """k (m, d), v (m, d) float32, log_size (m,), pos (m,) of the head's entries from `start` on, m = length -
         start: copies, or a view where the pages lie together."""
-        ops = self.pool.ops
-        rows = lambda stored: ops.host(ops.stored_rows(stored))  # noqa: E731
-        runs = [(rows(k), rows(v), ops.host(log_size), ops.host(pos)) for k, v, log_size, pos in self.runs(head, start)]
+        ops, runs = self.pool.ops, []
+        for run in self.runs(head, start):
+            k, v = ops.stored_rows(run.k, run.k_scale), ops.stored_rows(run.v, run.v_scale)
+            runs.append(tuple(map(ops.host, (k, v, run.log_size, run.pos))))
         if not runs:
             empty = np.zeros((0, self.pool.head_dim), np.float32)
             return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)
@@ -213,8 +210,10 @@ class KVCache:
 
     @property
     def full_bytes(self):
-        """Bytes of the pages that a full cache of the tokens seen would hold."""
-        return self.lengths.size * -(-self.seen // self.pool.page_size) * self.pool.page_bytes
+        """Bytes of the pages that a full cache of the tokens seen would hold, in the backend's own type."""
+        pool = self.pool
+        whole = page_bytes(pool.page_size, pool.head_dim, pool.ops.CACHE_DTYPE)
+        return self.lengths.size * -(-self.seen // pool.page_size) * whole
 
     @property
     def entries(self):

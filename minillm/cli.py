@@ -11,6 +11,7 @@ from minillm.compress.config import TABLES, WITH_PROFILE, WITHOUT, CacheConfig
 from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
+from minillm.ops.pages import DTYPES as KV_DTYPES
 from minillm.sampling import SamplingParams
 from minillm.weights import QUANTIZED
 
@@ -144,8 +145,14 @@ def machine(args):
     return {name: getattr(args, name) for name in ("device", "dtype", "quantize", "threads", "offline")}
 
 
-def cache_flags(add):
-    """The flags of a cache beside its method and how much that keeps."""
+def cache_flags(add, several=lambda kind: kind):
+    """The flags of a cache beside its method and how much that keeps. several: of a program that takes lists."""
+    add(
+        "--kv-dtype",
+        type=several(kv_dtype),
+        metavar="TYPE",
+        help="of keys and values in memory: auto (16-bit floats), int8 (about half of their bytes)",
+    )
     add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 8, of most methods 32)")
     add("--kv-sinks", type=int, metavar="N", help="first tokens kept as they are (default 4)")
     add("--kv-recompress", type=int, metavar="N", help="compress the answer every N tokens; 0: never (default 256)")
@@ -181,6 +188,12 @@ def _sampling(name, kind):
 
 
 positive.__name__ = "whole number"
+
+
+def kv_dtype(text):
+    if text not in KV_DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(KV_DTYPES)}")
+    return text
 
 
 def budget(text):
@@ -244,6 +257,7 @@ def cache_config(args):
         options["tau"] = args.tau
     common = {
         "quality": args.quality,
+        "dtype": args.kv_dtype,
         "window": args.kv_window,
         "sinks": args.kv_sinks,
         "recompress": args.kv_recompress,

@@ -36,7 +36,7 @@ class LLM:
     def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids, profile=None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.context, self.dtype, self.stop_ids = context, dtype, stop_ids
-        self.pool = PagePool(model.ops, config.head_dim)
+        self.pools = {}  # dtype -> PagePool
         self.load_seconds = 0.0
         self._last = None  # the session that answered last
         self.profile = profile  # whose scores the model predicts already
@@ -63,9 +63,25 @@ class LLM:
         worth = None if self.profile is None else np.exp(self.profile.worth)
         return Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window, worth)
 
-    def new_cache(self, window=None):
-        """An empty KVCache in this model's pool. window: see there."""
-        return KVCache(self.pool, self.config.n_layers, self.config.n_kv_heads, window)
+    @property
+    def pool(self):
+        """The PagePool of new sessions."""
+        return self._pool(self.cache_config.dtype)
+
+    def _pool(self, dtype):
+        if dtype not in self.pools:
+            self.pools[dtype] = PagePool(self.model.ops, self.config.head_dim, dtype=dtype)
+        return self.pools[dtype]
+
+    def new_cache(self, window=None, dtype=None):
+        """An empty KVCache. window: see there; dtype: None: of this model's CacheConfig."""
+        pool = self._pool(dtype or self.cache_config.dtype)
+        return KVCache(pool, self.config.n_layers, self.config.n_kv_heads, window)
+
+    def trim(self):
+        """Give what no sequence holds back to the system."""
+        for pool in self.pools.values():
+            pool.trim()
 
     @classmethod
     def load(
@@ -240,7 +256,7 @@ class LLM:
             "version": SESSION_FORMAT,
             "model": f"{self.config.name} {digest.hexdigest()[:12]}",
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
-            "cache dtype": self.model.ops.CACHE_DTYPE,
+            "cache dtype": self.pool.dtype,
             **self.cache_config.as_dict(),
         }
 
@@ -250,11 +266,12 @@ class LLM:
 
     def close(self):
         """Give the memory of weights and caches back."""
-        for cache in list(self.pool.caches):
-            cache.clear()
+        for pool in self.pools.values():
+            for cache in list(pool.caches):
+                cache.clear()
         self.model = self.compressor = _Closed()  # which has matrices too
         gc.collect()  # a model and its runner hold one another
-        self.pool.trim()
+        self.trim()
 
     def __enter__(self):
         return self

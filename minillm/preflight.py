@@ -3,6 +3,7 @@
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.model import MLP_ROWS
+from minillm.ops.pages import page_bytes, stored_as
 
 
 def gib(n):
@@ -15,7 +16,7 @@ def cache_bytes(config, cache_config, ops, n):
     if cache_config.method == "full" and config.sliding_window and n > config.sliding_window:
         kept, whole = config.sliding_window, n  # one layer has all of them for a while
     pages = config.n_layers * config.n_kv_heads * (kept / PAGE_SIZE + 1) + config.n_kv_heads * whole / PAGE_SIZE
-    return int(pages * ops.page_bytes(PAGE_SIZE, config.head_dim))
+    return int(pages * page_bytes(PAGE_SIZE, config.head_dim, stored_as(cache_config.dtype, ops)))
 
 
 def workspace_bytes(config, n):

@@ -262,7 +262,7 @@ class Session:
         """Give the memory back."""
         self.cache.clear()
         self.unread, self.messages, self.rendered = [], [], None
-        self.llm.pool.trim()
+        self.cache.pool.trim()
 
     def save(self, path):
         """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""

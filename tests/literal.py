@@ -9,6 +9,7 @@ import numpy as np
 from minillm.cache import PagedLayer, PagePool
 from minillm.compress.plan import Layer
 from minillm.ops import numpy_ops
+from minillm.ops.pages import page_bytes
 
 NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by method
 
@@ -92,7 +93,7 @@ def paged_layer(heads, seen, *, page_size=4, slab_pages=3, rng=None):
     """A PagedLayer with these entries (one tuple as in `attend` a head) in pages of small slabs: scattered by `rng`, or
     in order."""
     d = heads[0][0].shape[1]
-    pool = PagePool(numpy_ops, d, page_size, slab_pages * numpy_ops.page_bytes(page_size, d))
+    pool = PagePool(numpy_ops, d, page_size, slab_pages * page_bytes(page_size, d, "float32"))
     lengths = np.array([len(head[0]) for head in heads])
     n_pages = -(-lengths // page_size)
     ids = pool.alloc(2 * int(n_pages.sum()) + 1)

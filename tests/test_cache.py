@@ -9,6 +9,7 @@ from minillm.cache import Entries, KVCache, PagePool
 from minillm.errors import MinillmError
 from minillm.memory import resident_memory
 from minillm.ops import numpy_ops
+from minillm.ops.pages import page_bytes
 
 F32 = np.float32
 D, PAGE = 2, 4
@@ -149,7 +150,7 @@ def test_heads_hold_as_many_pages_as_they_need():
     np.testing.assert_array_equal(cache.n_pages(), [[0, 0, 0], [0, 3, 1]])
     assert cache.bytes_in_use == pool.bytes_in_use == 4 * PAGE_BYTES
     assert pool.bytes_held == 5 * PAGE_BYTES
-    assert pool.page_bytes == PAGE_BYTES == numpy_ops.page_bytes(PAGE, D)
+    assert pool.page_bytes == PAGE_BYTES == page_bytes(PAGE, D, "float32")
 
 
 def test_full_bytes_and_kept_are_of_the_tokens_seen():
@@ -182,8 +183,8 @@ def test_pages_written_at_once_lie_together():
     cache.write(0, random_entries(np.random.default_rng(0), [22, 30]))
     for head, length in enumerate((22, 30)):
         runs = list(cache.layer(0).runs(head))
-        assert [len(run[3]) for run in runs] == [length]
-        assert np.shares_memory(runs[0][0], pool.slabs[0].k)
+        assert [len(run.pos) for run in runs] == [length]
+        assert np.shares_memory(runs[0].k, pool.slabs[0].k)
 
 
 def test_reading_from_a_start():

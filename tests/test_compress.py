@@ -15,6 +15,7 @@ from minillm.compress.methods import METHODS, methods_markdown, methods_table
 from minillm.compress.plan import SHORT, Budget, Plan, Queries
 from minillm.errors import UsageError
 from minillm.ops import numpy_ops
+from minillm.ops.pages import page_bytes
 from minillm.weights import Weight
 
 F32 = np.float32
@@ -37,7 +38,7 @@ class Sequence:
     def __init__(self, config, *, n_layers=2, n_heads=2, d=8, delimiters=0.12, keys="text", factor=1.0, seed=0):
         self.rng, self.delimiters, self.keys = np.random.default_rng(seed), delimiters, keys
         self.rope = FakeRope(d, factor=factor)
-        self.pool = PagePool(numpy_ops, d, 8, 16 * numpy_ops.page_bytes(8, d))
+        self.pool = PagePool(numpy_ops, d, 8, 16 * page_bytes(8, d, "float32"))
         self.cache = KVCache(self.pool, n_layers, n_heads)
         self.compressor = Compressor(config, self.rope, numpy_ops, CLASSES)
         self.ids = []
@@ -201,7 +202,7 @@ def test_eviction_is_full_attention_under_a_mask():
     kept = rng.random(180) < 0.4
     kept[::60] = True
     entries = Plan.keep(layer, kept).apply(layer)
-    pool = PagePool(numpy_ops, 6, 4, 7 * numpy_ops.page_bytes(4, 6))
+    pool = PagePool(numpy_ops, 6, 4, 7 * page_bytes(4, 6, "float32"))
     cache = KVCache(pool, 1, 3)
     cache.write(0, entries)
     cache.advance(range(200))

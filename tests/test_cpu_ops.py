@@ -15,7 +15,7 @@ from literal import NEAREST, FakeRope, check_nearest
 from minillm.cache import Entries, KVCache, PagedLayer, PagePool
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
-from minillm.ops.numpy_ops import StoredRows
+from minillm.ops.pages import StoredRows, page_bytes, to_int8
 from minillm.weights import Weight
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
@@ -152,9 +152,17 @@ def test_swiglu(path, rng):
     np.testing.assert_allclose(gate, exact, rtol=2e-6, atol=1e-30)
 
 
-def paged(rng, ops, lengths, d, page_size=32, seen=None, merged=True, scale=1.0):
+STORES = {
+    "f32": (numpy_ops, "auto"),
+    "bf16": (cpu_ops, "auto"),
+    "int8": (cpu_ops, "int8"),
+}  # backend and dtype of pages
+
+
+def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.0):
     """A PagedLayer whose heads hold `lengths` entries on pages that do not lie together, some entries of size > 1."""
-    pool = PagePool(ops, d, page_size, slab_bytes=7 * ops.page_bytes(page_size, d))
+    ops, dtype = STORES[store]
+    pool = PagePool(ops, d, page_size, slab_bytes=7 * page_bytes(page_size, d, "float32"), dtype=dtype)
     cache = KVCache(pool, 1, len(lengths))
     for head, length in enumerate(lengths):
         cache._resize(0, head, 0, length)
@@ -168,13 +176,16 @@ def paged(rng, ops, lengths, d, page_size=32, seen=None, merged=True, scale=1.0)
     for head, length in enumerate(lengths):
         positions = np.sort(rng.choice(layer.seen, length, replace=False)) if length else np.zeros(0, int)
         done = 0
-        for k, v, log_size, pos in layer.runs(head):
-            for stored in (k, v):
+        for run in layer.runs(head):
+            for stored, words in ((run.k, run.k_scale), (run.v, run.v_scale)):
                 values = normal(rng, *stored.shape) * np.float32(scale)
-                stored[:] = values if stored.dtype == np.float32 else values.view(np.uint32) >> 16
-            log_size[:] = np.log(rng.integers(1, 50, len(k))) if merged else 0
-            pos[:] = positions[done : done + len(k)]
-            done += len(k)
+                if words is not None:
+                    stored[:], words[:] = to_int8(values)
+                else:
+                    stored[:] = values if stored.dtype == np.float32 else values.view(np.uint32) >> 16
+            run.log_size[:] = np.log(rng.integers(1, 50, len(run.pos))) if merged else 0
+            run.pos[:] = positions[done : done + len(run.pos)]
+            done += len(run.pos)
     layer.cache = cache  # keeps the pages
     return layer
 
@@ -188,11 +199,10 @@ def attend(q, k, v, log_size, visible, scale):
 
 
 def entries(layer, head):
-    k, v, log_size, pos = layer.read(head)
-    return cpu_ops.stored_rows(np.ascontiguousarray(k)), cpu_ops.stored_rows(np.ascontiguousarray(v)), log_size, pos
+    return layer.read(head)
 
 
-@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["f32", "bf16"])
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
     "d, group, lengths, page_size",
     [
@@ -204,11 +214,11 @@ def entries(layer, head):
     ],
 )
 @pytest.mark.parametrize("window", [None, 50])
-def test_decode_attention(path, rng, ops, d, group, lengths, page_size, window):
-    batch = [paged(rng, ops, lengths, d, page_size), paged(rng, ops, lengths[::-1], d, page_size)]
+def test_decode_attention(path, rng, store, d, group, lengths, page_size, window):
+    batch = [paged(rng, store, lengths, d, page_size), paged(rng, store, lengths[::-1], d, page_size)]
     for layer in batch:  # the entry of the token itself
         for head in range(len(lengths)):
-            list(layer.runs(head))[-1][3][-1] = layer.seen
+            list(layer.runs(head))[-1].pos[-1] = layer.seen
     batch[1].pool, batch[1].pages = (
         batch[0].pool,
         batch[0].pages,
@@ -226,7 +236,7 @@ def test_decode_attention(path, rng, ops, d, group, lengths, page_size, window):
 
 @pytest.mark.parametrize("size", [1e-12, 1e3, 1e7])
 def test_logits_of_any_size(path, rng, size):
-    layer = paged(rng, numpy_ops, (90, 300), 64, merged=False)
+    layer = paged(rng, "f32", (90, 300), 64, merged=False)
     q, d = normal(rng, 1, 6, 64) * np.float32(size), 64
     got = cpu_ops.decode_attention(q, [layer], 0.125).reshape(6, d)
     new = normal(rng, 6, 3, d) * np.float32(size), normal(rng, 2, 3, d), normal(rng, 2, 3, d)
@@ -241,14 +251,14 @@ def test_logits_of_any_size(path, rng, size):
             close(got[head], attend(q[0, head], k, v, log_size, slice(None), 0.125), 1e-3 if size > 1 else 1e-5)
 
 
-@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["f32", "bf16"])
+@pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
     "d, group, lengths, n",
     [(64, 3, (0, 0), 200), (64, 3, (0, 130), 1), (12, 2, (33, 1, 0), 37), (128, 4, (200,), 65), (80, 1, (7, 64), 150)],
 )
 @pytest.mark.parametrize("window", [None, 40])
-def test_prefill_attention(path, rng, ops, d, group, lengths, n, window):
-    layer = paged(rng, ops, lengths, d, seen=300)
+def test_prefill_attention(path, rng, store, d, group, lengths, n, window):
+    layer = paged(rng, store, lengths, d, seen=300)
     q, k, v = normal(rng, group * len(lengths), n, d), normal(rng, len(lengths), n, d), normal(rng, len(lengths), n, d)
     got, lse = cpu_ops.prefill_attention(q, k, v, layer, d**-0.5, window)
     got = got.reshape(n, -1, d)
@@ -275,6 +285,7 @@ def test_merge(path, rng, n, d, n_entries):
     np.testing.assert_allclose(cpu_ops.merge(rows, dest, w, n_entries), exact, rtol=1e-5, atol=1e-4)
 
 
+WRITERS = [(numpy_ops, "f32"), (numpy_ops, "int8"), (cpu_ops, "f32"), (cpu_ops, "bf16"), (cpu_ops, "int8")]
 ROWS = [
     ((70, 0, 33), (0, 0, 0), 5),
     ((70, 1, 32), (40, 1, 0), None),
@@ -284,12 +295,12 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("ops, store", WRITERS)
 @pytest.mark.parametrize("lengths, start, n", ROWS)
-def test_rows_are_merged_where_they_lie(path, rng, ops, lengths, start, n):
+def test_rows_are_merged_where_they_lie(path, rng, ops, store, lengths, start, n):
     """Stored after the first `start` of each head, and then n new ones: as when they are one array."""
     d, start = 12, np.array(start)
-    layer, rope = paged(rng, ops, lengths, d), FakeRope(d)
+    layer, rope = paged(rng, store, lengths, d), FakeRope(d)
     new = None if n is None else normal(rng, len(lengths), n, d)
     for i, field in enumerate("kv"):
         rows = StoredRows(layer, start, field, new)
@@ -305,15 +316,16 @@ def test_rows_are_merged_where_they_lie(path, rng, ops, lengths, start, n):
         np.testing.assert_array_equal(ops.merge_unrotated(rows, *rest), ops.merge_unrotated(together, *rest))
 
 
-@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+@pytest.mark.parametrize("ops, store", WRITERS)
 @pytest.mark.parametrize("lengths, start", [((70, 0, 33), (0, 0, 0)), ((70, 33, 64), (69, 33, 32)), ((3, 5), (3, 0))])
-def test_entries_into_pages_and_out_of_them(path, rng, ops, lengths, start):
+def test_entries_into_pages_and_out_of_them(path, rng, ops, store, lengths, start):
     d, start = 7, np.array(start)
-    layer = paged(rng, ops, lengths, d)
+    layer = paged(rng, store, lengths, d)
     before = [layer.read(head) for head in range(len(lengths))]
     counts = layer.lengths - start
     n = int(counts.sum())
-    k, v = (rng.integers(-99, 99, (n, d)).astype(np.float32) for _ in "kv")  # bf16 keeps them
+    k, v = (rng.integers(-99, 99, (n, d)).astype(np.float32) for _ in "kv")  # bf16 keeps them, and so does
+    k[:, 3] = v[:, 4] = 127  # int8 with a scale of 1
     entries = Entries(k, v, normal(rng, n), rng.integers(0, 999, n).astype(np.int32), counts)
     ops.write_entries(layer, start, entries)
     for name, got in zip(("log_size", "pos"), ops.read_labels(layer, start), strict=True):
@@ -402,7 +414,7 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
 
 def test_bf16_pages_round_to_nearest_even(path):
     """1 + 2^-8 lies between two bf16 numbers, as does 1 + 3 * 2^-8; ties go to the even one."""
-    slab = cpu_ops.new_slab(2, 4, 2)
+    slab = cpu_ops.new_slab(2, 4, 2, "bfloat16")
     rows = np.float32([[1 + 2**-8, 1 + 3 * 2**-8], [-1 - 2**-8, 1 + 2**-8 + 2**-20], [np.inf, -0.0]])
     pool = PagePool(cpu_ops, 2, 4)
     pool.slabs.append(slab)
@@ -410,13 +422,47 @@ def test_bf16_pages_round_to_nearest_even(path):
     cpu_ops.write_entries(layer, np.array([0]), Entries(rows, rows, np.zeros(3), np.arange(3), np.array([3])))
     expected = np.float32([[1, 1 + 2**-6], [-1, 1 + 2**-7], [np.inf, -0.0]])
     np.testing.assert_array_equal(cpu_ops.stored_rows(slab.k[1, :3]), expected)
-    assert sum(field.nbytes for field in vars(slab).values()) == 2 * cpu_ops.page_bytes(4, 2)
+    assert sum(field.nbytes for field in slab.fields().values()) == 2 * page_bytes(4, 2, "bfloat16")
+
+
+@pytest.mark.parametrize("d", [1, 12, 64, 100])
+@pytest.mark.parametrize("ops", [numpy_ops, cpu_ops], ids=["numpy", "c"])
+def test_rows_of_8_bits(path, rng, ops, d):
+    """As the definition says, number by number; and what was read is stored as the same words."""
+    k, v = normal(rng, 2, 40, d) * np.float32(10.0) ** rng.integers(-9, 9, (2, 40, 1)).astype(np.float32)
+    k[3], v[5, : d // 2], k[7] = 0, 0, rng.integers(-127, 128, d)
+    k[8], k[9] = np.arange(d) + 0.5, 127  # ties
+    for values in (k, v):
+        values[7:9, 0] = 127
+    layer, start = paged(rng, "int8", (40,), d), np.array([0])
+    words = []
+    for _ in range(2):
+        ops.write_entries(layer, start, Entries(k, v, np.zeros(40), np.arange(40), np.array([40])))
+        runs = [run.fields() for run in layer.runs(0)]
+        words.append({name: np.concatenate([run[name] for run in runs]) for name in runs[0]})
+        given, (k, v, *_) = (k, v), layer.read(0)
+        if len(words) == 1:
+            for rows, name in zip(given, "kv", strict=True):
+                for row, got, scale in zip(rows, words[0][name], words[0][f"{name}_scale"], strict=True):
+                    expected, word = literal_int8(row.tolist())
+                    assert scale == word and got.tolist() == expected
+    for name in words[0]:
+        np.testing.assert_array_equal(words[0][name], words[1][name])
+
+
+def literal_int8(row):
+    """A row in Python's numbers: whole numbers, and the word of their scale."""
+    largest = np.float32(max(map(abs, row))) / np.float32(127)
+    word, rest = divmod(int(largest.view(np.uint32)), 1 << 16)
+    word += rest > 1 << 15 or (rest == 1 << 15 and word % 2)
+    scale = float(np.uint32(word << 16).view(np.float32))
+    return [round(float(np.float32(x) / np.float32(scale))) if scale else 0 for x in row], word
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same(rng, threads):
     w, x = weight(rng, "Q4_1", 200, 64), normal(rng, 40, 64)
-    layer, q = paged(rng, cpu_ops, (500, 20), 64), normal(rng, 1, 4, 64)
+    layer, q = paged(rng, "bf16", (500, 20), 64), normal(rng, 1, 4, 64)
     expected = cpu_ops.linear(x, w), cpu_ops.decode_attention(q, [layer], 0.1)
     before = cpu_lib.library().set_threads(threads)
     try:

@@ -15,6 +15,7 @@ from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
+from minillm.ops.pages import page_bytes
 from minillm.weights import Weight
 
 VOCAB = 40
@@ -46,7 +47,7 @@ def model_of(config, ops=numpy_ops, seed=0):
 
 def new_cache(model, page_size=4):
     c = model.config
-    pool = PagePool(numpy_ops, c.head_dim, page_size, 5 * numpy_ops.page_bytes(page_size, c.head_dim))
+    pool = PagePool(numpy_ops, c.head_dim, page_size, 5 * page_bytes(page_size, c.head_dim, "float32"))
     return KVCache(pool, c.n_layers, c.n_kv_heads)
 
 

@@ -15,6 +15,7 @@ from minillm.compress.output import Output
 from minillm.compress.plan import Queries
 from minillm.ops import numpy_ops
 from minillm.ops.numpy_ops import largest
+from minillm.ops.pages import page_bytes
 from minillm.weights import Weight
 
 D, SCALE = 6, 0.7
@@ -205,7 +206,7 @@ class Prompt:
         self.q = [(rng.normal(size=(group * n_heads, n, D)) * s).astype(F32) for s in sharpness]
         self.k, self.v = rng.normal(size=(2, n_layers, n_heads, n, D)).astype(F32)
         self.wo = rng.normal(size=(n_layers, 15, group * n_heads * D)).astype(F32)
-        pool = PagePool(numpy_ops, D, 8, 16 * numpy_ops.page_bytes(8, D))
+        pool = PagePool(numpy_ops, D, 8, 16 * page_bytes(8, D, "float32"))
         self.cache = KVCache(pool, n_layers, n_heads)
         compressor = Compressor(config, FakeRope(D), numpy_ops, CLASSES, SCALE)
         self.targets, targets = [], config.targets

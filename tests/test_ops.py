@@ -11,6 +11,7 @@ from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random
 from minillm import ops
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops.pages import page_bytes
 from minillm.weights import Weight
 
 F32 = np.float32
@@ -270,14 +271,14 @@ def test_decode_with_huge_logits():
 
 
 def test_a_slab_is_what_it_is_counted_as():
-    slab = numpy_ops.new_slab(3, 8, 6)
+    slab = numpy_ops.new_slab(3, 8, 6, "float32")
     shapes = {"k": (3, 8, 6), "v": (3, 8, 6), "log_size": (3, 8), "pos": (3, 8)}
     for i, (name, shape) in enumerate(shapes.items()):
         field = getattr(slab, name)
         assert field.shape == shape and field.dtype == (np.int32 if name == "pos" else F32)
         field[:] = i + 1
     assert [np.unique(getattr(slab, name)).tolist() for name in shapes] == [[1], [2], [3], [4]]  # no overlap
-    assert sum(getattr(slab, name).nbytes for name in shapes) == 3 * numpy_ops.page_bytes(8, 6)
+    assert sum(getattr(slab, name).nbytes for name in shapes) == 3 * page_bytes(8, 6, "float32")
 
 
 @pytest.mark.parametrize("dropped", [0.0, 0.3, 1.0])

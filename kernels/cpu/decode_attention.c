@@ -2,9 +2,8 @@
  *
  * A task is a stretch of pages of one KV head: K and V are read from memory once for all query heads of the group. Long heads are
  * cut into stretches, so that heads of very different lengths keep all threads busy; each leaves (maximum, sum, weighted values)
- * and the stretches of a head are put together at the end. Pages hold float32 or bf16; the arithmetic is float32. */
-#include "minillm_cpu.h"
-#include "simd.h"
+ * and the stretches of a head are put together at the end. Pages hold float32, bf16 or 8 bits; the arithmetic is float32. */
+#include "rows.h"
 
 #include <float.h>
 
@@ -20,15 +19,7 @@ typedef struct {
     float *partial; /* (stretches, G, d + 2): weighted values, maximum, sum */
 } Attention;
 
-INLINE vf load_entry(const int bf16, const void *p, int64_t i)
-{
-    return bf16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
-}
-INLINE float load_entry_one(const int bf16, const void *p, int64_t i)
-{
-    return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-INLINE const char *entry_at(const int bf16, const void *p, int64_t entry, int64_t d) { return (const char *)p + entry * d * (bf16 ? 2 : 4); }
+INLINE const char *entry_at(const int kind, const void *p, int64_t entry, int64_t d) { return (const char *)p + entry * row_bytes(kind, d); }
 
 /* Asks for entries of the next page while those of this page are read: a page is too short for the processor to see the next coming. */
 INLINE void fetch(const char *p, int64_t bytes)
@@ -40,13 +31,13 @@ INLINE void fetch(const char *p, int64_t bytes)
 #define UNROLLED _Pragma("GCC unroll 16")
 
 /* s (g, n) = q (g, d) . k (n, d), 4 entries at a time, the last once more where n ends. ahead: bytes from this page to the next. */
-INLINE void dots(const int bf16, const int g, const float *q, const char *k, int64_t ahead, int64_t n, int64_t d, float *s, int64_t s_stride)
+INLINE void dots(const int kind, const int g, const float *q, const char *k, int64_t ahead, int64_t n, int64_t d, float *s, int64_t s_stride)
 {
     for (int64_t e = 0; e < n; e += 4) {
         const char *rows[4];
         for (int j = 0; j < 4; j++)
-            rows[j] = entry_at(bf16, k, least(e + j, n - 1), d);
-        fetch(rows[0] + ahead, 4 * d * (bf16 ? 2 : 4));
+            rows[j] = entry_at(kind, k, least(e + j, n - 1), d);
+        fetch(rows[0] + ahead, 4 * row_bytes(kind, d));
         vf sums[MAX_GROUP][4];
         UNROLLED
         for (int h = 0; h < g; h++)
@@ -58,7 +49,7 @@ INLINE void dots(const int bf16, const int g, const float *q, const char *k, int
             vf x[4];
             UNROLLED
             for (int j = 0; j < 4; j++)
-                x[j] = load_entry(bf16, rows[j], i);
+                x[j] = load_row(kind, rows[j], i);
             UNROLLED
             for (int h = 0; h < g; h++) {
                 vf part = load(q + h * d + i);
@@ -72,7 +63,7 @@ INLINE void dots(const int bf16, const int g, const float *q, const char *k, int
             sum4(sums[h], out);
             for (int64_t c = i; c < d; c++)
                 for (int j = 0; j < 4; j++)
-                    out[j] += load_entry_one(bf16, rows[j], c) * q[h * d + c];
+                    out[j] += load_row_one(kind, rows[j], c) * q[h * d + c];
         }
     }
 }
@@ -80,7 +71,7 @@ INLINE void dots(const int bf16, const int g, const float *q, const char *k, int
 enum { WIDE = 4 }; /* vectors of V held at once: 16 sums for a group of 4 */
 
 /* out (g, d), rows out_stride apart, += p (g, n) v (n, d) */
-INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride, const char *v, int64_t ahead, int64_t n, int64_t d, float *out, int64_t out_stride)
+INLINE void weigh(const int kind, const int g, const float *p, int64_t p_stride, const char *v, int64_t ahead, int64_t n, int64_t d, float *out, int64_t out_stride)
 {
     int64_t i = 0;
     for (; i + WIDE * VW <= d; i += WIDE * VW) {
@@ -89,12 +80,12 @@ INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride,
             for (int w = 0; w < WIDE; w++)
                 sums[h][w] = load(out + h * out_stride + i + w * VW);
         for (int64_t e = 0; e < n; e++) {
-            const char *row = entry_at(bf16, v, e, d);
+            const char *row = entry_at(kind, v, e, d);
             if (i == 0)
-                fetch(row + ahead, d * (bf16 ? 2 : 4));
+                fetch(row + ahead, row_bytes(kind, d));
             vf x[WIDE];
             for (int w = 0; w < WIDE; w++)
-                x[w] = load_entry(bf16, row, i + w * VW);
+                x[w] = load_row(kind, row, i + w * VW);
             for (int h = 0; h < g; h++)
                 for (int w = 0; w < WIDE; w++)
                     sums[h][w] += splat(p[h * p_stride + e]) * x[w];
@@ -106,20 +97,26 @@ INLINE void weigh(const int bf16, const int g, const float *p, int64_t p_stride,
     for (; i < d; i++)
         for (int h = 0; h < g; h++)
             for (int64_t e = 0; e < n; e++)
-                out[h * out_stride + i] += p[h * p_stride + e] * load_entry_one(bf16, entry_at(bf16, v, e, d), i);
+                out[h * out_stride + i] += p[h * p_stride + e] * load_row_one(kind, entry_at(kind, v, e, d), i);
 }
 
-/* Heads' weights of n entries from their logits s (g, n) and bias (n,): online softmax with the maximum and sum behind each row of
- * `partial`. */
-static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const float *bias, float *partial, int64_t d)
+/* What there is to know of a page's entries beside their rows: log s, -inf for what is out of sight, and what K and V are to be
+ * multiplied by. */
+typedef struct {
+    float *bias, *k_scale, *v_scale;
+} Known;
+
+/* Heads' weights of n entries, times the scales of their values, from their logits s (g, n) without the scales of their keys: online
+ * softmax with the maximum and sum behind each row of `partial`. */
+static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const Known *known, float *partial, int64_t d)
 {
     for (int64_t h = 0; h < g; h++) {
         float *row = s + h * s_stride, *values = partial + h * (d + 2);
         for (int64_t e = n; e < round_up(n, VW); e++)
-            row[e] = -INFINITY;
+            row[e] = -INFINITY, known->k_scale[e] = 1;
         vf high = splat(-INFINITY);
         for (int64_t e = 0; e < n; e += VW) {
-            vf logits = load(row + e) + load(bias + e);
+            vf logits = load(row + e) * load(known->k_scale + e) + load(known->bias + e);
             store(row + e, logits);
             high = vmax(high, logits);
         }
@@ -134,7 +131,7 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const floa
         vf total = splat(0), top = splat(values[d]);
         for (int64_t e = 0; e < n; e += VW) {
             vf p = expv(load(row + e) - top);
-            store(row + e, p);
+            store(row + e, p * load(known->v_scale + e));
             total += p;
         }
         values[d + 1] += sum(total);
@@ -148,31 +145,35 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const floa
     case 3: call(3); break;    \
     default: call(4); break;   \
     }
-#define DOTS(g) (bf16 ? dots(1, g, q, k, k_ahead, n, d, s, s_stride) : dots(0, g, q, k, k_ahead, n, d, s, s_stride))
-#define WEIGH(g) (bf16 ? weigh(1, g, s, s_stride, v, v_ahead, n, d, partial, d + 2) : weigh(0, g, s, s_stride, v, v_ahead, n, d, partial, d + 2))
+#define DOTS(g) dots(kind, g, q, k, k_ahead, n, d, s, s_stride)
+#define WEIGH(g) weigh(kind, g, s, s_stride, v, v_ahead, n, d, partial, d + 2)
 
 typedef struct {
     const char *k, *v;
     const float *log_size;
     const int32_t *pos;
+    const uint16_t *k_scale, *v_scale; /* of I8 */
 } Page;
 
-/* One page of n entries for g query heads. bias (n,): log s, -inf for what is out of sight. */
-static void page_of_heads(int bf16, int64_t g, const float *q, const Page *page, const Page *next, const float *bias, int64_t n, int64_t d,
+/* One page of n entries for g query heads. */
+INLINE void page_of_heads(const int kind, int64_t g, const float *q, const Page *page, const Page *next, const Known *known, int64_t n, int64_t d,
                           float *s, int64_t s_stride, float *partial)
 {
     const char *k = page->k, *v = page->v;
     const int64_t k_ahead = next->k - k, v_ahead = next->v - v;
     FOR_GROUP(DOTS)
-    weights(s, s_stride, g, n, bias, partial, d);
+    weights(s, s_stride, g, n, known, partial, d);
     FOR_GROUP(WEIGH)
 }
+#define PAGE_OF_HEADS(kind) page_of_heads(kind, least(MAX_GROUP, group - h), q + h * d, &page, &next, &known, n, d, s, s_stride, partial + h * (d + 2))
 
 static Page page_at(const Paged *past, int64_t page, int64_t d)
 {
     const Slab *slab = &past->slabs[page / past->slab_pages];
     const int64_t entry = page % past->slab_pages * past->page_size;
-    return (Page){entry_at(past->bf16, slab->k, entry, d), entry_at(past->bf16, slab->v, entry, d), slab->log_size + entry, slab->pos + entry};
+    const int scaled = past->kind == I8;
+    return (Page){entry_at(past->kind, slab->k, entry, d), entry_at(past->kind, slab->v, entry, d), slab->log_size + entry, slab->pos + entry,
+                  scaled ? slab->k_scale + entry : NULL, scaled ? slab->v_scale + entry : NULL};
 }
 
 static void stretch(void *context, int64_t task, int thread)
@@ -184,7 +185,10 @@ static void stretch(void *context, int64_t task, int thread)
     const int64_t d = a->head_dim, group = a->n_heads / a->n_kv_heads, size = past->page_size, s_stride = round_up(size, VW);
     const int32_t hidden = a->window ? (int32_t)(past->seen - a->window) : INT32_MIN; /* positions up to it are out of sight */
     float *q = scratch(thread, 2, sizeof(float) * (size_t)(group * d));
-    float *s = scratch(thread, 3, sizeof(float) * (size_t)((MAX_GROUP + 1) * s_stride)), *bias = s + MAX_GROUP * s_stride;
+    float *s = scratch(thread, 3, sizeof(float) * (size_t)((MAX_GROUP + 3) * s_stride)), *beside = s + MAX_GROUP * s_stride;
+    const Known known = {beside, beside + s_stride, beside + 2 * s_stride};
+    for (int64_t i = 0; i < 3 * s_stride; i++)
+        beside[i] = 1; /* of floats the scales are 1 */
     float *partial = c->partial + task * group * (d + 2);
     for (int64_t h = 0; h < group; h++) {
         for (int64_t i = 0; i < d; i++) {
@@ -202,10 +206,18 @@ static void stretch(void *context, int64_t task, int thread)
         next = page_at(past, pages[least(i + 1, t->end - 1)], d);
         for (int64_t e = 0; e < n; e++) {
             float log_size = page.log_size[e];
-            bias[e] = page.pos[e] <= hidden ? -INFINITY : log_size;
+            known.bias[e] = page.pos[e] <= hidden ? -INFINITY : log_size;
+        }
+        for (int64_t e = 0; page.k_scale && e < n; e++) {
+            known.k_scale[e] = bf16_to_float(page.k_scale[e]);
+            known.v_scale[e] = bf16_to_float(page.v_scale[e]);
         }
         for (int64_t h = 0; h < group; h += MAX_GROUP)
-            page_of_heads(past->bf16, least(MAX_GROUP, group - h), q + h * d, &page, &next, bias, n, d, s, s_stride, partial + h * (d + 2));
+            switch (past->kind) {
+            case F32: PAGE_OF_HEADS(F32); break;
+            case BF16: PAGE_OF_HEADS(BF16); break;
+            default: PAGE_OF_HEADS(I8); break;
+            }
     }
 }
 

@@ -2,8 +2,8 @@
  *
  * Each task owns a stretch of entries and looks through all of `dest` for them: reading 8 bytes a row again is cheaper than sorting,
  * and rows are added in their order, so that the result does not depend on the threads. */
-#include "minillm_cpu.h"
 #include "rotate.h"
+#include "rows.h"
 
 typedef struct {
     const Merge *m;
@@ -19,12 +19,12 @@ INLINE const float *row_at(const StoredRows *rows, int64_t head, int64_t i, int6
     if (i >= stored)
         return rows->fresh + (head * rows->n + i - stored) * d;
     const Slab *slab;
-    const int64_t at = entry_of(&rows->past, head, rows->start[head] + i, &slab) * d;
-    const void *field = rows->values ? slab->v : slab->k;
-    if (!rows->past.bf16)
-        return (const float *)field + at;
-    kernels->bf16_to((const uint16_t *)field + at, d, room);
-    return room;
+    const int64_t at = entry_of(&rows->past, head, rows->start[head] + i, &slab);
+    switch (rows->past.kind) {
+    case F32: return widened(F32, slab, (int)rows->values, at, d, room);
+    case BF16: return widened(BF16, slab, (int)rows->values, at, d, room);
+    default: return widened(I8, slab, (int)rows->values, at, d, room);
+    }
 }
 
 INLINE void add(float *out, const float *row, float weight, int64_t d)

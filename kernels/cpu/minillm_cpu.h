@@ -15,7 +15,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1 };
+enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, I8 }; /* I8: of pages alone, whole numbers and a scale a row */
 
 enum { BLOCK = 32, PANEL = 16 }; /* weights that share a scale; rows of a matrix that are computed together */
 
@@ -49,11 +49,13 @@ typedef struct {
     Matrix embedding, head;
 } Model;
 
-/* Memory of pages: page p of a slab holds entries p * page_size ... of one KV head. k, v: float, or bf16 words. */
+/* Memory of pages: page p of a slab holds entries p * page_size ... of one KV head. k, v: float, bf16 words, or int8 with a scale in
+ * bf16 for each entry: the fields of minillm.ops.pages.Slab. */
 typedef struct {
     void *k, *v;
     float *log_size;
     int32_t *pos;
+    uint16_t *k_scale, *v_scale;
 } Slab;
 
 /* One layer of one sequence. Page id = slab * slab_pages + page within the slab. Head h holds lengths[h] entries in the pages
@@ -63,7 +65,7 @@ typedef struct {
     const int32_t *pages;
     const int64_t *lengths;
     int64_t capacity, seen;
-    int32_t slab_pages, page_size, bf16, unused;
+    int32_t slab_pages, page_size, kind, unused; /* kind: F32, BF16 or I8 */
 } Paged;
 
 /* n queries, keys and values of one layer over a past: q (Hq, n, d), k and v (H, n, d), out (n, Hq d). lse (Hq, n), or NULL: natural
@@ -169,6 +171,8 @@ typedef struct {
     void (*nearest)(const Nearest *a);
     void (*bf16_from)(const float *x, int64_t n, uint16_t *out);
     void (*bf16_to)(const uint16_t *x, int64_t n, float *out);
+    /* K or V of n entries (n, d), in pages from entry `at` on. */
+    void (*store_rows)(const float *rows, int64_t n, int64_t d, const Paged *to, const Slab *slab, int values, int64_t at);
     double (*stream)(const float *x, int64_t n);
 } Kernels;
 
@@ -190,15 +194,6 @@ static inline int64_t entry_of(const Paged *layer, int64_t head, int64_t i, cons
     const int64_t page = layer->pages[head * layer->capacity + i / layer->page_size];
     *slab = &layer->slabs[page / layer->slab_pages];
     return page % layer->slab_pages * layer->page_size + i % layer->page_size;
-}
-
-/* n floats into k or v of a slab, from element `at` on. */
-static inline void store_words(const float *x, int64_t n, int bf16, void *field, int64_t at)
-{
-    if (bf16)
-        kernels->bf16_from(x, n, (uint16_t *)field + at);
-    else
-        memcpy((float *)field + at, x, sizeof(float) * (size_t)n);
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

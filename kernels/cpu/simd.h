@@ -28,6 +28,7 @@ typedef float vf __attribute__((vector_size(4 * VW)));
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
 typedef uint32_t vu __attribute__((vector_size(4 * VW)));
 typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+typedef int8_t vb __attribute__((vector_size(VW)));
 
 INLINE vf splat(float x) { return (vf)SPLAT(x); }
 INLINE vu splat_u(uint32_t x) { return (vu)SPLAT(x); }
@@ -196,6 +197,19 @@ INLINE vf load_bf16(const uint16_t *p)
     vh h;
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
+
+INLINE vf load_i8(const int8_t *p)
+{
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    vb b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vf);
 #endif
 }
 

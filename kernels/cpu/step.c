@@ -47,8 +47,8 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
 {
     const Slab *slab;
     const int64_t entry = entry_of(past, head, past->lengths[head] - 1, &slab);
-    store_words(k, d, past->bf16, slab->k, entry * d);
-    store_words(v, d, past->bf16, slab->v, entry * d);
+    kernels->store_rows(k, 1, d, past, slab, 0, entry);
+    kernels->store_rows(v, 1, d, past, slab, 1, entry);
     slab->log_size[entry] = 0;
     slab->pos[entry] = (int32_t)past->seen;
 }

@@ -11,8 +11,8 @@ from minillm.compress.ledger import Ledger
 from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
 from minillm.errors import MinillmError
-from minillm.ops.numpy_ops import StoredRows
 from minillm.ops.numpy_planning import joined
+from minillm.ops.pages import StoredRows
 
 BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long

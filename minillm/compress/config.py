@@ -12,6 +12,7 @@ from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
+from minillm.ops.pages import DTYPES
 
 BUDGET, WINDOW, SINKS = 0.5, 32, 4  # a share; tokens
 QUALITY = 0.99  # that budget "auto" means
@@ -34,11 +35,26 @@ class CacheConfig:
     of what the model recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
     window, sinks: the newest and the first tokens, kept as they are and counted in the budget (window < 1: a share of
     it); their defaults are the method's. recompress: during generation, what was generated is compressed every so many
-    tokens (0: never) by methods that do that. score, allocate, merge: a part in place of the method's own, by its name
+    tokens (0: never) by methods that do that. dtype: of the keys and values in memory: "int8", 8 bits and a scale a
+    row, or "auto", the backend's own floats. score, allocate, merge: a part in place of the method's own, by its name
     in SCORES, ALLOCATIONS, MERGES. Other options are those of the parts; unknown or contradictory ones raise
     UsageError."""
 
-    def __init__(self, method=None, budget=None, *, quality=None, window=None, sinks=None, recompress=256, **options):
+    def __init__(
+        self,
+        method=None,
+        budget=None,
+        *,
+        quality=None,
+        window=None,
+        sinks=None,
+        recompress=256,
+        dtype="auto",
+        **options,
+    ):
+        if dtype not in DTYPES:
+            raise UsageError(f"a cache's dtype is {' or '.join(DTYPES)}, not {dtype!r}")
+        self.dtype = dtype
         self.method = method if budget != "full" else "full"
         method = method or WITH_PROFILE  # has the options of the other one, too
         self.spec = spec = find_method(method)
@@ -210,6 +226,8 @@ class CacheConfig:
         common = {"method": self.method, "budget": budget, "window": self.window, "sinks": self.sinks}
         if self.quality is not None:
             common["quality"] = self.quality
+        if self.dtype != "auto":
+            common["dtype"] = self.dtype
         options = {name: value for name, value in self.options.items() if name != "threshold" or not self.quality}
         return common | {"recompress": self.recompress} | self.chosen | options
 
@@ -221,7 +239,7 @@ class CacheConfig:
 def unusual(cache):
     """The options of a configuration, but its budget, that are not its method's defaults, or have none."""
     if cache["method"] == "full":
-        return {}
+        return {name: value for name, value in cache.items() if name == "dtype"}
     needed = {name: cache[name] for name in _needed(cache["method"])}
     usual = _usual(cache["method"], **needed)
     return {

@@ -231,7 +231,7 @@ def _command(parser, name):
         help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
     )
     add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
-    cli.cache_flags(add)
+    cli.cache_flags(add, _several)
 
     add = parser.add_argument_group("work").add_argument
     add("--out", default=FILE, metavar="FILE", help=f"the results, one JSON object a line (default {FILE})")
@@ -302,10 +302,13 @@ def _configs(args, profile=None):
     goes to the methods that have it."""
     methods = args.kv_method or (ready_methods(profile) if args.command == "suite" else ["semanticache"])
     settings = [(name, value.split(",")) for name, _, value in (text.partition("=") for text in args.kv_set)]
-    configs, used = {repr(CacheConfig("full")): CacheConfig("full")}, set()
+    dtypes = args.kv_dtype or ["auto"]
+    fulls = [CacheConfig("full"), *(CacheConfig("full", dtype=dtype) for dtype in dtypes)]
+    configs, used = {repr(config): config for config in fulls}, set()
     for method in methods:
         find_method(method)
-        for values in itertools.product(*(values for _, values in settings)) if method != "full" else ():
+        combined = itertools.product(dtypes, *(values for _, values in settings))
+        for dtype, *values in combined if method != "full" else ():
             chosen = {name: value for (name, _), value in zip(settings, values, strict=True) if name in TABLES}
             options = CacheConfig.option_table(method, **chosen) if _known(chosen) else {}
             named = {name: value for (name, _), value in zip(settings, values, strict=True) if name in options}
@@ -315,6 +318,7 @@ def _configs(args, profile=None):
             for name, value in kept + [("tau", tau) for tau in taus]:
                 one = copy.copy(args)
                 one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
+                one.kv_dtype = dtype
                 one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
                 setattr(one, name, value)
                 config = cli.cache_config(one)

@@ -63,14 +63,13 @@ def bench(setup, config, *flags):
 
 def cache_flags(config):
     """A CacheConfig as flags."""
-    if config.method == "full":
-        return ["--kv-budget", "full"]
     cache = config.as_dict()
     values = unusual(cache)
     tau = values.pop("tau", None)
-    flags = ["--kv-method", config.method, *(["--kv-budget", cache["budget"]] if tau is None else ["--tau", tau])]
+    budget = "full" if config.method == "full" else cache["budget"]
+    flags = ["--kv-method", config.method, *(["--kv-budget", budget] if tau is None else ["--tau", tau])]
     for name, value in values.items():
-        if name in ("window", "sinks", "recompress"):
+        if name in ("dtype", "window", "sinks", "recompress"):
             flags += [f"--kv-{name}", value]
         else:
             flags += ["--kv-set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]

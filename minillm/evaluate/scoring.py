@@ -1,6 +1,8 @@
 """From a Prompt and cache configurations to scores: one prefill for all of them, a teacher-forced reading of the answer
 where there is one right answer, greedy generation where there are many."""
 
+from itertools import groupby
+
 import numpy as np
 
 from minillm.compress.config import CacheConfig
@@ -55,7 +57,7 @@ def groups(llm, prompt, configs, processes):
 def _score_group(llm, prompt, configs, protocol):
     """The first cache is the full one, which the others are compared with."""
     compressors = [None, *(compressor_of(llm, config) for config in configs)]
-    caches = [llm.new_cache() for _ in compressors]
+    caches = [llm.new_cache(dtype=config.dtype) for config in (CacheConfig("full"), *configs)]
     try:
         first = prompt.context + (prompt.question if protocol == "aware" else [])
         hidden = llm.model.extend_each(first, caches, compressors)
@@ -86,7 +88,7 @@ def _score_group(llm, prompt, configs, protocol):
     finally:
         for cache in caches:
             cache.clear()
-        llm.pool.trim()
+        llm.trim()
 
 
 def read_answer(llm, cache, last, answer):
@@ -138,7 +140,9 @@ def generate(llm, prompt, caches, compressors, last):
         active = going
         if not active:
             return [llm.tokenizer.decode(ids) for ids in tokens]
-        logits = llm.model.decode([tokens[i][-1] for i in active], [caches[i] for i in active])
+        runs = [list(run) for _, run in groupby(active, lambda i: caches[i].pool.dtype)]  # a step is of one pool
+        steps = [llm.model.decode([tokens[i][-1] for i in run], [caches[i] for i in run]) for run in runs]
+        logits = np.concatenate(steps)
         for i in active:
             if compressors[i] and compressors[i].due(caches[i]):
                 llm.model.recompress(caches[i], compressors[i])

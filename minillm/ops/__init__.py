@@ -13,8 +13,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
                                                          attention probabilities of a few queries over rows
     column_scores(... as above, reduce, min_distance, lse)
                                                          their sum or maximum over many queries, for each row
-    new_slab(n_pages, page_size, head_dim)               memory for pages
-    page_bytes(page_size, head_dim)                      bytes of one page
+    new_slab(n_pages, page_size, head_dim, dtype)        memory for pages (their layout: minillm.ops.pages)
     GreedyClusters(keys, rows, starts, lengths, rotation)
                                                          greedy seed-based clustering inside segments, for any tau
     gather(rows)                                         StoredRows as an array
@@ -34,13 +33,13 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     concatenate(parts)                                   rows of several arrays
     write_entries(layer, start, entries)                 Entries into the pages of a layer
     read_labels(layer, start)                            log s and positions of entries out of them
-    stored_rows(stored)                                  K or V of a slab's words as float32
+    stored_rows(stored, scale)                           K or V of a slab's words as float32
     prepare(weight)                                      a Weight as this backend reads it best
     random_words(shape, seed)                            a matrix in bf16 words for LLM.random
     runner(model)                                        whole steps in a few calls; None: model.py's own pages
     DEVICE                                               "cpu", "cuda:0", ...
     available_memory()                                   bytes that can still be had on it, or None
-    CACHE_DTYPE                                          of K and V in pages, by name
+    CACHE_DTYPE                                          of K and V in pages, by name, if not int8
     READS_STORED                                         whether weights as they are stored are the fast ones
     trim()                                               memory that the backend keeps for itself goes back
     set_threads(n)                                       threads of the linear algebra

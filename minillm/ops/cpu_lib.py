@@ -19,7 +19,7 @@ from minillm.errors import UsageError
 
 ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
-KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5}
+KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "float32": 0, "bfloat16": 2, "int8": 6}
 
 
 class Matrix(Structure):
@@ -55,7 +55,7 @@ class Paged(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("slabs", "pages", "lengths")),
         *((name, c_int64) for name in ("capacity", "seen")),
-        *((name, c_int32) for name in ("slab_pages", "page_size", "bf16", "unused")),
+        *((name, c_int32) for name in ("slab_pages", "page_size", "kind", "unused")),
     ]
 
 

@@ -1,5 +1,5 @@
-"""The contract of `minillm.ops` on kernels/cpu: compiled C, one thread pool, bf16 pages, weights used as they are
-stored.
+"""The contract of `minillm.ops` on kernels/cpu: compiled C, one thread pool, pages of bf16 or 8 bits, weights used as
+they are stored.
 
 Results differ from numpy_ops by rounding: weights in blocks meet activations of 16 bits when few rows are computed, on
 avx2 and avx512 always; on avx512 and amx both operands of other large products are bf16. Sums are float32 everywhere.
@@ -14,11 +14,10 @@ import numpy as np
 from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
-from minillm.ops.cpu_pages import CACHE_DTYPE, new_slab, page_bytes, paged, slab_table, stored_rows  # noqa: F401
+from minillm.ops.cpu_pages import CACHE_DTYPE, paged, slab_table, stored_rows  # noqa: F401
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import (  # noqa: F401
     DEVICE,
-    StoredRows,
     array,
     available_memory,
     concatenate,
@@ -34,6 +33,8 @@ from minillm.ops.numpy_ops import (  # noqa: F401
     totals,
     true_rows,
 )
+from minillm.ops.pages import StoredRows
+from minillm.ops.pages import new_slab as new_slab
 
 _lib = cpu_lib.library()
 

@@ -17,8 +17,8 @@ from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
-from minillm.ops.numpy_ops import Slab, StoredRows
 from minillm.ops.numpy_planning import joined
+from minillm.ops.pages import Slab, StoredRows, page_bytes, slab_in
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -31,9 +31,9 @@ def open_ops(index):
 
 @dataclass
 class CudaSlab(Slab):
-    """A Slab of device memory."""
+    """A Slab of device memory, which begins at `address`."""
 
-    address: int
+    address: int = 0
 
 
 class CudaOps:
@@ -48,7 +48,7 @@ class CudaOps:
 
     @property
     def CACHE_DTYPE(self):
-        return {"half": "float16", "bf16": "bfloat16"}[self.real16]
+        return {"half": "float16", "bf16": "bfloat16"}[self.real16 or "half"]
 
     @property
     def DEVICE(self):
@@ -107,24 +107,13 @@ class CudaOps:
 
     # pages
 
-    def page_bytes(self, page_size, head_dim):
-        """Bytes of one page: K and V in 16 bits, log s in float32, position in int32."""
-        return page_size * (2 * head_dim * 2 + 4 + 4)
-
-    def new_slab(self, n_pages, page_size, head_dim):
+    def new_slab(self, n_pages, page_size, head_dim, dtype):
         """A Slab of device memory that is given back with the last reference to it."""
         assert page_size == PAGE_SIZE
-        n = n_pages * page_size
-        memory = self.device.new_slab_memory((n_pages * self.page_bytes(page_size, head_dim) // 2,), np.uint16)
-        ends = np.cumsum([n * head_dim, n * head_dim, 2 * n, 2 * n]).tolist()
-        k, v, log_size, pos = (memory[lo:hi] for lo, hi in zip([0, *ends], ends, strict=False))
-        return CudaSlab(
-            k.reshape(n_pages, page_size, head_dim),
-            v.reshape(n_pages, page_size, head_dim),
-            log_size.view(np.float32).reshape(n_pages, page_size),
-            pos.view(np.int32).reshape(n_pages, page_size),
-            memory.data.ptr,
-        )
+        if dtype == "int8":
+            raise MinillmError("a cache of int8 is for the CPU so far: leave --kv-dtype out, or use --device cpu")
+        memory = self.device.new_slab_memory((n_pages * page_bytes(page_size, head_dim, dtype),), np.uint8)
+        return slab_in(memory, n_pages, page_size, head_dim, dtype, CudaSlab, address=memory.data.ptr)
 
     def slab_table(self, pool):
         """(SLABS,) uint64 on the device: where each slab begins. The array stays the same when slabs come and go."""

@@ -1,9 +1,6 @@
 """The reference backend: the contract of `minillm.ops` in NumPy, float32. What this file computes is right by
 definition."""
 
-import mmap
-from dataclasses import dataclass
-
 import numpy as np
 
 from minillm.memory import available_memory as available_memory
@@ -19,6 +16,8 @@ from minillm.ops.numpy_planning import (  # noqa: F401
     true_rows,
 )
 from minillm.ops.numpy_rope import rope, unrotated
+from minillm.ops.pages import StoredRows, from_int8, to_int8
+from minillm.ops.pages import new_slab as new_slab
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
 NEAREST_ROWS = 128  # rows that look for the nearest at a time: their products stay in the L2 cache
@@ -135,17 +134,17 @@ def decode_attention(q, past, scale, window=None):
         for head in range(n_kv_heads):
             rows = q[b, head * group : (head + 1) * group] * np.float32(scale)
             runs = list(layer.runs(head))  # views, nothing is copied
-            scores = np.concatenate([rows @ k.T + log_size for k, _, log_size, _ in runs], axis=1)
+            scores = np.concatenate([rows @ stored_rows(run.k, run.k_scale).T + run.log_size for run in runs], axis=1)
             if window is not None:
-                pos = np.concatenate([run[3] for run in runs])
+                pos = np.concatenate([run.pos for run in runs])
                 scores[:, pos <= layer.seen - window] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             total = scores.sum(axis=1, keepdims=True)
             mixed, lo = 0.0, 0
-            for _, v, _, _ in runs:
-                mixed = mixed + scores[:, lo : lo + len(v)] @ v
-                lo += len(v)
+            for run in runs:
+                mixed = mixed + scores[:, lo : lo + len(run.v)] @ stored_rows(run.v, run.v_scale)
+                lo += len(run.v)
             out[b, head * group : (head + 1) * group] = mixed / total
     return out.reshape(q.shape[0], -1)
 
@@ -217,63 +216,15 @@ def _softmax(logits, lse=None):
     return p
 
 
-@dataclass
-class Slab:
-    """Memory of n_pages pages, each `page_size` entries of one KV head of one layer. Fields of one kind lie together,
-    so that consecutive pages of a head are one (entries, d) array."""
-
-    k: np.ndarray  # (n_pages, page_size, d) float32
-    v: np.ndarray  # (n_pages, page_size, d) float32
-    log_size: np.ndarray  # (n_pages, page_size) float32
-    pos: np.ndarray  # (n_pages, page_size) int32
-
-
-def page_bytes(page_size, head_dim):
-    """Bytes of one page: K and V in float32, log s in float32, position in int32."""
-    return page_size * (2 * head_dim * 4 + 4 + 4)
-
-
-def new_slab(n_pages, page_size, head_dim):
-    """An anonymous mapping of its own: it goes back to the operating system when the last reference to it goes."""
-    words = np.frombuffer(mmap.mmap(-1, n_pages * page_bytes(page_size, head_dim)), np.float32)
-    n = n_pages * page_size
-    k, v, log_size, pos = np.split(words, np.cumsum([n * head_dim, n * head_dim, n]))
-    return Slab(
-        k.reshape(n_pages, page_size, head_dim),
-        v.reshape(n_pages, page_size, head_dim),
-        log_size.reshape(n_pages, page_size),
-        pos.view(np.int32).reshape(n_pages, page_size),
-    )
-
-
-@dataclass
-class StoredRows:
-    """K or V of the rows of one layer where they lie, KV heads one after another: of each head the entries stored after
-    the first `start`, and then those of n new tokens."""
-
-    past: object  # PagedLayer
-    start: np.ndarray  # (H,)
-    field: str  # "k" or "v"
-    new: object = None  # (H, n, d) rows of the backend
-
-    @property
-    def lengths(self):
-        """(H,) rows of each head."""
-        return self.past.lengths - self.start + (0 if self.new is None else self.new.shape[1])
-
-    @property
-    def shape(self):
-        return int(self.lengths.sum()), self.past.pool.head_dim
-
-
 def gather(rows):
     """(R, d) float32: StoredRows as an array of their own; an array is itself."""
     if not isinstance(rows, StoredRows):
         return rows
     parts = []
     for head, start in enumerate(rows.start.tolist()):
-        stored = (k if rows.field == "k" else v for k, v, _, _ in rows.past.runs(head, start))
-        parts += map(rows.past.pool.ops.stored_rows, stored)
+        for run in rows.past.runs(head, start):
+            stored = (run.k, run.k_scale) if rows.field == "k" else (run.v, run.v_scale)
+            parts.append(rows.past.pool.ops.stored_rows(*stored))
         parts += [] if rows.new is None else [rows.new[head]]
     return np.concatenate(parts) if parts else np.zeros(rows.shape, np.float32)
 
@@ -346,10 +297,14 @@ def write_entries(layer, start, entries):
     """Entries into the pages of a PagedLayer, after the first `start` (H,) of each head."""
     done = 0
     for head, first in enumerate(start.tolist()):
-        for k, v, log_size, pos in layer.runs(head, first):
-            rows = slice(done, done + len(k))
-            k[:], v[:] = entries.k[rows], entries.v[rows]
-            log_size[:], pos[:] = entries.log_size[rows], entries.pos[rows]
+        for run in layer.runs(head, first):
+            rows = slice(done, done + len(run.pos))
+            if run.k_scale is None:
+                run.k[:], run.v[:] = entries.k[rows], entries.v[rows]
+            else:
+                run.k[:], run.k_scale[:] = to_int8(entries.k[rows])
+                run.v[:], run.v_scale[:] = to_int8(entries.v[rows])
+            run.log_size[:], run.pos[:] = entries.log_size[rows], entries.pos[rows]
             done = rows.stop
     assert done == len(entries.pos)
 
@@ -357,8 +312,8 @@ def write_entries(layer, start, entries):
 def read_labels(layer, start):
     """log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
     runs = [run for head, first in enumerate(start.tolist()) for run in layer.runs(head, first)]
-    nothing = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    return tuple(np.concatenate(parts) for parts in zip(nothing, *(run[2:] for run in runs), strict=True))
+    log_size = np.concatenate([np.zeros(0, np.float32), *(run.log_size for run in runs)])
+    return log_size, np.concatenate([np.zeros(0, np.int32), *(run.pos for run in runs)])
 
 
 def array(values):
@@ -371,13 +326,13 @@ def host(values):
     return values
 
 
-def stored_rows(stored):
-    """Entries' k or v, a view of a slab -> float32 (n, d)."""
-    return stored
+def stored_rows(stored, scale=None):
+    """Rows of K or V as a slab has them, with their scales (n,) where they are int8 -> float32 (n, d)."""
+    return stored if scale is None else from_int8(stored, scale)
 
 
 DEVICE = "cpu"
-CACHE_DTYPE = "float32"  # of K and V in pages
+CACHE_DTYPE = "float32"  # of K and V in pages, where int8 is not asked for
 READS_STORED = False  # they are widened again in every product
 
 
