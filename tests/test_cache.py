@@ -13,17 +13,32 @@ from minillm.ops.pages import page_bytes
 
 F32 = np.float32
 D, PAGE = 2, 4
-PAGE_BYTES = PAGE * (2 * D * 4 + 4 + 4)
+DTYPE = PAGE_BYTES = None
+BYTES = {"auto": PAGE * (2 * D * 4 + 4 + 4), "int8": PAGE * (2 * D + 2 * 2 + 4 + 4)}  # of a page
 
 
-def new_pool(slab_pages=5):
-    return PagePool(numpy_ops, D, PAGE, slab_pages * PAGE_BYTES)
+@pytest.fixture(params=BYTES, autouse=True)
+def _both_kinds(request, monkeypatch):
+    """All of this file is of pages of floats and of pages of 8 bits."""
+    monkeypatch.setattr(f"{__name__}.DTYPE", request.param)
+    monkeypatch.setattr(f"{__name__}.PAGE_BYTES", BYTES[request.param])
+
+
+def new_pool(slab_pages=5, page_size=PAGE):
+    return PagePool(numpy_ops, D, page_size, slab_pages * PAGE_BYTES, DTYPE)
+
+
+def random_rows(rng, *shape):
+    """(*shape, D) numbers that 8 bits tell apart."""
+    rows = rng.integers(-127, 128, (*shape, D)).astype(F32)
+    rows[..., 0] = 127
+    return rows
 
 
 def random_entries(rng, lengths):
     """Entries of heads of these lengths."""
     n = int(np.sum(lengths))
-    k, v = rng.normal(size=(2, n, D)).astype(F32)
+    k, v = random_rows(rng, 2, n)
     return Entries(k, v, rng.normal(size=n).astype(F32), rng.integers(0, 999, n).astype(np.int32), np.array(lengths))
 
 
@@ -93,7 +108,7 @@ def test_random_operations_on_forked_sequences(seed):
         match rng.choice(["append", "write", "start", "cut", "fork", "clear", "trim", "advance"]):
             case "append":
                 n = int(rng.integers(1, 12))
-                k, v = rng.normal(size=(2, n_heads, n, D)).astype(F32)
+                k, v = random_rows(rng, 2, n_heads, n)
                 pos = rng.integers(0, 999, n)
                 cache.append(index, k, v, pos)
                 for h in range(n_heads):
@@ -150,7 +165,7 @@ def test_heads_hold_as_many_pages_as_they_need():
     np.testing.assert_array_equal(cache.n_pages(), [[0, 0, 0], [0, 3, 1]])
     assert cache.bytes_in_use == pool.bytes_in_use == 4 * PAGE_BYTES
     assert pool.bytes_held == 5 * PAGE_BYTES
-    assert pool.page_bytes == PAGE_BYTES == page_bytes(PAGE, D, "float32")
+    assert pool.page_bytes == PAGE_BYTES == page_bytes(PAGE, D, pool.dtype)
 
 
 def test_full_bytes_and_kept_are_of_the_tokens_seen():
@@ -161,7 +176,7 @@ def test_full_bytes_and_kept_are_of_the_tokens_seen():
         cache.write(index, random_entries(np.random.default_rng(0), [1, 2, 6]))
     assert cache.seen == 9 and cache.entries == 18
     assert cache.kept == 18 / (2 * 3 * 9)
-    assert cache.full_bytes == 2 * 3 * 3 * PAGE_BYTES  # nine tokens are three pages
+    assert cache.full_bytes == 2 * 3 * 3 * BYTES["auto"]  # nine tokens are three pages
 
 
 def test_freed_pages_serve_the_next_sequence():
@@ -286,7 +301,7 @@ def test_a_fork_shares_pages_until_one_writes():
     assert pool.bytes_in_use == 5 * PAGE_BYTES and cache.bytes_in_use == fork.bytes_in_use == 5 * PAGE_BYTES
     assert fork.seen == 10 and fork.token_ids is not cache.token_ids
 
-    one, two = rng.normal(size=(2, 2, 1, D)).astype(F32)
+    one, two = random_rows(rng, 2, 2, 1)
     fork.append(0, one, one, [10])
     assert pool.bytes_in_use == 7 * PAGE_BYTES  # a copy of the half page, a new one for the other head
     cache.append(0, two, two, [10])
@@ -351,7 +366,7 @@ def saved(rng):
 def test_state_and_restore():
     cache = saved(np.random.default_rng(0))
     state = {name: np.array(array) for name, array in cache.state().items()}
-    other = KVCache(PagePool(numpy_ops, D, 8, 1), 2, 2)  # other pages, other slabs
+    other = KVCache(new_pool(0, 8), 2, 2)  # other pages, other slabs
     other.restore(state)
     assert other.seen == 40 and other.tail == 1 and other.token_ids == cache.token_ids
     for index in range(2):
