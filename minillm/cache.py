@@ -30,6 +30,7 @@ class PagePool:
     def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto"):
         self.ops, self.head_dim, self.page_size, self.dtype = ops, head_dim, page_size, stored_as(dtype, ops)
         self.page_bytes = page_bytes(page_size, head_dim, self.dtype)
+        self.float_page_bytes = page_bytes(page_size, head_dim, ops.CACHE_DTYPE)  # of the backend's own type
         self.slab_pages = max(1, slab_bytes // self.page_bytes)
         self.slabs = []
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
@@ -211,9 +212,7 @@ class KVCache:
     @property
     def full_bytes(self):
         """Bytes of the pages that a full cache of the tokens seen would hold, in the backend's own type."""
-        pool = self.pool
-        whole = page_bytes(pool.page_size, pool.head_dim, pool.ops.CACHE_DTYPE)
-        return self.lengths.size * -(-self.seen // pool.page_size) * whole
+        return self.lengths.size * -(-self.seen // self.pool.page_size) * self.pool.float_page_bytes
 
     @property
     def entries(self):
@@ -223,6 +222,11 @@ class KVCache:
     def kept(self):
         """Entries stored / entries a full cache would hold."""
         return self.entries / (self.lengths.size * self.seen) if self.seen else 1.0
+
+    @property
+    def memory(self):
+        """Bytes of the entries stored / bytes of those of a full cache in the backend's own type."""
+        return self.kept * self.pool.page_bytes / self.pool.float_page_bytes
 
     def layer(self, index):
         return PagedLayer(self.pool, self.pages[index], self.lengths[index], self.position)

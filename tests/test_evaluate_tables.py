@@ -230,3 +230,17 @@ def test_pictures_need_matplotlib(all_sorts, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(plots.UsageError, match="pip install 'minillm-engine"):
         plots.draw(all_sorts, tmp_path)
+
+
+def test_what_is_kept_of_the_memory_stands_beside_where_it_is_not_the_same():
+    scores = {"em": 1.0}
+    rows = [row("needle", seed, cache("streaming"), scores) for seed in range(2)]
+    (_, header, _), *_ = tables.score_tables(rows)
+    assert header == ["cache", "asked", "kept", "prose"]
+    rows += [row("needle", seed, cache("streaming", dtype="int8"), scores, memory=0.265) for seed in range(2)]
+    (_, header, lines), *_ = tables.score_tables(rows)
+    assert header == ["cache", "asked", "kept", "memory", "prose"]
+    shares = [["streaming", "50 %", "50.0 %", "50.0 %"], ["streaming dtype=int8", "50 %", "50.0 %", "26.5 %"]]
+    assert [line[:4] for line in lines] == shares
+    found = {line["cache"]: line["memory"] for line in tables.score_lines(rows)}
+    assert found == {"streaming": 0.5, "streaming dtype=int8": 0.265}

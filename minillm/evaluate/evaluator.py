@@ -129,7 +129,10 @@ class Evaluator:
             "answer": len(prompt.answer),
         }
         return [
-            job.row(cache) | {"kept": round(result["kept"], 6), "tokens": sizes} | self._found(job, prompt, result)
+            job.row(cache)
+            | {name: round(result[name], 6) for name in ("kept", "memory")}
+            | {"tokens": sizes}
+            | self._found(job, prompt, result)
             for cache, result in zip(job.caches, results, strict=True)
         ]
 

@@ -1,7 +1,7 @@
 """Pictures of results, as PNG. Each is drawn where the rows suffice for it:
 
 needle    accuracy over length and depth, a panel a configuration     (needle with --depth)
-budget    the score over what was kept, a line a method, a panel a task (two budgets or more)
+budget    the score over the memory that was kept, a line a method, a panel a task (two budgets or more)
 heads     kept share of every layer and head, a panel a configuration (fidelity)
 speed     time a token and to the first one over the prompt's length  (efficiency with two lengths or more)"""
 
@@ -145,13 +145,13 @@ def _ranked(panels):
 def _points(lines):
     """{method: its lines, from the largest share kept to the smallest}"""
     found = tables.group(lines, lambda line: line["cache"])
-    return {name: sorted(part, key=lambda line: -line["kept"]) for (name,), part in found.items()}
+    return {name: sorted(part, key=lambda line: -line["memory"]) for (name,), part in found.items()}
 
 
 def _curves(axis, lines, colours):
-    """Over the share kept, which falls to the right, from the full cache on. Bands are 95 % intervals."""
+    """Over the share of the memory kept, which falls to the right, from the full cache on. Bands are 95 % intervals."""
     axis.set_xscale("log")
-    axis.set_xlim(100, 80 * min(line["kept"] for line in lines))
+    axis.set_xlim(100, 80 * min(line["memory"] for line in lines))
     ticks = [tick for tick in TICKS if tick >= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{tick} %" for tick in ticks], fontsize=9)
     axis.minorticks_off()
@@ -160,13 +160,13 @@ def _curves(axis, lines, colours):
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    axis.set_xlabel("share of the cache that is kept", fontsize=9)
+    axis.set_xlabel("share of the cache's memory that is kept", fontsize=9)
     methods = _points(lines)
     full = [line["mean"] for line in methods.pop("full", [])]
     for mean in full:
         axis.axhline(mean, color="black", linewidth=0.8)
     for name, points in methods.items():
-        x, y = [100 * line["kept"] for line in points], [line["mean"] for line in points]
+        x, y = [100 * line["memory"] for line in points], [line["mean"] for line in points]
         best = name in colours
         style = {"color": colours.get(name, GREY), "zorder": 3 if best else 2, "linewidth": 1.8 if best else 1}
         axis.plot([100] * len(full) + x, full + y, **style)
@@ -179,15 +179,15 @@ def _curves(axis, lines, colours):
 def _labels(axis, lines, colours):
     """The name of each line: beside the panel, or under its end where that is far from there."""
     ends = sorted(((points[-1], name) for name, points in _points(lines).items()), key=lambda end: end[0]["mean"])
-    last = 1.3 * min(line["kept"] for line, _ in ends)
-    beside = [(line, name) for line, name in ends if name == "full" or line["kept"] <= last]
+    last = 1.3 * min(line["memory"] for line, _ in ends)
+    beside = [(line, name) for line, name in ends if name == "full" or line["memory"] <= last]
     low, high = axis.get_ylim()
     places = spread([min(line["mean"], high) for line, _ in beside], (high - low) * LABEL_HEIGHT, low, high)
     for (line, name), place in zip(beside, places, strict=True):
         colour = "black" if name == "full" else colours.get(name, GREY)
         axis.annotate(
             name if line["mean"] <= high else f"{name} ({line['mean']:.2f})",
-            (80 * last / 1.3 if name == "full" else 100 * line["kept"], min(line["mean"], high)),
+            (80 * last / 1.3 if name == "full" else 100 * line["memory"], min(line["mean"], high)),
             (1.06, place),
             textcoords=axis.get_yaxis_transform(),
             va="center",
@@ -197,7 +197,7 @@ def _labels(axis, lines, colours):
             annotation_clip=False,
         )
     for line, name in (end for end in ends if end not in beside):
-        end = (100 * line["kept"], line["mean"])
+        end = (100 * line["memory"], line["mean"])
         axis.annotate(name, end, (3, -10), textcoords="offset points", fontsize=8, color=colours.get(name, INK))
 
 

@@ -21,9 +21,9 @@ def compressor_of(llm, config):
 
 
 def score(llm, prompt, configs, protocol, processes=1):
-    """-> for each CacheConfig {"kept", "lengths" (L, H), "scores": {name: number}}, and what the Prompt asks for:
-    "prediction" (text generated), "layers" (L,) local errors. kept, lengths: entries when the prompt's compression is
-    over, as a share and a head. processes: that share this machine's memory."""
+    """-> for each CacheConfig {"kept", "memory", "lengths" (L, H), "scores": {name: number}}, and what the Prompt asks
+    for: "prediction" (text generated), "layers" (L,) local errors. kept, memory, lengths: of the entries when the
+    prompt's compression is over, as shares and a head. processes: that share this machine's memory."""
     if prompt.length > llm.context:
         raise MinillmError(
             f"a prompt of {prompt.length} tokens with its answer, and the context is {llm.context}: a smaller --length"
@@ -63,7 +63,10 @@ def _score_group(llm, prompt, configs, protocol):
         hidden = llm.model.extend_each(first, caches, compressors)
         last = [hidden[-1:]] * len(caches)  # the state after which the answer begins
         del hidden
-        results = [{"kept": cache.kept, "lengths": cache.lengths.copy(), "scores": {}} for cache in caches[1:]]
+        results = [
+            {"kept": cache.kept, "memory": cache.memory, "lengths": cache.lengths.copy(), "scores": {}}
+            for cache in caches[1:]
+        ]
         if protocol == "agnostic" and prompt.question:
             last = [llm.model.extend(prompt.question, cache)[-1:] for cache in caches]
         if prompt.answer:

@@ -54,6 +54,12 @@ def asked(cache):
     return f"{100 * cache['budget']:g} %" if isinstance(cache["budget"], float) else str(cache["budget"])
 
 
+def share(rows, of):
+    """The mean share that rows kept of a full cache's entries ("kept") or bytes ("memory"), which are the same where
+    nothing else is said."""
+    return sum(row.get(of, row["kept"]) for row in rows) / len(rows)
+
+
 def budget_order(cache):
     if cache["budget"] is None:
         return (2, -(cache.get("tau") or 0))
@@ -114,15 +120,15 @@ def score_tables(rows):
         for score in SHOWN[task]:
             scored, lines = [row for row in part if score in row["scores"]], []
             kinds = list(dict.fromkeys(map(kind_of, scored)))
+            shares = ["kept", *(["memory"] if any("dtype" in row["cache"] for row in scored) else [])]
             for (name, kept_asked), found in ordered(scored):
                 by_kind = {kind: scores_of(rows_of, score) for (kind,), rows_of in group(found, kind_of).items()}
                 cells = [cell(mean_of(by_kind[kind]), task) if kind in by_kind else "" for kind in kinds]
                 if len(kinds) > 1:
                     complete = len(by_kind) == len(kinds)
                     cells.append(cell(mean_of_groups(by_kind.values()), task) if complete else "")
-                kept = sum(row["kept"] for row in found) / len(found)
-                lines.append([name, kept_asked, f"{100 * kept:.1f} %", *cells])
-            header = ["cache", "asked", "kept", *kinds, *(["mean of sets"] if len(kinds) > 1 else [])]
+                lines.append([name, kept_asked, *(f"{100 * share(found, of):.1f} %" for of in shares), *cells])
+            header = ["cache", "asked", *shares, *kinds, *(["mean of sets"] if len(kinds) > 1 else [])]
             if not lines:
                 continue
             title = f"{task}, {score} ({MEANING[score]}{', x 100' if task in PERCENT else ''})"
@@ -290,11 +296,11 @@ def score_lines(rows):
     quality = [row for row in rows if row["task"] in SHOWN]
     names = ("model", "task", "length", "protocol", "kind", "cache", "asked")
     for values, part in group(quality, _model, task_of, length_of, protocol_of, kind_of, _label, _asked).items():
-        kept = sum(row["kept"] for row in part) / len(part)
+        shares = {of: share(part, of) for of in ("kept", "memory")}
         for score in dict.fromkeys(name for row in part for name in row["scores"]):
             mean = mean_of(scores_of(part, score))
             numbers = {"mean": mean.mean, "low": mean.low, "high": mean.high, "n": mean.n}
-            found.append(dict(zip(names, values, strict=True)) | {"kept": kept, "score": score} | numbers)
+            found.append(dict(zip(names, values, strict=True)) | shares | {"score": score} | numbers)
     return found
 
 
