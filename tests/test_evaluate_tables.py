@@ -240,7 +240,7 @@ def test_what_is_kept_of_the_memory_stands_beside_where_it_is_not_the_same():
     rows += [row("needle", seed, cache("streaming", dtype="int8"), scores, memory=0.265) for seed in range(2)]
     (_, header, lines), *_ = tables.score_tables(rows)
     assert header == ["cache", "asked", "kept", "memory", "prose"]
-    shares = [["streaming", "50 %", "50.0 %", "50.0 %"], ["streaming dtype=int8", "50 %", "50.0 %", "26.5 %"]]
+    shares = [["streaming", "50 %", "50.0 %", "50.0 %"], ["streaming int8", "50 %", "50.0 %", "26.5 %"]]
     assert [line[:4] for line in lines] == shares
     found = {line["cache"]: line["memory"] for line in tables.score_lines(rows)}
-    assert found == {"streaming": 0.5, "streaming dtype=int8": 0.265}
+    assert found == {"streaming": 0.5, "streaming int8": 0.265}

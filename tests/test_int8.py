@@ -178,6 +178,6 @@ def test_an_evaluation_has_both(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     kinds = [(row["cache"]["method"], row["cache"].get("dtype", "auto")) for row in rows]
     assert sorted(set(kinds)) == [(method, dtype) for method in ("full", "streaming") for dtype in ("auto", "int8")]
-    assert "| full dtype=int8 | all |" in table and "| streaming dtype=int8 | 50 % |" in table
+    assert "| full int8 | all |" in table and "| streaming int8 | 50 % |" in table
     scores = {kind: row["scores"]["nll"] for kind, row in zip(kinds, rows, strict=True)}
     assert scores["full", "int8"] != scores["full", "auto"]

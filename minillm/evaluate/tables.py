@@ -37,8 +37,10 @@ MEANING = {
 
 def label(cache):
     """A configuration's method and what is unusual about it, without its budget; a long value as its digest."""
-    named = (f"{name}={_short(value)}" for name, value in unusual(cache).items() if name not in OUTCOMES)
-    return " ".join([cache["method"], *named])
+    values = unusual(cache)
+    stored = [values.pop("dtype")] if "dtype" in values else []
+    named = (f"{name}={_short(value)}" for name, value in values.items() if name not in OUTCOMES)
+    return " ".join([cache["method"], *stored, *named])
 
 
 def _short(value):
