@@ -80,15 +80,30 @@ extern "C" __global__ void waited(float* y) {
     cuemu_cp_async_wait(1);
     y[threadIdx.x] = s[threadIdx.x];
 }
+extern "C" __global__ void apart(float* y) {
+    __shared__ float s[64], last;
+    s[threadIdx.x] = threadIdx.x;
+    if (threadIdx.x == 63) last = s[63];
+    __syncthreads();
+    if (threadIdx.x < 16) y[blockIdx.x * 16 + threadIdx.x] = last - s[63 - threadIdx.x];
+}
+extern "C" __global__ void columns(float* y) {
+    __syncthreads();
+    if (threadIdx.x < 32) y[blockIdx.x * 32 + threadIdx.x] = 1.f;
+}
+extern "C" __global__ void two_unwritten(float* y) {
+    __shared__ float a[64], b[64];
+    y[threadIdx.x] = threadIdx.x < 32 ? a[threadIdx.x] : b[threadIdx.x];
+}
 extern "C" __global__ void scaled(float* y, float by, int n) { if (threadIdx.x < n) y[threadIdx.x] *= by; }
 """
 
 
-def run(name, shared=0):
+def run(name, shared=0, grid=(1,)):
     """The 64 results of a kernel that begins with 0, 1, ..."""
     device = emulator.EmulatedDevice()
     y = device.upload(np.arange(64, dtype=F32))
-    device.module(KERNELS).get_function(name)((1,), (64,), (y,), shared_mem=shared)
+    device.module(KERNELS).get_function(name)(grid, (64,), (y,), shared_mem=shared)
     return y.get()
 
 
@@ -96,6 +111,7 @@ def test_what_is_right_passes():
     np.testing.assert_array_equal(run("fine"), np.arange(64)[::-1])
     np.testing.assert_array_equal(run("waited"), np.arange(64))
     assert run("atomics")[0] == 64
+    np.testing.assert_array_equal(run("apart", grid=(4,)), np.tile(np.arange(16), 4))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +129,8 @@ def test_barriers_and_warps(name, message):
 
 
 def test_what_was_never_written_is_nan():
-    assert np.isnan(run("uninitialised")[63]) and np.isnan(run("no_wait")).all()
+    assert np.isnan(run("uninitialised")[63])
+    assert np.isnan(run("no_wait")).all() and np.isnan(run("two_unwritten")).all()
 
 
 def test_a_missing_barrier_depends_on_the_order_of_threads(monkeypatch):
@@ -158,17 +175,19 @@ def test_arrays_do_not_mix_with_numpy():
             mistake()
 
 
-FAULTS = [  # kernel, sanitizer, what its report says
-    ("beyond_global", "address", "heap-buffer-overflow"),
-    ("beyond_shared", "address", "use-after-poison|heap-buffer-overflow"),
-    ("beyond_array", "address", "out of bounds"),
-    ("misaligned", "address", "misaligned address"),
-    ("no_barrier", "thread", "data race"),
-    ("global_race", "thread", "data race"),
+FAULTS = [  # kernel, grid, sanitizer, what its report says
+    ("beyond_global", (1,), "address", "heap-buffer-overflow"),
+    ("beyond_shared", (1,), "address", "use-after-poison|heap-buffer-overflow"),
+    ("beyond_array", (1,), "address", "out of bounds"),
+    ("misaligned", (1,), "address", "misaligned address"),
+    ("no_barrier", (1,), "thread", "data race"),
+    ("global_race", (1,), "thread", "data race"),
+    ("fine", (2,), "thread", "data race"),  # both blocks write the same
+    ("columns", (2, 2), "thread", "data race"),  # those of a column do, each after a barrier
 ]
 
 
-def sanitized(name, sanitizer):
+def sanitized(name, grid, sanitizer):
     """Run a kernel in a process whose kernels are built with a sanitizer. -> (exit code, report)"""
     libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[sanitizer]
     found = [subprocess.run(["g++", f"-print-file-name={x}"], capture_output=True, text=True).stdout for x in libraries]
@@ -181,22 +200,31 @@ def sanitized(name, sanitizer):
         "TSAN_OPTIONS": "exitcode=66",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    program = f"import test_emulator; test_emulator.run({name!r}, shared=256)"
+    program = f"import test_emulator; test_emulator.run({name!r}, 256, {grid})"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("TSan does not start under this kernel's address layout: setarch -R python -m pytest")
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("name, sanitizer, report", FAULTS)
-def test_sanitizers(name, sanitizer, report):
-    code, text = sanitized(name, sanitizer)
+@pytest.mark.parametrize("name, grid, sanitizer, report", FAULTS)
+def test_sanitizers(name, grid, sanitizer, report):
+    code, text = sanitized(name, grid, sanitizer)
     assert code and re.search(report, text), text[-2000:]
 
 
-@pytest.mark.parametrize("name, sanitizer", [("fine", "address"), ("fine", "thread"), ("atomics", "thread")])
-def test_sanitizers_are_content_with_what_is_right(name, sanitizer):
-    code, text = sanitized(name, sanitizer)
+@pytest.mark.parametrize(
+    "name, grid, sanitizer",
+    [
+        ("fine", (1,), "address"),
+        ("fine", (1,), "thread"),
+        ("atomics", (3, 3), "thread"),
+        ("apart", (4,), "thread"),
+        ("columns", (2,), "thread"),
+    ],
+)
+def test_sanitizers_are_content_with_what_is_right(name, grid, sanitizer):
+    code, text = sanitized(name, grid, sanitizer)
     assert code == 0, text[-2000:]
 
 

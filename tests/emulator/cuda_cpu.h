@@ -13,9 +13,12 @@
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time, so static storage is shared storage
-// The loader rewrites `extern __shared__ T x[];` to CUEMU_DYNAMIC_SHARED(T, x), adds CUEMU_SHARED(x) after `__shared__ T x[N];`
-#define CUEMU_SHARED(name) cuemu::register_shared(&name, sizeof name)
+// The loader rewrites `extern __shared__ T x[];` to CUEMU_DYNAMIC_SHARED(T, x), and `__shared__ T x[N], y;` to
+// CUEMU_SHARED(T, x, [N]); CUEMU_SHARED(T, y, );. One block runs at a time, so static storage is shared storage.
+#define CUEMU_SHARED(T, name, dimensions)                           \
+    static T name##_of_teams[cuemu::TEAMS] dimensions;              \
+    cuemu::register_shared(&name##_of_teams, sizeof name##_of_teams); \
+    auto& name = name##_of_teams[cuemu::rt.team]
 #define CUEMU_DYNAMIC_SHARED(T, name) auto* name = reinterpret_cast<std::remove_cvref_t<T>*>(cuemu::rt.dynamic_shared)
 
 // ---- vector types ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SANITIZERS = {
 }
 _TYPE = r"(?:__align__\([^)]*\)\s*)?[\w:]+(?:\s+(?!__align__)[\w:]+)*?"
 _DYNAMIC = re.compile(rf"extern\s+__shared__\s+({_TYPE})\s+(\w+)\s*\[\s*\]\s*;")
-_STATIC = re.compile(rf"(?<!\w)__shared__\s+({_TYPE})\s+(\w+)\s*((?:\[[^\]]*\])*)\s*;")
+_STATIC = re.compile(rf"(?<!\w)__shared__\s+({_TYPE})\s+(\w+(?:\[[^\]]*\])*(?:\s*,\s*\w+(?:\[[^\]]*\])*)*)\s*;")
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
 
 
@@ -53,10 +53,9 @@ class Module:
         self.started = started
         # A static __shared__ variable makes itself known when it is first met; a dynamic one is a pointer.
         body = _DYNAMIC.sub(lambda m: f"CUEMU_DYNAMIC_SHARED({_element(m[1])}, {m[2]});", source)
-        body, n_static = _STATIC.subn(r"static \1 \2\3; CUEMU_SHARED(\2);", body)
+        body = _STATIC.sub(_static_shared, body)
         unit = f'#include "cuda_cpu.h"\n{body}\n' + "".join(f"CUEMU_KERNEL({name})\n" for name in _KERNEL.findall(body))
-        flags = ["-DCUEMU_STATIC_SHARED"] if n_static else []
-        self.lib = ctypes.CDLL(str(_built(unit, flags, os.environ.get("MINILLM_EMULATOR", ""))))
+        self.lib = ctypes.CDLL(str(_built(unit, os.environ.get("MINILLM_EMULATOR", ""))))
 
     def get_function(self, name):
         return Kernel(self.lib, name, self.started)
@@ -66,9 +65,15 @@ def _element(type_name):
     return re.sub(r"__align__\([^)]*\)\s*", "", type_name)
 
 
-def _built(unit, flags, sanitizer):
+def _static_shared(declaration):
+    element, variables = declaration.groups()
+    parts = (re.fullmatch(r"(\w+)(.*)", variable.strip()) for variable in variables.split(","))
+    return " ".join(f"CUEMU_SHARED({element}, {name}, {dimensions});" for name, dimensions in (p.groups() for p in parts))
+
+
+def _built(unit, sanitizer):
     """The library of a translation unit, from the cache or new."""
-    flags = ["-std=c++20", "-g1", "-shared", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[sanitizer], *flags]
+    flags = ["-std=c++20", "-g1", "-shared", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[sanitizer]]
     headers = [text.read_bytes() for text in sorted(HERE.rglob("*.h"))]
     key = hashlib.sha256(b"\0".join([unit.encode(), " ".join(flags).encode(), *headers])).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"minillm-emulator-{os.getuid()}"

@@ -4,7 +4,9 @@
 // deterministic, and the order of the threads is a parameter: a kernel whose result depends on it is wrong. A warp
 // operation is complete when every live lane of its mask is at the same source line with the same mask; the scheduler
 // then exchanges the values. Shared memory is filled with 0xff (NaN) before every block.
-// Under ThreadSanitizer every fiber is a thread of its own that only barriers and warp operations order.
+// Under ThreadSanitizer every fiber is a thread of its own that only barriers and warp operations order. To make such a
+// thread takes a millisecond, so there are two teams of them that run one block after another; blocks that are neighbours
+// in the grid are of different teams, and nothing orders them.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -54,8 +56,26 @@ struct Fiber {
     void *asan_fake_stack, *tsan_fiber;
 };
 
+// What the blocks of a team use one after another.
+struct Team {
+    char* stacks = nullptr;
+    size_t n_stacks = 0;
+    void* tsan_fibers[MAX_THREADS] = {};
+    // Addresses by which TSan is told what orders two CUDA threads: the ends of this block and of the one before, the
+    // barriers of the block, the operations of each warp.
+    char ends[2], block, warps[MAX_THREADS / 32];
+    unsigned turn = 0;  // of `ends`
+};
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned TEAMS = 2;
+#else
+constexpr unsigned TEAMS = 1;
+#endif
+
 struct Runtime {
     std::vector<Fiber> fibers;
+    Team teams[TEAMS];
+    unsigned team = 0;
     Fiber* current = nullptr;
     void *main_sp = nullptr, *main_fake_stack = nullptr, *main_tsan_fiber = nullptr;
     const void* main_stack = nullptr;
@@ -64,17 +84,11 @@ struct Runtime {
     std::string error;
     void (*body)(void*) = nullptr;
     void* body_context = nullptr;
-    char* stacks = nullptr;
-    size_t n_stacks = 0;
     uint64_t block_number = 0;  // counts the blocks of all launches
 };
 inline Runtime rt;
 
 inline int thread_number() { return int(rt.current - rt.fibers.data()); }
-
-#if defined(__SANITIZE_THREAD__)
-inline char order_start, order_end, order_block, order_warp[64];  // addresses that order two CUDA threads
-#endif
 
 // ---- switching between fibers ---------------------------------------------------------------------------------------
 
@@ -125,11 +139,13 @@ CUEMU_RUNTIME inline void fiber_entry() {
     __sanitizer_finish_switch_fiber(nullptr, &rt.main_stack, &rt.main_stack_size);
 #endif
 #if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&order_start);
+    Team& team = rt.teams[rt.team];
+    __tsan_acquire(&rt);
+    __tsan_acquire(team.ends + !team.turn);
 #endif
     rt.body(rt.body_context);
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(&order_end);
+    __tsan_release(team.ends + team.turn);
 #endif
     rt.current->state = DONE;
     to_scheduler(true);
@@ -155,9 +171,10 @@ CUEMU_RUNTIME inline void block_barrier(Place at) {
     me.state = AT_BARRIER;
     me.at = at;
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(&order_block);
+    char* order = &rt.teams[rt.team].block;
+    __tsan_release(order);
     to_scheduler();
-    __tsan_acquire(&order_block);
+    __tsan_acquire(order);
 #else
     to_scheduler();
 #endif
@@ -171,7 +188,7 @@ CUEMU_RUNTIME inline T warp_op(Op op, unsigned mask, T value, int arg, int width
     me.at = at, me.op = op, me.mask = mask, me.arg = arg, me.width = width, me.value = 0;
     std::memcpy(&me.value, &value, sizeof value);
 #if defined(__SANITIZE_THREAD__)
-    char* order = order_warp + thread_number() / 32;
+    char* order = rt.teams[rt.team].warps + thread_number() / 32;
     __tsan_release(order);
     to_scheduler();
     __tsan_acquire(order);
@@ -293,7 +310,7 @@ CUEMU_RUNTIME inline void run_block(int order, unsigned seed) {
         Fiber& fiber = rt.fibers[i];
         fiber.state = READY;
         fiber.tid = {unsigned(i % blockDim.x), unsigned(i / blockDim.x % blockDim.y), unsigned(i / (blockDim.x * blockDim.y))};
-        fiber.stack = rt.stacks + i * (STACK + GUARD) + GUARD;
+        fiber.stack = rt.teams[rt.team].stacks + i * (STACK + GUARD) + GUARD;
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(fiber.stack, STACK);
 #endif
@@ -305,7 +322,8 @@ CUEMU_RUNTIME inline void run_block(int order, unsigned seed) {
         fiber.sp = top;
         turn[i] = unsigned(order == REVERSE ? n - 1 - i : i);
 #if defined(__SANITIZE_THREAD__)
-        fiber.tsan_fiber = __tsan_create_fiber(0);
+        void*& own = rt.teams[rt.team].tsan_fibers[i];
+        fiber.tsan_fiber = own ? own : own = __tsan_create_fiber(0);
 #endif
     }
     if (order == SHUFFLED)
@@ -330,15 +348,18 @@ CUEMU_RUNTIME inline void run_block(int order, unsigned seed) {
         if (!rt.error.empty()) break;
     }
 #if defined(__SANITIZE_THREAD__)
-    for (Fiber& fiber : rt.fibers) __tsan_destroy_fiber(fiber.tsan_fiber);
+    if (!rt.error.empty())  // they are somewhere in the kernel
+        for (void*& fiber : rt.teams[rt.team].tsan_fibers)
+            if (fiber) __tsan_destroy_fiber(std::exchange(fiber, nullptr));
 #endif
 }
 
-inline void map_stacks(size_t n) {
-    if (rt.stacks) munmap(rt.stacks, rt.n_stacks * (STACK + GUARD));
-    rt.stacks = (char*)mmap(nullptr, n * (STACK + GUARD), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    for (size_t i = 0; i < n; ++i) mprotect(rt.stacks + i * (STACK + GUARD), GUARD, PROT_NONE);
-    rt.n_stacks = n;
+inline void map_stacks(Team& team, size_t n) {
+    if (team.n_stacks >= n) return;
+    if (team.stacks) munmap(team.stacks, team.n_stacks * (STACK + GUARD));
+    team.stacks = (char*)mmap(nullptr, n * (STACK + GUARD), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (size_t i = 0; i < n; ++i) mprotect(team.stacks + i * (STACK + GUARD), GUARD, PROT_NONE);
+    team.n_stacks = n;
 }
 
 struct Config {  // as emulator.py fills it in
@@ -363,10 +384,7 @@ CUEMU_RUNTIME int run(const Config& config, F body, char* error, int error_size)
     blockDim = {config.block[0], config.block[1], config.block[2]};
     rt.body = [](void* f) { (*static_cast<F*>(f))(); };
     rt.body_context = &body;
-    if (rt.error.empty()) {
-        rt.fibers.assign(n, Fiber{});
-        if (rt.n_stacks < n) map_stacks(n);
-    }
+    if (rt.error.empty()) rt.fibers.assign(n, Fiber{});
     std::vector<char*> held;
 #if defined(__SANITIZE_THREAD__)
     rt.main_tsan_fiber = __tsan_get_current_fiber();
@@ -381,12 +399,11 @@ CUEMU_RUNTIME int run(const Config& config, F body, char* error, int error_size)
 #if defined(__SANITIZE_ADDRESS__)
         __asan_poison_memory_region(rt.dynamic_shared + config.shared, room - config.shared);
 #endif
+        rt.team = (blockIdx.x + blockIdx.y + blockIdx.z) % TEAMS;
+        rt.teams[rt.team].turn ^= 1;
+        map_stacks(rt.teams[rt.team], n);
 #if defined(__SANITIZE_THREAD__)
-        map_stacks(n);  // fresh shadow memory for the stacks
-#if defined(CUEMU_STATIC_SHARED)
-        __tsan_acquire(&order_end);  // its storage is used again: the blocks are ordered, races between them not seen
-#endif
-        __tsan_release(&order_start);
+        __tsan_release(&rt);
 #endif
         ++rt.block_number;
         run_block(config.order, config.seed + unsigned(i));
@@ -402,7 +419,7 @@ CUEMU_RUNTIME int run(const Config& config, F body, char* error, int error_size)
             rt.error += " [block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")]";
     }
 #if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&order_end);
+    for (Team& team : rt.teams) __tsan_acquire(team.ends), __tsan_acquire(team.ends + 1);
     for (char* memory : held) free(memory);
 #endif
     snprintf(error, size_t(error_size), "%s", rt.error.c_str());
