@@ -42,8 +42,20 @@ def test_ceilings_and_kernels(check):
     timing.quantised()
     timing.prompt(8)
     timing.compression(70, 9, 3)
+    timing.planning(70, 9)
     timing.sampling(2)
-    assert len(timing.rows) == 29 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
+    assert len(timing.rows) == 37 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
+    said = check.table({"run": {}, "kernels": timing.rows})
+    for kernel in ("largest", "count_true", "number_true", "totals", "pooled", "neighbours"):
+        assert f"\n{kernel} 70 " in said
+    for kernel in (
+        "nearest of a chunk 70",
+        "nearest of a head 70",
+        "clusters 70 x 3 taus",
+        "merge 70",
+        "sample greedy x 2",
+    ):
+        assert f"\n{kernel} " in said
 
 
 def test_a_model_in_every_cache(check, tmp_path):

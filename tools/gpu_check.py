@@ -335,6 +335,46 @@ class Kernels:
         arguments = keys, values, pos, order, fives, weight, to, turn[0], turn[1], entries, "bf16"
         self.add(f"merge_unrotated {n}", moved, 0, launch.merge_unrotated, *arguments)
 
+    def planning(self, n=32768, chunk=12, width=7):
+        """What deciding about the rows of a layer of n tokens takes beside scores and clusters: a fifth of them stays,
+        and each of the others looks for one that does, in its chunk or in its whole head."""
+        c, heads, device, up = self.c, self.c.n_kv_heads, self.device, self.device.upload
+        n_rows, rng = heads * n, np.random.default_rng(1)
+        scores, first = up(rng.random(n_rows, np.float32)), up(np.arange(heads + 1, dtype=np.int32) * n)
+        mask, taken = np.arange(n_rows) % 5 == 0, device.empty((n_rows,), np.uint8)
+        n_stays, counts = int(mask.sum()), up(np.full(heads, n // 5, np.int32))
+        arguments = scores, first, counts, n, launch.select_space(device, heads, n), taken
+        self.add(f"largest {n}", scores.nbytes + taken.nbytes, 0, launch.largest, *arguments)
+
+        stays, number, rows = (
+            up(mask.view(np.uint8)),
+            device.empty((n_rows,), np.int32),
+            device.empty((n_stays,), np.int32),
+        )
+        self.add(f"count_true {n}", stays.nbytes, 0, launch.count_true, stays, first, device.empty((heads,), np.int32))
+        arguments, moved = (stays, launch.number_space(device, n_rows), rows, number), stays.nbytes + number.nbytes
+        self.add(f"number_true {n}", moved + rows.nbytes, 0, launch.number_true, *arguments)
+        values, order = up(rng.random(n_rows)), up(np.arange(n_rows, dtype=np.int32))
+        fives = up(np.minimum(np.arange(n_stays + 1) * 5, n_rows).astype(np.int32))
+        sums = device.empty((n_stays,), np.float64)
+        moved = values.nbytes + order.nbytes + fives.nbytes + sums.nbytes
+        self.add(f"totals {n}", moved, 0, launch.totals, values, order, fives, sums)
+        out, pos = device.empty((n_rows,), np.float32), up(np.tile(np.arange(n, dtype=np.int32), heads))
+        self.add(f"pooled {n}", 2 * scores.nbytes, 0, launch.pooled, scores, first, out, width, True)
+        moved = stays.nbytes + pos.nbytes + number.nbytes
+        self.add(f"neighbours {n}", moved, 0, launch.neighbours, stays, pos, first, number, n)
+
+        keys, rest, stayed = self.random(n_rows, c.head_dim), np.flatnonzero(~mask), np.flatnonzero(mask)
+        gone, others = (up(which.astype(np.int32)) for which in (rest, stayed))
+        found, cosine = device.empty((len(rest),), np.int32), device.empty((len(rest),), np.float32)
+        for of, size in (("chunk", chunk), ("head", n)):
+            begin = rest // size * size
+            stretch = np.searchsorted(stayed, [begin, begin + size])
+            compared = int(np.diff(stretch, axis=0).sum())
+            arguments = keys, gone, others, *map(up, stretch.astype(np.int32)), found, cosine, "bf16"
+            flop = 2 * c.head_dim * compared if size == n else 0
+            self.add(f"nearest of a {of} {n}", keys.nbytes, flop, launch.nearest, *arguments)
+
     def sampling(self, batch=8):
         """Logits as a model's: a few likely tokens and a long tail."""
         device, rng = self.device, np.random.default_rng(0)
@@ -348,8 +388,8 @@ class Kernels:
 
 def kernels(device, config, ceiling):
     timing = Kernels(device, config, ceiling)
-    parts = timing.products, timing.quantised, timing.attention, timing.prompt, timing.compression, timing.sampling
-    for part in parts:
+    parts = timing.products, timing.quantised, timing.attention, timing.prompt
+    for part in (*parts, timing.compression, timing.planning, timing.sampling):
         part()
     device.trim()
     return timing.rows

@@ -228,7 +228,8 @@ class CudaOps:
     def places(self, mask, n):
         """rows (n,), and the number in them of each row of mask (R,), or -1. See numpy_ops."""
         rows, number = self.device.empty((n,), np.int32), self.device.empty(mask.shape, np.int32)
-        launch.number_true(self.device, mask.view(np.uint8), rows, number)
+        space = launch.number_space(self.device, len(mask))
+        launch.number_true(self.device, mask.view(np.uint8), space, rows, number)
         return rows, number
 
     def counts(self, mask, lengths):
@@ -242,7 +243,8 @@ class CudaOps:
         counts = np.clip(counts, 0, lengths)
         taken = self.device.empty(scores.shape, np.uint8)
         tables, longest = self._offsets(lengths, counts), int(np.max(lengths, initial=0))
-        launch.largest(self.device, self._floats(scores), *tables, longest, taken)
+        space = launch.select_space(self.device, len(counts), longest)
+        launch.largest(self.device, self._floats(scores), *tables, longest, space, taken)
         return taken.view(bool)
 
     def totals(self, groups, values, n):

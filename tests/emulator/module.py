@@ -68,7 +68,9 @@ def _element(type_name):
 def _static_shared(declaration):
     element, variables = declaration.groups()
     parts = (re.fullmatch(r"(\w+)(.*)", variable.strip()) for variable in variables.split(","))
-    return " ".join(f"CUEMU_SHARED({element}, {name}, {dimensions});" for name, dimensions in (p.groups() for p in parts))
+    return " ".join(
+        f"CUEMU_SHARED({element}, {name}, {dimensions});" for name, dimensions in (p.groups() for p in parts)
+    )
 
 
 def _built(unit, sanitizer):

@@ -17,7 +17,16 @@ from minillm.ops.launch.attention import DecodeSpace, decode_attention, decode_p
 from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swiglu
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
 from minillm.ops.launch.pages import PAGE_SIZE, Paged, last_pages, read_entries, write_entries
-from minillm.ops.launch.planning import count_true, largest, neighbours, number_true, pooled, totals
+from minillm.ops.launch.planning import (
+    count_true,
+    largest,
+    neighbours,
+    number_space,
+    number_true,
+    pooled,
+    select_space,
+    totals,
+)
 from minillm.ops.launch.products import (
     dequantize,
     embed,

@@ -1,5 +1,7 @@
 """What a Plan is made of beside keys and values: which rows score most, counts, sums over groups, neighbours."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from minillm.ops.launch.start import blocks, run
@@ -9,16 +11,32 @@ NUMBERED = 8 * 256  # rows of a block of number_true
 ROWS = 4096  # of a stretch that a block of a select reads at least
 
 
-def largest(device, scores, first, counts, longest, taken):
+@dataclass
+class SelectSpace:
+    """What lies between the kernels of `largest`."""
+
+    low: int  # bits of a key that say which row it is
+    histograms: object  # (passes, S, BINS) uint32
+    begins: object  # (passes + 1, S) uint64
+    left: object  # (passes + 1, S) int32
+
+
+def select_space(device, n_stretches, longest):
+    """A SelectSpace for n_stretches of `longest` rows at most."""
+    low = max(longest - 1, 1).bit_length()
+    passes = -(-(32 + low) // DIGIT)
+    histograms, at = device.empty((passes, n_stretches, BINS), np.uint32), (passes + 1, n_stretches)
+    return SelectSpace(low, histograms, device.empty(at, np.uint64), device.empty(at, np.int32))
+
+
+def largest(device, scores, first, counts, longest, space, taken):
     """taken (R,) uint8: whether a row is among the counts[s] largest of scores (R,) in its stretch first[s] : first[s +
     1], of equal ones the earlier; first (S + 1,), counts (S,). longest: rows of the longest stretch."""
-    n_stretches, low = len(counts), max(longest - 1, 1).bit_length()
-    passes = -(-(32 + low) // DIGIT)
-    histograms = device.empty((passes, n_stretches, BINS), np.uint32)
-    histograms.fill(0)
-    at = (passes + 1, n_stretches)
-    arguments = {"scores": scores, "first": first, "counts": counts, "histograms": histograms}
-    arguments |= {"from": device.empty(at, np.uint64), "left": device.empty(at, np.int32), "low": low, "passes": passes}
+    n_stretches, passes = len(counts), len(space.histograms)
+    assert space.histograms.shape[1] == n_stretches and longest <= 1 << space.low
+    space.histograms.fill(0)
+    arguments = {"scores": scores, "first": first, "counts": counts, "histograms": space.histograms}
+    arguments |= {"from": space.begins, "left": space.left, "low": space.low, "passes": passes}
     grid = min(blocks(longest, ROWS), blocks(4 * device.processors, n_stretches)), n_stretches
     for done in range(passes if len(scores) else 0):
         run(device, "select", "select_digit", grid, (256,), arguments | {"pass": done})
@@ -32,13 +50,18 @@ def count_true(device, mask, first, counts):
     run(device, "plan", "count_true", (len(counts),), (256,), arguments)
 
 
-def number_true(device, mask, rows, number):
+def number_space(device, n):
+    """What lies between the kernels of `number_true` of n rows: an int32 for every NUMBERED of them."""
+    return device.empty((blocks(n, NUMBERED),), np.int32)
+
+
+def number_true(device, mask, space, rows, number):
     """rows (n,) int32: where mask (R,) uint8 is true, n times; number (R,) int32: which of them each is, or -1."""
-    n, n_blocks = len(mask), blocks(len(mask), NUMBERED)
-    counts = device.empty((n_blocks,), np.int32)
-    count_true(device, mask, None, counts)
-    arguments = {"mask": mask, "before": counts, "rows": rows, "number": number, "n": n}
-    run(device, "plan", "number_true", (n_blocks,), (256,), arguments)
+    n = len(mask)
+    assert len(space) == blocks(n, NUMBERED)
+    count_true(device, mask, None, space)
+    arguments = {"mask": mask, "before": space, "rows": rows, "number": number, "n": n}
+    run(device, "plan", "number_true", (len(space),), (256,), arguments)
 
 
 def totals(device, values, order, first, out):
