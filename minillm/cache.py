@@ -8,7 +8,7 @@ methods.
 
 import weakref
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from minillm.ops.pages import StoredRows, page_bytes, stored_as
 
 PAGE_SIZE = 32
 SLAB_BYTES = 8 << 20
+VERSIONS = count()  # of page tables: no two caches ever have the same
 
 
 class PagePool:
@@ -109,8 +110,7 @@ class PagePool:
             self.copy_page(source, target)
         self.refs[targets], self.refs[sources] = self.refs[sources], 0
         for cache in self.caches:
-            held = np.arange(cache.pages.shape[2]) < cache.n_pages()[:, :, None]
-            cache.pages[held] = moved_to[cache.pages[held]]
+            cache.pages_moved(moved_to)
 
 
 @dataclass
@@ -165,11 +165,15 @@ class KVCache:
     """The stored entries of one sequence.
 
     window: of the model's attention, where pages that no later token will see are to be given back: a cache whose
-    entries are tokens, in their order. None: nothing is given back unasked."""
+    entries are tokens, in their order. None: nothing is given back unasked.
+
+    version: of the page tables. It is another one when they are, but for the page that `make_room` puts the new entry
+    of a head into: who has a copy of them, and the lengths of that time, need not compare them."""
 
     def __init__(self, pool, n_layers, n_kv_heads, window=None):
         self.pool, self.window = pool, window
-        self.pages = np.zeros((n_layers, n_kv_heads, 8), np.int32)  # the first n_pages() of each head are meant
+        self._pages = np.zeros((n_layers, n_kv_heads, 8), np.int32)
+        self.version = next(VERSIONS)
         self.lengths = np.zeros((n_layers, n_kv_heads), np.int64)  # entries stored
         self.token_ids = []  # the tokens read
         self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
@@ -197,8 +201,26 @@ class KVCache:
         return None if self.thresholds is None else float(np.nanmean(self.thresholds))
 
     def __del__(self):
-        if hasattr(self, "pages"):
+        if hasattr(self, "lengths"):
             self.clear()
+
+    @property
+    def pages(self):
+        """(L, H, capacity) int32: the page tables, to be read. The first n_pages() of each head are meant."""
+        tables = self._pages.view()
+        tables.flags.writeable = False
+        return tables
+
+    def _new_pages(self):
+        """The page tables, to be written."""
+        self.version = next(VERSIONS)
+        return self._pages
+
+    def pages_moved(self, moved_to):
+        """What each page id is from now on."""
+        pages = self._new_pages()
+        held = np.arange(pages.shape[2]) < self.n_pages()[:, :, None]
+        pages[held] = moved_to[pages[held]]
 
     def n_pages(self):
         """(L, H) pages each head holds."""
@@ -244,24 +266,29 @@ class KVCache:
         size = self.pool.page_size
         held, needed, whole = -(-int(self.lengths[layer, head]) // size), -(-length // size), kept // size
         self._widen(needed)
-        table = self.pages[layer, head]
-        # A page that stays and is written must be this sequence's own: a fork may hold it too.
-        if kept % size and self.pool.refs[table[whole]] > 1:
-            own = self.pool.alloc(1)
-            self.pool.copy_page(table[whole], own[0])
-            self.pool.release(table[whole : whole + 1])
-            table[whole] = own[0]
+        table = self._new_pages()[layer, head]
+        if kept % size:
+            self._own(table, whole)
         first_new = -(-kept // size)
         self.pool.release(table[first_new:held])
         table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
         self.lengths[layer, head] = length
 
+    def _own(self, table, index):
+        """A page that stays and is written must be this sequence's own: a fork may hold it too."""
+        if self.pool.refs[table[index]] > 1:
+            own = self.pool.alloc(1)
+            self.pool.copy_page(table[index], own[0])
+            self.pool.release(table[index : index + 1])
+            table[index] = own[0]
+
     def _widen(self, n_pages):
         """Page tables for n_pages of each head."""
-        if n_pages > self.pages.shape[2]:
-            grown = np.zeros((*self.pages.shape[:2], max(n_pages, 2 * self.pages.shape[2])), np.int32)
-            grown[:, :, : self.pages.shape[2]] = self.pages
-            self.pages = grown
+        n_layers, n_heads, capacity = self._pages.shape
+        if n_pages > capacity:
+            grown = np.zeros((n_layers, n_heads, max(n_pages, 2 * capacity)), np.int32)
+            grown[:, :, :capacity] = self._pages
+            self._pages = grown
 
     def append(self, layer, k, v, pos):
         """n tokens as one entry each in every head: k, v (H, n, d), pos (n,)."""
@@ -280,15 +307,14 @@ class KVCache:
         size = self.pool.page_size
         new = self.lengths % size == 0  # a page, of all heads at once: there may be thousands
         shared = ~new  # or one of its own, where a fork holds it too
-        open_pages = np.take_along_axis(self.pages, (self.lengths // size * shared)[:, :, None], axis=2)[:, :, 0]
+        open_pages = np.take_along_axis(self._pages, (self.lengths // size * shared)[:, :, None], axis=2)[:, :, 0]
         shared[shared] = self.pool.refs[open_pages[shared]] > 1
         for layer, head in np.argwhere(shared):
-            length = int(self.lengths[layer, head])
-            self._resize(layer, head, length, length + 1)
+            self._own(self._pages[layer, head], self.lengths[layer, head] // size)
         self._widen(int(self.lengths.max()) // size + 1)
         at = np.nonzero(new)
-        self.pages[(*at, self.lengths[at] // size)] = self.pool.alloc(len(at[0]))
-        self.lengths[~shared] += 1
+        self._pages[(*at, self.lengths[at] // size)] = self.pool.alloc(len(at[0]))
+        self.lengths += 1
 
     def read(self, layer, start=None):
         """The Entries of a layer after the first `start` (H,) of each head (default: all of them)."""
@@ -318,7 +344,7 @@ class KVCache:
         size, held = self.pool.page_size, self.n_pages()
         unseen = np.maximum(self.lengths - self.window, 0) // size
         for layer, head in np.argwhere(unseen):
-            n, table = unseen[layer, head], self.pages[layer, head, : held[layer, head]]
+            n, table = unseen[layer, head], self._new_pages()[layer, head, : held[layer, head]]
             self.pool.release(table[:n])
             table[:-n] = table[n:].copy()
         self.lengths -= unseen * size
@@ -332,7 +358,7 @@ class KVCache:
 
     def clear(self):
         """Give every page back to the pool; nothing has been seen."""
-        for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
+        for row, n in zip(self._new_pages().reshape(-1, self._pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.release(row[:n])
         self.lengths[:] = 0
         self.token_ids, self.tail, self.shift = [], 0, 0
@@ -341,12 +367,12 @@ class KVCache:
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
         other = KVCache(self.pool, *self.lengths.shape, self.window)
-        other.pages, other.lengths = self.pages.copy(), self.lengths.copy()
+        other._pages, other.lengths = self._pages.copy(), self.lengths.copy()
         other.token_ids, other.tail = list(self.token_ids), self.tail
         other.queries = None if self.queries is None else self.queries.copy()
         other.predicted = None if self.predicted is None else [noted.copy() for noted in self.predicted]
         other.scores, other.thresholds, other.shift = self.scores, self.thresholds, self.shift
-        for row, n in zip(self.pages.reshape(-1, self.pages.shape[2]), self.n_pages().reshape(-1), strict=True):
+        for row, n in zip(self._pages.reshape(-1, self._pages.shape[2]), self.n_pages().reshape(-1), strict=True):
             self.pool.share(row[:n])
         return other
 

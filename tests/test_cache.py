@@ -155,6 +155,78 @@ def test_random_operations_on_forked_sequences(seed):
     assert pool.bytes_in_use == pool.bytes_held == 0
 
 
+class Tables:
+    """A copy of a cache's page tables, as a device has one that only `version` and `lengths` tell what has changed."""
+
+    def __init__(self, cache):
+        self.cache, self.version = cache, None
+
+    def follow(self):
+        """-> whether the tables had to be copied"""
+        cache, new = self.cache, self.version != self.cache.version
+        if new:
+            self.tables, self.version = cache.pages.copy(), cache.version
+        elif (cache.lengths != self.lengths).any():
+            np.testing.assert_array_equal(cache.lengths, self.lengths + 1)  # else nobody could follow
+            wider = cache.pages.shape[2] - self.tables.shape[2]
+            self.tables = np.pad(self.tables, [(0, 0), (0, 0), (0, wider)])
+            newest = (cache.lengths[:, :, None] - 1) // PAGE
+            np.put_along_axis(self.tables, newest, np.take_along_axis(cache.pages, newest, axis=2), axis=2)
+        self.lengths = cache.lengths.copy()
+        held = np.arange(cache.pages.shape[2]) < cache.n_pages()[:, :, None]
+        np.testing.assert_array_equal(self.tables[held], cache.pages[held])
+        return new
+
+
+def test_the_version_of_page_tables_says_whether_they_changed():
+    """Whatever writes them: all but the page of an entry that make_room adds. It is nobody else's version."""
+    rng, pool = np.random.default_rng(0), new_pool(3)
+    caches = [KVCache(pool, 2, 3), KVCache(pool, 2, 3), KVCache(pool, 2, 3, window=2 * PAGE)]
+    copies, copied = (
+        {},
+        dict.fromkeys(["room", "append", "start", "cut", "clear", "fork", "trim", "advance", "restore"], 0),
+    )
+    for _ in range(600):
+        which, what = int(rng.integers(3)), str(rng.choice(list(copied)))
+        cache, before = caches[which], [other.version for other in caches]
+        match what:
+            case "room":
+                cache.make_room()
+            case "append":
+                k, v = rng.normal(size=(2, 3, 5, D)).astype(F32)
+                for layer in range(2):
+                    cache.append(layer, k, v, np.arange(5))
+            case "start":
+                start = rng.integers(0, cache.lengths[1] + 1)
+                cache.write(1, random_entries(rng, rng.integers(0, 9, 3)), start)
+            case "cut":
+                cache.cut(np.maximum(cache.lengths - rng.integers(0, 3, (2, 3)), 0))
+            case "clear" if rng.random() < 0.2:
+                cache.clear()
+            case "fork" if which < 2:
+                caches[1 - which].clear()
+                caches[1 - which] = cache.fork()
+            case "trim":
+                pool.trim()
+            case "advance" if cache.window:
+                cache.advance([1, 2])
+            case "restore" if rng.random() < 0.3:
+                cache.restore(caches[0].state() | {"token_ids": np.arange(2000), "tail": np.array(0)})
+        for other, version in zip(caches, before, strict=True):
+            copied[what] += copies.setdefault(other, Tables(other)).follow()
+            assert what != "room" or other.version == version
+        assert len({other.version for other in caches}) == 3
+        check_pages(pool, caches)
+        copies = {other: copies[other] for other in caches}
+    assert copied.pop("room") == 0 and all(copied.values()), copied
+
+
+def test_page_tables_are_not_written_from_outside():
+    cache = KVCache(new_pool(), 1, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        cache.pages[0, 0, 0] = 1
+
+
 # whose pages, and how many bytes
 
 

@@ -168,7 +168,7 @@ def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.
         cache._resize(0, head, 0, length)
     pages, used = rng.permutation(len(pool.refs)).astype(np.int32), 0
     for head, n in enumerate(cache.n_pages()[0]):
-        cache.pages[0, head, :n] = pages[used : used + n]
+        cache._new_pages()[0, head, :n] = pages[used : used + n]
         used += n
     pool.refs[:] = np.isin(np.arange(len(pages)), pages[:used])
     layer = cache.layer(0)

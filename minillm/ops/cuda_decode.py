@@ -37,9 +37,8 @@ class DecodeStep:
             cos=((batch, half), np.float32),
             sin=((batch, half), np.float32),
         )
-        # What `pages` holds, sequence by sequence.
-        self.tables = [np.full((c.n_layers, c.n_kv_heads, self.capacity), -1, np.int32) for _ in caches]
         self.pages = device.empty((*heads, self.capacity), np.int32)
+        self.versions = [None] * batch  # of the page tables that `pages` holds
         self.starts = device.empty((c.n_layers, batch * c.n_kv_heads + 1), np.int32)
         self.space = launch.decode_space(device, batch * c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
         self.x = device.empty((batch, c.dim), np.float32)
@@ -91,22 +90,26 @@ class DecodeStep:
 
     def _update(self, token_ids, caches, cos, sin, draws):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""
-        host, page_size = self.host, PAGE_SIZE
+        host = self.host
         host["ids"][:], host["results"][0] = token_ids, FINE
         host["reals"][:], host["ints"][:] = launch.draw_tables(draws)
         host["cos"][:], host["sin"][:] = cos[:, 0], sin[:, 0]
         for b, cache in enumerate(caches):
+            one_more = np.array_equal(host["lengths"][:, b] + 1, cache.lengths)
+            if not one_more or cache.version != self.versions[b]:
+                self._send_tables(b, cache.pages[:, :, : cache.n_pages().max()])
+            self.versions[b] = cache.version
             host["seen"][b], host["lengths"][:, b] = cache.position, cache.lengths
-            newest = ((cache.lengths - 1) // page_size)[:, :, None]
+            newest = ((cache.lengths - 1) // PAGE_SIZE)[:, :, None]
             host["last_pages"][:, b] = np.take_along_axis(cache.pages, newest, axis=2)[:, :, 0]
-            held, table = int(newest.max()) + 1, self.tables[b]
-            np.put_along_axis(table, newest, host["last_pages"][:, b, :, None], axis=2)
-            if not np.array_equal(table[:, :, :held], cache.pages[:, :, :held]):
-                table[:, :, :held] = cache.pages[:, :, :held]
-                for layer, pages in enumerate(table):
-                    self.pages[layer, b].set(pages)
         self.runner.ops.slab_table(self.pool)
         self.control_words.set(self.host_words)
+
+    def _send_tables(self, b, pages):
+        tables = np.zeros((*pages.shape[:2], self.capacity), np.int32)
+        tables[:, :, : pages.shape[2]] = pages
+        for layer, table in enumerate(tables):
+            self.pages[layer, b].set(table)
 
     def _capture(self):
         try:
