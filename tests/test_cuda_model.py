@@ -286,6 +286,22 @@ def test_a_layer_is_planned_on_the_device(device, method, waits):
         compression.finish()
 
 
+def test_few_waits_on_the_way_down_the_ladder(device):
+    """Where keys are all unlike, the first layer of a pass asks for the counts of every rung: of all taus at once, and
+    for each coarser chunking how many rows, chunks and cosines it has, and how many clusters. The second knows."""
+    if not isinstance(device, emulator.EmulatedDevice):
+        pytest.skip("counted on the emulator")
+    twins, rng = Twins(device, cache="semanticache", budget=0.2), np.random.default_rng(2)
+    twins.models[0].ops.real16, cache = "bf16", twins.caches()[0]
+    compression = twins.compressors[0].begin(cache, rng.integers(0, SMALL.vocab_size, 330).tolist())
+    waits = []
+    for layer in range(2):
+        device.waits.clear()
+        compression.store(layer, *(device.upload(to_words(rng.normal(size=(2, 330, 64)), "bf16")) for _ in "kv"), [])
+        waits.append(sum(device.waits.values()))
+    assert waits[0] <= 50 and waits[1] <= 3
+
+
 def test_positions_that_were_moved_up(device, ids):
     twins = Twins(device, replace(SMALL, sliding_window=20))
     pair = twins.caches()

@@ -29,6 +29,20 @@ class Chunking:
 
     def segments(self, layer):
         """rows (C,) that belong to a chunk; starts, lengths (M,) of the chunks as stretches of `rows`."""
+        key = "chunks", self.alone, self.width
+        if key not in layer.shared:
+            layer.shared[key] = self._chunks(layer)
+        rows, number, new_head = layer.shared[key]
+        new = (np.diff(number // self.joined, prepend=-1) != 0) | new_head
+        upto = np.cumsum(new)
+        within = np.arange(len(rows), like=rows) - np.searchsorted(upto, upto)
+        limit = MAX_CHUNK * self.joined if self.width is None else len(rows) + 1
+        starts = np.flatnonzero(new | (within % limit == 0))
+        return rows, starts, np.diff(starts, append=len(rows))
+
+    def _chunks(self, layer):
+        """Before chunks are joined: rows (C,) that belong to one; (C,) the number of its chunk within the head, and
+        whether it is the head's first row."""
         outside = layer.protected
         for delimiter_class in self.alone:
             outside = outside | (layer.classes == delimiter_class)
@@ -43,13 +57,7 @@ class Chunking:
         new_head = np.diff(heads, prepend=-1) != 0
         new_chunk = (np.diff(chunk, prepend=-1) != 0) | new_head
         number = np.cumsum(new_chunk) - 1
-        number = number - number[np.searchsorted(heads, heads)]  # of the chunk within its head
-        new = (np.diff(number // self.joined, prepend=-1) != 0) | new_head
-        starts = np.flatnonzero(new)
-        within = np.arange(len(rows), like=rows) - starts[np.cumsum(new) - 1] if len(rows) else rows
-        limit = MAX_CHUNK * self.joined if self.width is None else len(rows) + 1
-        starts = np.flatnonzero(new | (within % limit == 0))
-        return rows, starts, np.diff(starts, append=len(rows))
+        return rows, number - number[np.searchsorted(heads, heads)], new_head
 
 
 def parse_chunking(text):
@@ -133,8 +141,10 @@ class Rungs(list):
         memo, key = self.layer.memo, (self.rope, chunks)
         if (*key, tau) not in memo:
             outside = len(self.layer.pos) - len(_segments(self.layer, chunks)[0])
-            near = [near for of, near in self[max(rung - 1, 0) : rung + 2] if of == chunks]  # which are asked for next
-            counts = _clusters(self.layer, self.rope, chunks).counts(near)
+            clusters = _clusters(self.layer, self.rope, chunks)
+            around = self[max(rung - clusters.AROUND, 0) : rung + clusters.AROUND + 1]  # which are asked for next
+            near = [near for of, near in around if of == chunks]
+            counts = clusters.counts(near)
             memo |= {(*key, tau): outside + count for tau, count in zip(near, counts, strict=True)}
         return memo[(*key, tau)]
 

@@ -16,6 +16,8 @@ class GreedyClusters:
     keys (R, d); rows (C,): segment m is rows[starts[m] : starts[m] + lengths[m]]; rotation: (pos, cos, sin). What a
     cluster is, numpy_clusters says. Of cosines nothing is kept: to read the keys again costs less."""
 
+    AROUND = 1  # taus on either side of one that are counted with it
+
     def __init__(self, keys, rows, starts, lengths, rotation=None):
         keys = floats(keys)
         rows, starts, lengths = (np.ascontiguousarray(a, np.int64) for a in (rows, starts, lengths))

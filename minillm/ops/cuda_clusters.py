@@ -38,6 +38,8 @@ class GreedyClusters:
     keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows. What a cluster is, numpy_clusters
     says."""
 
+    AROUND = 8  # taus on either side of one that are counted with it: a launch and a wait cost more than all of them
+
     def __init__(self, device, real16, keys, rows, n_rows, segments):
         self.device, self.real16, self.rows, self.n_rows, self.segments = device, real16, rows, n_rows, segments
         self.unit, self.kept = device.empty(keys.shape, np.float32), device.empty(segments.n_kept, np.float32)

@@ -19,6 +19,8 @@ class GreedyClusters:
     free row whose cosine similarity with the seed is greater (strictly) than tau; no cosine is greater than 1, rounded
     or not. A key of norm zero is similar to nothing (cosine 0)."""
 
+    AROUND = 1  # taus on either side of one that are counted with it
+
     def __init__(self, keys, rows, starts, lengths, rotation=None):
         self.n_rows, self.rows, keys = len(keys), rows, keys[rows]
         if rotation:
