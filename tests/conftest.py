@@ -9,6 +9,7 @@ import pytest
 
 from minillm.errors import MinillmError
 from minillm.hub import resolve
+from minillm.ops import launch
 
 # The suite's tolerances are those of the specification; tests/test_cpu_*.py choose the compiled paths themselves.
 os.environ.setdefault("MINILLM_CPU", "numpy")
@@ -27,9 +28,23 @@ def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])]
     wrong = [reason for reason in reasons if not any(allowed in reason for allowed in MAY_SKIP)]
+    if emulator.SANITIZER and (unseen := kernels_seen(reporter)):
+        reporter.write_line(f"not on several blocks: {', '.join(unseen)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if os.environ.get("CI") and wrong:
         reporter.write_line(f"\nskipped, which must not be in CI: {'; '.join(sorted(set(wrong)))}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def kernels_seen(reporter):
+    """Says how often each kernel ran under the sanitizer. -> names of those that never ran on several blocks"""
+    seen = emulator.Kernel.started_with
+    every = sorted(kernel for file in launch.files() for kernel in launch.kernels(file))
+    reporter.write_line("\n\nkernel               launches  blocks")
+    for name in every:
+        launches, most = seen.get(name, (0, 0))
+        reporter.write_line(f"{name:<20}{launches:>9}{most:>8}")
+    return [name for name in every if seen.get(name, (0, 0))[1] < 2]
 
 
 @pytest.fixture(scope="session")

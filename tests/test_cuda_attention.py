@@ -1,14 +1,15 @@
 """Attention kernels in CUDA against literal float64 on the same rounded inputs."""
 
-import emulator.module
 import numpy as np
 import pytest
 from cuda_words import REAL16, from_words, to_words
+from emulator import Kernel, cases
 
 from minillm.ops import launch, numpy_ops
 from minillm.ops.cuda_ops import CudaOps
 
 PAGE = launch.PAGE_SIZE
+REALS = cases(list(REAL16), races=["half"])
 
 
 @pytest.fixture
@@ -105,30 +106,30 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("lengths", cases(LENGTHS, races=[[[90, 3], [0, 0], [257, 40]]]))
 def test_decode_lengths(device, rng, lengths, real16):
     check_decode(device, rng, lengths, 3, 64, real16)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 17])
+@pytest.mark.parametrize("head_dim", cases([64, 128], races=[128]))
+@pytest.mark.parametrize("group", cases([1, 3, 4, 8, 17], races=[17]))
 def test_decode_groups(device, rng, group, head_dim):
     check_decode(device, rng, [[130, 20]], group, head_dim, "bf16")
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("size", [1e-3, 1.0, 12.0])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("size", cases([1e-3, 1.0, 12.0], races=[]))
 def test_decode_logit_sizes(device, rng, size, real16):
     check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size)
 
 
-@pytest.mark.parametrize("window", [1, 40, 10_000])
+@pytest.mark.parametrize("window", cases([1, 40, 10_000], races=[40]))
 def test_decode_window(device, rng, window):
     check_decode(device, rng, [[200, 65], [3, 120]], 2, 64, "half", window=window)
 
 
-@pytest.mark.parametrize("processors", [1, 3, 40])
+@pytest.mark.parametrize("processors", cases([1, 3, 40], races=[3]))
 def test_decode_any_grid(device, rng, processors, monkeypatch):
     monkeypatch.setattr(device, "processors", processors)
     check_decode(device, rng, [[300, 0, 90], [64, 2, 31]], 2, 64, "half")
@@ -168,27 +169,27 @@ def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0,
     return out.get()
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("n", [1, 63, 65, 130])
-@pytest.mark.parametrize("lengths", [[0, 0], [1, 33], [150, 0]])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("n", cases([1, 63, 65, 130], races=[130]))
+@pytest.mark.parametrize("lengths", cases([[0, 0], [1, 33], [150, 0]], races=[[1, 33]]))
 def test_prefill_lengths(device, rng, lengths, n, real16):
     check_prefill(device, rng, lengths, n, 1, 64, real16)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", cases([64, 128], races=[128]))
+@pytest.mark.parametrize("group", cases([1, 3, 4, 8], races=[3]))
 def test_prefill_groups(device, rng, group, head_dim):
     check_prefill(device, rng, [70], 37, group, head_dim, "bf16")
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("size", [1e-3, 12.0])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("size", cases([1e-3, 12.0], races=[]))
 def test_prefill_logit_sizes(device, rng, size, real16):
     check_prefill(device, rng, [40, 10], 80, 1, 128, real16, size=size)
 
 
-@pytest.mark.parametrize("lengths", [[0], [90]])
-@pytest.mark.parametrize("window", [1, 30, 64, 200, 1000])
+@pytest.mark.parametrize("lengths", cases([[0], [90]], races=[[90]]))
+@pytest.mark.parametrize("window", cases([1, 30, 64, 200, 1000], races=[64]))
 def test_prefill_window(device, rng, window, lengths):
     check_prefill(device, rng, lengths, 200, 1, 64, "half", window=window)
 
@@ -257,9 +258,9 @@ class Scores:
         return out.get()
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("group, n", [(1, 1), (3, 50), (4, 32), (8, 5)])
-@pytest.mark.parametrize("lengths", [[1], [0, 64, 129], [200, 0, 7]])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("group, n", cases([(1, 1), (3, 50), (4, 32), (8, 5)], races=[(3, 50)]))
+@pytest.mark.parametrize("lengths", cases([[1], [0, 64, 129], [200, 0, 7]], races=[[0, 64, 129]]))
 def test_scores(device, rng, lengths, group, n, real16):
     case = Scores(device, rng, lengths, n, group, 64, real16)
     case.find_lse()
@@ -269,8 +270,8 @@ def test_scores(device, rng, lengths, group, n, real16):
     case.check_column_scores(np.max, min_distance=1)
 
 
-@pytest.mark.parametrize("window", [1, 50, 1000])
-@pytest.mark.parametrize("min_distance", [0, 40, 100_000])
+@pytest.mark.parametrize("window", cases([1, 50, 1000], races=[50]))
+@pytest.mark.parametrize("min_distance", cases([0, 40, 100_000], races=[40]))
 def test_scores_of_many_queries(device, rng, window, min_distance):
     case = Scores(device, rng, [300, 130], 270, 1, 128, "bf16", window=window)
     case.find_lse()
@@ -280,8 +281,8 @@ def test_scores_of_many_queries(device, rng, window, min_distance):
     case.check_window_scores()
 
 
-@pytest.mark.parametrize("size", [1e-3, 10.0])
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("size", cases([1e-3, 10.0], races=[10.0]))
+@pytest.mark.parametrize("splits", cases([2, 5], races=[2]))
 def test_scores_in_splits(device, rng, splits, size):
     case = Scores(device, rng, [260, 30, 0], 20, 2, 64, "half", size=size, splits=splits)
     case.find_lse()
@@ -303,7 +304,7 @@ def test_scores_with_the_lse_of_prefill(device, rng):
     np.testing.assert_allclose(lse.get(), case.lse.get()[0], rtol=2e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", cases([None, 20], races=[]))
 def test_scores_through_the_contract(device, rng, window, monkeypatch):
     """CudaOps and NumPy on the same rounded inputs, heads of any lengths and rows enough for several splits."""
     ops, lengths, n = CudaOps(device), np.array([1300, 0, 40]), 33
@@ -323,7 +324,7 @@ def test_scores_through_the_contract(device, rng, window, monkeypatch):
         np.testing.assert_allclose(ops.column_scores(*arguments, **how, lse=lse).get(), exact, **close)
 
 
-@pytest.mark.parametrize("pos", [0, 126, 127, 128, 256])
+@pytest.mark.parametrize("pos", cases([0, 126, 127, 128, 256], races=[]))
 def test_queries_that_see_a_row_at_the_edges_of_tiles(device, rng, pos):
     """One row gets 1 from every query that sees it: their number, for windows and distances around 128 queries."""
     ops, one, q_pos = CudaOps(device), np.ones(1, np.float32), np.arange(257)
@@ -354,8 +355,8 @@ def thread_orders(device, monkeypatch):
         if device.name != "emulator":
             pytest.skip("a GPU chooses its own order")
         for order in range(3):
-            monkeypatch.setattr(emulator.module.Kernel, "order", order)
-            monkeypatch.setattr(emulator.module.Kernel, "seed", 7)
+            monkeypatch.setattr(Kernel, "order", order)
+            monkeypatch.setattr(Kernel, "seed", 7)
             yield function()
 
     return results

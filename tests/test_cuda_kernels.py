@@ -5,7 +5,7 @@ import gguf
 import numpy as np
 import pytest
 from cuda_words import REAL16, from_words, to_words
-from emulator.module import Kernel
+from emulator import Kernel, cases
 from literal import rotated
 
 from minillm.ops import cuda_clusters, launch, numpy_ops
@@ -15,6 +15,8 @@ from minillm.ops.launch import planning
 from minillm.weights import Weight
 
 F32 = np.float32
+REALS, HEAD_DIMS = cases(list(REAL16), races=["half"]), cases([64, 128], races=[64])
+KINDS = cases(list(FORMATS), races=["F16", "Q4_0"])
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def rng():
     return np.random.default_rng(11)
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("n, dim", [(1, 4), (3, 36), (2, 576), (5, 1028), (1, 4096)])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("n, dim", cases([(1, 4), (3, 36), (2, 576), (5, 1028), (1, 4096)], races=[(2, 576)]))
 def test_rms_norm(device, rng, real16, n, dim):
     x, weight = rng.normal(size=(n, dim)).astype(F32) * F32(5), rng.normal(size=dim).astype(F32)
     x[0] *= F32(1e-4)
@@ -64,9 +66,9 @@ def near(actual, exact, tolerance):
     assert worst.max(initial=0) <= tolerance, worst.max()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-@pytest.mark.parametrize("n_in, n_out", [(32, 1), (96, 37), (1056, 66)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", cases([1, 2, 3, 8], races=[3]))
+@pytest.mark.parametrize("n_in, n_out", cases([(32, 1), (96, 37), (1056, 66)], races=[(96, 37)]))
 def test_gemv(device, rng, kind, rows, n_in, n_out):
     weight, values, real16 = matrix(device, rng, kind, 2 * n_out, n_in)
     x, norm = rng.normal(size=(rows, n_in)).astype(F32) * F32(3), rng.normal(size=n_in).astype(F32)
@@ -92,7 +94,7 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
         near(from_words(out.get(), real16), gate / (1 + np.exp(-gate)) * up, 6 * rounding)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_matrix(device, rng, kind):
     weight, values, real16 = matrix(device, rng, kind, 19, 1056)
     ids, out = np.array([18, 0, 0, 7], np.int32), device.empty((4, 1056), np.float32)
@@ -103,7 +105,7 @@ def test_rows_of_a_matrix(device, rng, kind):
     np.testing.assert_allclose(from_words(out.get(), real16), values[3:8], rtol=REAL16[real16], atol=1e-6)
 
 
-@pytest.mark.parametrize("real16", REAL16)
+@pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_swiglu(device, rng, real16, biased):
     words = to_words(rng.normal(size=(3, 2 * 2056)) * 8, real16)
@@ -118,7 +120,52 @@ def test_swiglu(device, rng, real16, biased):
     np.testing.assert_allclose(ours[inside], exact[inside], rtol=REAL16[real16] * 1.1, atol=1e-6)
 
 
+def test_bias_is_added(device, rng):
+    x, bias = rng.normal(size=(3, 300)).astype(F32), rng.normal(size=300).astype(F32)
+    y = device.upload(x)
+    launch.add_bias(device, y, device.upload(bias))
+    np.testing.assert_array_equal(y.get(), x + bias)
+
+
+@pytest.mark.parametrize("at", [0, 2999])
+def test_the_first_layer_that_is_not_finite(device, rng, at):
+    x, bad = rng.normal(size=3000).astype(F32), device.upload(np.array([99], np.int32))
+    for layer, value in ((7, 1.0), (6, np.inf), (5, np.nan), (8, -np.inf)):
+        x[at] = value
+        launch.not_finite(device, device.upload(x), layer, bad)
+        assert bad.get()[0] == {7: 99, 6: 6, 5: 5, 8: 5}[layer]
+
+
+@pytest.mark.parametrize("real16", REALS)
+def test_random_words(device, real16):
+    """The same from any grid, in [-bound, bound), half of them on either side, and others by another seed."""
+    first, again, other = (device.empty((5000,), np.uint16) for _ in range(3))
+    launch.random_words(device, first, 1, 0.5, real16)
+    launch.random_words(device, other, 2, 0.5, real16)
+    words = from_words(first.get(), real16)
+    assert words.min() >= -0.5 and words.max() <= 0.5 and abs(words.mean()) < 0.02
+    assert np.count_nonzero(words == from_words(other.get(), real16)) < 100
+    launch.random_words(device, again[:300], 1, 0.5, real16)
+    np.testing.assert_array_equal(again[:300].get(), first[:300].get())
+
+
+def test_rows_are_taken(device, rng):
+    rows, index = rng.integers(0, 1 << 16, (9, 64)).astype(np.uint16), rng.integers(0, 9, 100).astype(np.int32)
+    out = device.empty((100, 64), np.uint16)
+    launch.take(device, device.upload(rows), device.upload(index), out)
+    np.testing.assert_array_equal(out.get(), rows[index])
+
+
 # rotation, pages
+
+
+def test_the_page_of_the_newest_entry(device, rng):
+    pages, last = np.full((3, 10, 9, 4), -1, np.int32), rng.integers(0, 99, (3, 10, 9)).astype(np.int32)
+    lengths, on_device = rng.integers(1, 129, last.shape).astype(np.int32), device.upload(pages)
+    launch.last_pages(device, on_device, device.upload(lengths), device.upload(last))
+    for head in np.ndindex(last.shape):
+        pages[head][(lengths[head] - 1) // 32] = last[head]
+    np.testing.assert_array_equal(on_device.get(), pages)
 
 
 def tables(rng, n, d, factor=1.0):
@@ -126,8 +173,11 @@ def tables(rng, n, d, factor=1.0):
     return angle, (np.cos(angle) * factor).astype(F32), (np.sin(angle) * factor).astype(F32)
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("d, n_heads, n_kv_heads, biased", [(64, 3, 3, False), (128, 8, 2, True), (64, 1, 1, True)])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize(
+    "d, n_heads, n_kv_heads, biased",
+    cases([(64, 3, 3, False), (128, 8, 2, True), (64, 1, 1, True)], races=[(64, 3, 3, False)]),
+)
 def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased):
     n, columns = 5, n_heads + 2 * n_kv_heads
     qkv = to_words(rng.normal(size=(n, columns * d)), real16)
@@ -175,8 +225,8 @@ class Pages:
         return k, v, log_size, pos
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_rope_append(device, rng, real16, d):
     lengths, n_heads = np.array([[1, 33], [32, 70]]), 4
     pages = Pages(device, rng, d, lengths)
@@ -196,8 +246,11 @@ def test_rope_append(device, rng, real16, d):
     assert touched <= lengths.size * (2 * d + 2)
 
 
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("start, lengths", [([0, 0, 0], [40, 0, 3]), ([31, 5, 64], [1, 32, 70]), ([0], [1])])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "start, lengths",
+    cases([([0, 0, 0], [40, 0, 3]), ([31, 5, 64], [1, 32, 70]), ([0], [1])], races=[([31, 5, 64], [1, 32, 70])]),
+)
 def test_entries_in_and_out(device, rng, d, start, lengths):
     start, lengths = np.array(start), np.array(lengths)
     n, pages = int(lengths.sum()), Pages(device, rng, d, [start + lengths])
@@ -220,8 +273,8 @@ def test_entries_in_and_out(device, rng, d, start, lengths):
             np.testing.assert_array_equal(back[name].get(), given[name])
 
 
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("n_rows, n_entries", [(1, 1), (70, 9), (33, 33), (40, 100)])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("n_rows, n_entries", cases([(1, 1), (70, 9), (33, 33), (40, 100)], races=[(40, 100)]))
 def test_merge(device, rng, d, n_rows, n_entries):
     """Entries of no row, of one, of many; rows that go nowhere."""
     words = to_words(rng.normal(size=(n_rows, d)), "bf16")
@@ -253,8 +306,8 @@ def test_merge(device, rng, d, n_rows, n_entries):
     np.testing.assert_array_equal(out.get()[dest[alone]], words[alone])
 
 
-@pytest.mark.parametrize("real16", REAL16)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_the_nearest_of_a_stretch(device, rng, real16, d):
     """Of no candidates, of one, of many; of equal ones the first; rows of zeros are like nothing."""
     words = to_words(rng.normal(size=(40, d)), real16)
@@ -282,7 +335,7 @@ def test_the_nearest_of_a_stretch(device, rng, real16, d):
 # what a Plan is made of
 
 
-@pytest.mark.parametrize("lengths", [[1], [70, 0, 33], [3000, 5, 9000]])
+@pytest.mark.parametrize("lengths", cases([[1], [70, 0, 33], [3000, 5, 9000]], races=[[3000, 5, 9000]]))
 def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
     """Many that are equal, on both sides of zero, infinite; all, none and some of a stretch."""
     monkeypatch.setattr(planning, "ROWS", 1000)  # several blocks
@@ -292,7 +345,7 @@ def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
         scores = values.astype(F32)
         scores[rng.random(len(scores)) < 0.1] = -np.inf
         scores[rng.random(len(scores)) < 0.1] = -0.0
-        for share in (-0.1, 0, 0.2, 0.9, 1, 2):
+        for share in cases((-0.1, 0, 0.2, 0.9, 1, 2), races=(0.2,)):
             counts = np.floor(share * lengths).astype(int)
             expected = np.zeros(len(scores), bool)
             for n, end, count in zip(lengths, ends, counts, strict=True):
@@ -311,20 +364,21 @@ def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
 def test_sums_over_groups(device, rng):
     """In the order of the rows, in float64: to the bit."""
     ops, values = CudaOps(device), rng.normal(size=300).astype(F32) * 10.0 ** rng.integers(-9, 9, 300)
-    groups = rng.integers(-1, 20, 300)
-    expected = [0.0] * 22
+    groups = rng.integers(-1, 400, 300)  # of several blocks
+    groups[:100] = rng.integers(-1, 20, 100)
+    expected = [0.0] * 402
     for group, value in zip(groups, values, strict=True):
         if group >= 0:
             expected[group] += float(value)
-    found = ops.totals(device.upload(groups), device.upload(values), 22)
+    found = ops.totals(device.upload(groups), device.upload(values), 402)
     assert found.get().tolist() == expected
     assert ops.numbers([3, 0, 2]).get().tolist() == [0, 0, 0, 2, 2]
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 40])
+@pytest.mark.parametrize("width", cases([1, 2, 7, 40], races=[7]))
 def test_neighbours_are_pooled(device, rng, width):
-    lengths = np.array([30, 0, 1, 9])
-    scores, ends = rng.normal(size=40).astype(F32), np.cumsum(lengths)
+    lengths = np.array([30, 0, 1, 9, 260])
+    scores, ends = rng.normal(size=300).astype(F32), np.cumsum(lengths)
     for kind in ("max", "avg"):
         exact = []
         for n, end in zip(lengths, ends, strict=True):
@@ -337,10 +391,10 @@ def test_neighbours_are_pooled(device, rng, width):
         np.testing.assert_allclose(numpy_ops.pooled(scores, lengths, width, kind), exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.6, 1])
+@pytest.mark.parametrize("share", cases([0, 0.1, 0.6, 1], races=[0.1]))
 def test_the_neighbour_that_stays(device, rng, share):
-    lengths, reach = np.array([60, 0, 1, 30]), 5
-    pos = np.concatenate([np.sort(rng.permutation(150)[:n]) for n in lengths]).astype(np.int32)
+    lengths, reach = np.array([60, 0, 1, 230]), 5
+    pos = np.concatenate([np.sort(rng.permutation(500)[:n]) for n in lengths]).astype(np.int32)
     stays, ends = rng.random(len(pos)) < share, np.cumsum(lengths)
     ours = CudaOps(device).neighbours(device.upload(stays), device.upload(pos), lengths, reach).get()
     numpys = numpy_ops.neighbours(stays, pos, lengths, reach)
@@ -354,8 +408,10 @@ def test_the_neighbour_that_stays(device, rng, share):
 # clusters
 
 
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("kept", [512, 20, 0])  # rows of segments whose cosines are kept; longer ones go another way
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "kept", cases([512, 20, 0], races=[20])
+)  # rows of segments whose cosines are kept; longer ones go another way
 def test_greedy_clusters(device, rng, d, kept, monkeypatch):
     monkeypatch.setattr(cuda_clusters, "KEPT_LENGTH", kept)
     lengths = np.array([1, 3, 70, 0, 33, 31, 2, 32])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import emulator
 import numpy as np
 import pytest
-from emulator.module import Kernel
+from emulator import Kernel, cases
 from test_cuda_model import SMALL, Twins
 
 from minillm.ops import launch
@@ -59,8 +59,8 @@ PARAMS = [
 ]
 
 
-@pytest.mark.parametrize("params", PARAMS, ids=str)
-@pytest.mark.parametrize("vocab", [1, 37, 513, 2050])
+@pytest.mark.parametrize("params", cases(PARAMS, races=PARAMS[-2:]), ids=str)
+@pytest.mark.parametrize("vocab", cases([1, 37, 513, 2050], races=[2050]))
 def test_every_parameter(device, params, vocab):
     rng = np.random.default_rng(vocab)
     check(device, rng.normal(0, 3, vocab), SamplingParams(**{"temperature": 1.0} | params), rng)
@@ -69,7 +69,7 @@ def test_every_parameter(device, params, vocab):
 TIES = [{}, {"top_k": 3}, {"top_p": 0.3}, {"min_p": 1.0}, {"top_k": 5, "top_p": 0.5}, {"temperature": 0.3, "top_k": 11}]
 
 
-@pytest.mark.parametrize("params", TIES, ids=str)
+@pytest.mark.parametrize("params", cases(TIES, races=TIES[4:5]), ids=str)
 def test_ties_are_cut_by_id(device, params):
     rng, params = np.random.default_rng(0), SamplingParams(**{"temperature": 1.0} | params)
     check(device, np.zeros(700), params, rng)
@@ -87,14 +87,14 @@ EXTREME = {
 
 
 @pytest.mark.parametrize("logits", EXTREME.values(), ids=EXTREME)
-@pytest.mark.parametrize("temperature", [1e-30, 0.01, 1.0, 1e6])
+@pytest.mark.parametrize("temperature", cases([1e-30, 0.01, 1.0, 1e6], races=[]))
 def test_extreme_logits(device, logits, temperature):
     rng = np.random.default_rng(1)
     for params in ({}, {"top_k": 2}, {"top_p": 0.4}, {"top_k": 4, "top_p": 0.99, "min_p": 0.1}):
         check(device, logits, SamplingParams(temperature=temperature, **params), rng)
 
 
-@pytest.mark.parametrize("vocab", [1, 37, 513, 2050])
+@pytest.mark.parametrize("vocab", cases([1, 37, 513, 2050], races=[2050]))
 def test_greedy(device, vocab):
     rng, params = np.random.default_rng(2), SamplingParams()
     rows = rng.normal(size=(3, vocab)).astype(F32)
@@ -113,8 +113,8 @@ def test_each_sequence_has_its_own_parameters(device):
     assert tokens_of(device, rows, draws) == [sample(row, draw) for row, draw in zip(rows, draws, strict=True)]
 
 
-@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.5])
-@pytest.mark.parametrize("n", [1, 63, 64, 300])
+@pytest.mark.parametrize("penalty", cases([1.3, 5.0, 0.5], races=[1.3]))
+@pytest.mark.parametrize("n", cases([1, 63, 64, 300], races=[64]))
 def test_repeat_penalty(device, penalty, n):
     """Of ids in every part of the vocabulary, its ends among them."""
     rng, vocab = np.random.default_rng(n), 2100
@@ -152,7 +152,9 @@ def test_the_order_of_threads_does_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repeat_penalty": 1.2}], ids=str
+    "params",
+    cases([{}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repeat_penalty": 1.2}], races=[]),
+    ids=str,
 )
 def test_tokens_of_a_decode_step(device, params):
     """Two sequences, launched, captured and replayed: the tokens are those of the step's own logits."""

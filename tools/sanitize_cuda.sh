@@ -1,21 +1,25 @@
 #!/bin/sh
 # Runs the CUDA kernels in the emulator under sanitizers: ASan and UBSan (memory outside arrays, misaligned loads), then TSan
-# (races between threads of a block and, where a kernel has no static shared memory, between blocks).
-# Usage: tools/sanitize_cuda.sh [python]      (the interpreter needs minillm and pytest; g++ with its sanitizers on x86-64)
+# (races between the threads of a block, and between neighbouring blocks). Each part ends with how long it took and how often
+# every kernel ran on how many blocks at most, and fails where one never ran on several.
+# Usage: tools/sanitize_cuda.sh [python [address|thread]]
+# (the interpreter needs minillm and pytest; g++ with its sanitizers on x86-64)
 set -e
 python=${1:-python3}
+parts=${2:-address thread}
 cd "$(dirname "$0")/.."
 library() { g++ -print-file-name="lib$1.so"; }
 export OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+export ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 TSAN_OPTIONS=exitcode=66
 
-run() { "$python" -m pytest -x -q -s -p no:cacheprovider -k "not gpu" "$@"; }
-
-MINILLM_EMULATOR=address ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 LD_PRELOAD="$(library asan) $(library ubsan)" \
-    run tests/test_cuda_kernels.py tests/test_cuda_attention.py tests/test_cuda_sampling.py
-# Each thread of a block is a thread to TSan, which costs 50 times the plain run: the small shapes.
-MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
-    run tests/test_cuda_attention.py -k "not gpu and (decode_groups and 4-64 or prefill_groups and 1-64 or test_scores and lengths1 and 3-50-half)"
-MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
-    run tests/test_cuda_kernels.py -k "not gpu and not order and not Q4_1 and not 1056 and not 4096"
-MINILLM_EMULATOR=thread TSAN_OPTIONS=exitcode=66 LD_PRELOAD="$(library tsan)" \
-    run tests/test_cuda_sampling.py -k "not gpu and every and 37 and top_k and min_p"
+for part in $parts; do
+    case $part in
+        address) chosen="not gpu" preload="$(library asan) $(library ubsan)" ;;
+        # To TSan each thread of a block is a thread: tests run the cases that they name (emulator.cases), and not in every order.
+        thread) chosen="not gpu and not order_of_threads" preload="$(library tsan)" ;;
+        *) echo "a part is address or thread, not $part" >&2 && exit 2 ;;
+    esac
+    echo "== $part"
+    MINILLM_EMULATOR=$part LD_PRELOAD=$preload "$python" -m pytest -x -s -p no:cacheprovider -k "$chosen" --durations=10 \
+        tests/test_cuda_kernels.py tests/test_cuda_attention.py tests/test_cuda_sampling.py
+done

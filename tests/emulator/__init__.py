@@ -10,6 +10,12 @@ MINILLM_EMULATOR=address or =thread builds the kernels with ASan and UBSan, or T
 """
 
 from .device import Array, EmulatedDevice
-from .module import EmulatorError, Module, available
+from .module import SANITIZER, EmulatorError, Kernel, Module, available
 
-__all__ = ["Array", "EmulatedDevice", "EmulatorError", "Module", "available"]
+__all__ = ["Array", "EmulatedDevice", "EmulatorError", "Kernel", "Module", "SANITIZER", "available", "cases"]
+
+
+def cases(every, *, races):
+    """What a test is parametrized with: `every` case; under TSan, to which a thread of a block is a thread and which
+    takes fifty times as long, those of `races`: the smallest that have several blocks."""
+    return races if SANITIZER == "thread" else every

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+SANITIZER = os.environ.get("MINILLM_EMULATOR", "")
 SANITIZERS = {
     "": ["-O1"],
     "address": ["-O1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
@@ -55,7 +57,7 @@ class Module:
         body = _DYNAMIC.sub(lambda m: f"CUEMU_DYNAMIC_SHARED({_element(m[1])}, {m[2]});", source)
         body = _STATIC.sub(_static_shared, body)
         unit = f'#include "cuda_cpu.h"\n{body}\n' + "".join(f"CUEMU_KERNEL({name})\n" for name in _KERNEL.findall(body))
-        self.lib = ctypes.CDLL(str(_built(unit, os.environ.get("MINILLM_EMULATOR", ""))))
+        self.lib = ctypes.CDLL(str(_built(unit)))
 
     def get_function(self, name):
         return Kernel(self.lib, name, self.started)
@@ -73,9 +75,9 @@ def _static_shared(declaration):
     )
 
 
-def _built(unit, sanitizer):
+def _built(unit):
     """The library of a translation unit, from the cache or new."""
-    flags = ["-std=c++20", "-g1", "-shared", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[sanitizer]]
+    flags = ["-std=c++20", "-g1", "-shared", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[SANITIZER]]
     headers = [text.read_bytes() for text in sorted(HERE.rglob("*.h"))]
     key = hashlib.sha256(b"\0".join([unit.encode(), " ".join(flags).encode(), *headers])).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"minillm-emulator-{os.getuid()}"
@@ -84,7 +86,10 @@ def _built(unit, sanitizer):
     if not library.exists():
         unfinished = folder / f"{key}.{os.getpid()}"
         command = ["g++", *flags, f"-I{HERE}", f"-I{HERE}/include", "-xc++", "-", "-o", unfinished]
-        done = subprocess.run(command, input=unit, text=True, capture_output=True)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+        }  # for the kernels only
+        done = subprocess.run(command, input=unit, text=True, capture_output=True, env=environment)
         if done.returncode:
             raise EmulatorError(done.stderr)
         unfinished.replace(library)
@@ -96,6 +101,7 @@ class Kernel:
     shuffled by `seed`."""
 
     order, seed = 0, 0  # of all kernels: a test may set them on the class
+    started_with = {}  # name -> (launches, blocks of the largest grid) of all kernels
 
     def __init__(self, lib, name, started=lambda name: None):
         self.started = started
@@ -118,6 +124,8 @@ class Kernel:
         if self.launch(ctypes.byref(config), pointers, error, len(error)):
             raise EmulatorError(f"{self.name}: {error.value.decode()}")
         self.started(self.name)
+        launches, most = self.started_with.get(self.name, (0, 0))
+        self.started_with[self.name] = launches + 1, max(most, math.prod(grid))
 
     def _value(self, number, argument, parameter):
         """The bytes of one argument, as an array of one element. CuPy checks nothing of this."""
