@@ -1,4 +1,4 @@
-"""16-bit floats as words on the host, in plain NumPy."""
+"""16-bit floats as words on the host, and rows of 8 bits, in plain NumPy."""
 
 import numpy as np
 
@@ -19,3 +19,20 @@ def from_words(words, real16):
     if real16 == "half":
         return words.view(np.float16).astype(np.float32)
     return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_int8(rows):
+    """rows (n, d) -> (n, d) int8 and scales (n,) in words of bf16, by the letter of what pages hold."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    numbers, words = np.zeros(rows.shape, np.int8), np.zeros(len(rows), np.uint16)
+    for i, row in enumerate(rows):
+        words[i : i + 1] = to_words(np.float32(max(abs(x) for x in row)) / np.float32(127), "bf16")
+        scale = from_words(words[i : i + 1], "bf16")[0]
+        if scale > 0:
+            numbers[i] = [max(-127, min(127, round(float(x / scale)))) for x in row]  # round: ties to even
+    return numbers, words
+
+
+def from_int8(numbers, words):
+    """The other way, float32."""
+    return numbers * from_words(words, "bf16")[..., None]

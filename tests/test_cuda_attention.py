@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cuda_words import REAL16, from_words, to_words
+from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
 from emulator import Kernel, cases
 
 from minillm.ops import launch, numpy_ops
@@ -10,6 +10,7 @@ from minillm.ops.cuda_ops import CudaOps
 
 PAGE = launch.PAGE_SIZE
 REALS = cases(list(REAL16), races=["half"])
+DTYPES = "float16", "int8"  # of pages: that of the 16-bit floats, whichever it is, and whole numbers
 
 
 @pytest.fixture
@@ -21,13 +22,17 @@ class Stored:
     """Random entries of B sequences with lengths (B, H), in pages on a device and as they are on the host. Pages lie in
     any order over several slabs, positions in any order; what no entry fills is NaN."""
 
-    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, slab_pages=5):
+    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, slab_pages=5, dtype="float16"):
         lengths = np.array(lengths, np.int32)
         n_pages = -(-lengths // PAGE)
         n_slabs = -(-(int(n_pages.sum()) + 2) // slab_pages)
         ids = rng.permutation(n_slabs * slab_pages).astype(np.int32)
         shape = n_slabs, slab_pages, PAGE
         k_words, v_words = np.full((2, *shape, head_dim), 0x7FFF, np.uint16)  # NaN in both types
+        scales = []
+        if dtype == "int8":
+            k_words, v_words = np.full((2, *shape, head_dim), 127, np.int8)
+            scales = list(np.full((2, *shape), 0x7FFF, np.uint16))
         log_sizes, positions = np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
         pages = np.full((*lengths.shape, int(n_pages.max()) + 1), 1 << 30, np.int32)
         self.heads = {}  # (sequence, head) -> k, v (m, d), log_size, pos (m,)
@@ -39,14 +44,20 @@ class Stored:
             pos = rng.integers(0, max(seen[b], 1), length).astype(np.int32)
             entry = np.arange(length)
             at = *np.divmod(held[entry // PAGE], slab_pages), entry % PAGE
+            if scales:
+                (k, scales[0][at]), (v, scales[1][at]) = (to_int8(from_words(rows, real16)) for rows in (k, v))
+                exact = from_int8(k, scales[0][at]), from_int8(v, scales[1][at])
+            else:
+                exact = from_words(k, real16), from_words(v, real16)
             k_words[at], v_words[at], log_sizes[at], positions[at] = k, v, log_size, pos
-            self.heads[b, h] = from_words(k, real16), from_words(v, real16), log_size, pos
-        fields = k_words, v_words, log_sizes, positions
+            self.heads[b, h] = *exact, log_size, pos
+        fields = k_words, v_words, *scales, log_sizes, positions
         self.slabs = [
-            device.upload(np.concatenate([field[i].reshape(-1).view(np.uint16) for field in fields]))
+            device.upload(np.concatenate([field[i].reshape(-1).view(np.uint8) for field in fields]))
             for i in range(n_slabs)
         ]
         self.paged = launch.Paged(
+            dtype,
             device.upload(np.array([slab.data.ptr for slab in self.slabs], np.uint64)),
             slab_pages,
             device.upload(pages),
@@ -57,14 +68,16 @@ class Stored:
 
 def softmax_values(logits, v, unit):
     """softmax(logits) v in float64, the log of the sum, and how far a kernel may be off: the rounding of p and of the
-    result to `unit`, and that of logits to float32. Zeros and -infinity if nothing is visible."""
+    result to `unit`, that of p to multiples of half's smallest number, and that of logits to float32. Zeros and -infinity
+    if nothing is visible."""
     if not (logits > -np.inf).any():
         return np.zeros(v.shape[1]), -np.inf, np.zeros(v.shape[1])
     top = logits.max()
     p = np.exp(logits - top)
     out, mass = p @ v.astype(np.float64) / p.sum(), p @ np.abs(v).astype(np.float64) / p.sum()
     largest = np.abs(logits[logits > -np.inf]).max()
-    return out, top + np.log(p.sum()), unit * (mass + np.abs(out)) + (2**-21 * largest + 1e-6) * mass
+    allowed = unit * (mass + np.abs(out)) + (2**-21 * largest + 1e-6) * mass + 2**-25 * np.abs(v).sum(axis=0) / p.sum()
+    return out, top + np.log(p.sum()), allowed
 
 
 def close(found, exact, allowed):
@@ -72,17 +85,17 @@ def close(found, exact, allowed):
     assert (np.abs(found - exact) <= allowed).all(), f"off by {np.abs(found - exact).max()}, allowed {allowed.max()}"
 
 
-def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, size=1.0):
+def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, size=1.0, dtype="float16"):
     """-> the words of the result"""
     lengths = np.array(lengths)
     batch, n_kv_heads = lengths.shape
     seen = lengths.max(axis=1) * 2
-    stored = Stored(device, rng, lengths, head_dim, real16, seen, size=size)
+    stored = Stored(device, rng, lengths, head_dim, real16, seen, size=size, dtype=dtype)
     q = to_words(rng.normal(size=(batch, n_kv_heads * group, head_dim)) * size, real16)
     scale = head_dim**-0.5
     starts = device.empty((1, batch * n_kv_heads + 1), np.int32)
     launch.decode_plan(device, stored.paged.lengths.reshape(1, batch, n_kv_heads), starts)
-    space = launch.decode_space(device, batch * n_kv_heads, group, head_dim)
+    space = launch.decode_space(device, batch * n_kv_heads, group, head_dim, dtype)
     out = device.empty(q.shape, np.uint16)
     launch.decode_attention(device, device.upload(q), stored.paged, starts[0], space, out, scale, window, real16)
     found, wide = from_words(out.get(), real16), from_words(q, real16).astype(np.float64)
@@ -106,27 +119,31 @@ LENGTHS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("lengths", cases(LENGTHS, races=[[[90, 3], [0, 0], [257, 40]]]))
-def test_decode_lengths(device, rng, lengths, real16):
-    check_decode(device, rng, lengths, 3, 64, real16)
+def test_decode_lengths(device, rng, lengths, real16, dtype):
+    check_decode(device, rng, lengths, 3, 64, real16, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", cases([64, 128], races=[128]))
 @pytest.mark.parametrize("group", cases([1, 3, 4, 8, 17], races=[17]))
-def test_decode_groups(device, rng, group, head_dim):
-    check_decode(device, rng, [[130, 20]], group, head_dim, "bf16")
+def test_decode_groups(device, rng, group, head_dim, dtype):
+    check_decode(device, rng, [[130, 20]], group, head_dim, "bf16", dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("size", cases([1e-3, 1.0, 12.0], races=[]))
-def test_decode_logit_sizes(device, rng, size, real16):
-    check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size)
+def test_decode_logit_sizes(device, rng, size, real16, dtype):
+    check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", cases([1, 40, 10_000], races=[40]))
-def test_decode_window(device, rng, window):
-    check_decode(device, rng, [[200, 65], [3, 120]], 2, 64, "half", window=window)
+def test_decode_window(device, rng, window, dtype):
+    check_decode(device, rng, [[200, 65], [3, 120]], 2, 64, "half", window=window, dtype=dtype)
 
 
 @pytest.mark.parametrize("processors", cases([1, 3, 40], races=[3]))
@@ -365,11 +382,12 @@ def thread_orders(device, monkeypatch):
 def test_the_order_of_threads_does_not_matter(device, thread_orders):
     def all_kernels():
         decode = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half")
+        decode_int8 = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half", dtype="int8")
         prefill = check_prefill(device, np.random.default_rng(1), [70], 70, 1, 64, "half")
         case = Scores(device, np.random.default_rng(1), [70, 30], 40, 2, 64, "half")
         case.find_lse()
         scores = case.check_window_scores(), case.check_column_scores(np.sum)
-        return np.concatenate([part.reshape(-1) for part in (decode, prefill, *scores)])
+        return np.concatenate([part.reshape(-1) for part in (decode, decode_int8, prefill, *scores)])
 
     first, *others = thread_orders(all_kernels)
     for other in others:

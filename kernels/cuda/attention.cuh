@@ -1,41 +1,50 @@
 // One step of FlashAttention-2 (Dao 2023, algorithm 1) on tiles in shared memory, for decode, prefill and scores.
 //
-// A tile holds rows of HEAD_DIM 16-bit values, a multiple of 64, in chunks of 8 (16 bytes).
+// A tile holds rows of HEAD_DIM values, a multiple of 64, in chunks of 16 bytes: 8 of 16 bits or 16 int8.
 #pragma once
 #include "mma.cuh"
 
 #define LOG2_E 1.4426950408889634f
 
-constexpr int CHUNKS = HEAD_DIM / 8;
+constexpr int CHUNKS = HEAD_DIM / 8;  // of 16-bit values
 
-// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups of 8: the
-// same chunk of 8 rows that follow one another, which is what ldmatrix reads at a time, lies in 8 groups of 4 banks.
-__device__ __forceinline__ real16* chunk_at(real16* tile, int row, int chunk, int odd = 0) {
-    const int mixed = (chunk % 8 + odd) ^ (row % 8);
-    return tile + row * HEAD_DIM + (chunk / 8 * 8 + mixed) * 8;
+// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups of 8 (of 4,
+// where a row has no more): the same chunk of 8 rows that follow one another, which is what ldmatrix reads at a time, lies
+// in 8 groups of 4 banks.
+template <class T>
+__device__ __forceinline__ T* chunk_at(T* tile, int row, int chunk, int odd = 0) {
+    constexpr int SIZE = 16 / sizeof(T), GROUP = HEAD_DIM / SIZE < 8 ? 4 : 8;
+    const int mixed = (chunk % GROUP + odd) ^ (row / (8 / GROUP) % GROUP);
+    return tile + row * HEAD_DIM + (chunk / GROUP * GROUP + mixed) * SIZE;
 }
 
 // Begin to copy N_ROWS rows that follow one another into a tile. Rows from n_there on become zeros and are not read.
 // Thread `index` of N_THREADS does its share.
-template <int N_ROWS, int N_THREADS>
-__device__ __forceinline__ void copy_rows(real16* tile, const real16* rows, int n_there, int index) {
+template <int N_ROWS, int N_THREADS, class T>
+__device__ __forceinline__ void copy_rows(T* tile, const T* rows, int n_there, int index) {
+    constexpr int SIZE = 16 / sizeof(T), IN_ROW = HEAD_DIM / SIZE;
 #pragma unroll 2
-    for (int i = index; i < N_ROWS * CHUNKS; i += N_THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
-        cp_async<16>(chunk_at(tile, row, chunk), rows + row * HEAD_DIM + chunk * 8, row < n_there);
+    for (int i = index; i < N_ROWS * IN_ROW; i += N_THREADS) {
+        const int row = i / IN_ROW, chunk = i % IN_ROW;
+        cp_async<16>(chunk_at(tile, row, chunk), rows + row * HEAD_DIM + chunk * SIZE, row < n_there);
     }
 }
 
-// s = Q K^T for 16 M rows of Q and 8 N rows of K, both tiles.
 template <int M, int N>
-__device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, real16* k) {
-    const int lane = threadIdx.x & 31;
+__device__ __forceinline__ void clear(float (&s)[M][N][4]) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) s[m][n][i] = 0.f;
+}
+
+// s = Q K^T for 16 M rows of Q and 8 N rows of K, both tiles.
+template <int M, int N>
+__device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, real16* k) {
+    const int lane = threadIdx.x & 31;
+    clear(s);
 #pragma unroll 2  // more, and 128 x 64 x 128 does not fit into 255 registers
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
         unsigned a[M][4];
@@ -53,6 +62,49 @@ __device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, rea
         }
     }
 }
+
+// s = Q K^T / INT8_UNITS, K of int8. In a word of K lie four features of a row, of which `widened` takes the even and the
+// odd together: those of Q are put in the same order.
+template <int M, int N>
+__device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, int8* k) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    clear(s);
+#pragma unroll 2
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const real16* row = chunk_at(q, m * 16 + h * 8 + g, step * 2, t >> 1);
+                const uint2 four = *reinterpret_cast<const uint2*>(row + t % 2 * 4);
+                a[m][h] = __byte_perm(four.x, four.y, 0x5410);
+                a[m][2 + h] = __byte_perm(four.x, four.y, 0x7632);
+            }
+#pragma unroll
+        for (int n = 0; n < N; n += 4) {
+            unsigned words[4];
+            ldmatrix_x4(words, chunk_at(k, n * 8 + lane, step));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const unsigned b[2] = {widened<real16>(words[i]), widened<real16>(words[i] >> 8)};
+#pragma unroll
+                for (int m = 0; m < M; ++m) mma_16816<real16>(s[m][n + i], a[m], b);
+            }
+        }
+    }
+}
+
+// The feature that column `column` of the sums over V has: int8 rows come two features at a time (see accumulate).
+__device__ __forceinline__ int feature_of(int column, real16*) { return column; }
+__device__ __forceinline__ int feature_of(int column, int8*) {
+    return column / 16 * 16 + column % 8 * 2 + column / 8 % 2;
+}
+
+// What `softmax` multiplies p by on its way to V, unless something else is said.
+struct Unscaled {
+    __device__ __forceinline__ float operator()(int, int) const { return 1.f; }
+};
 
 // The state of 16 M rows of queries of a warp. A lane's values [0..1] belong to row g, [2..3] to row g + 8 of each 16.
 template <int M>
@@ -72,9 +124,11 @@ struct Rows {
     }
 
     // Begin to add 8 N keys: s, their dot products with the queries (-infinity: not visible), becomes p = exp(scale
-    // (s - max)) in 16 bits, in the layout of A. scale_log2 = scale / ln 2 > 0.
-    template <int N>
-    __device__ __forceinline__ void softmax(float (&s)[M][N][4], unsigned (&p)[N / 2][M][4], float scale_log2) {
+    // (s - max)) in 16 bits, in the layout of A. scale_log2 = scale / ln 2 > 0. The sum is of p, and what meets the values
+    // is p * v_scale(n, i), of key n * 8 + 2t + i.
+    template <int N, class Scale = Unscaled>
+    __device__ __forceinline__ void softmax(float (&s)[M][N][4], unsigned (&p)[N / 2][M][4], float scale_log2,
+                                            const Scale& v_scale = {}) {
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -93,7 +147,7 @@ struct Rows {
                     const float x = exp2_approx(fmaf(s[m][n][2 * h], scale_log2, -base));
                     const float y = exp2_approx(fmaf(s[m][n][2 * h + 1], scale_log2, -base));
                     total += x + y;
-                    p[n / 2][m][n % 2 * 2 + h] = pack<real16>(x, y);
+                    p[n / 2][m][n % 2 * 2 + h] = pack<real16>(x * v_scale(n, 0), y * v_scale(n, 1));
                 }
                 sum[m][h] = sum[m][h] * old + total;
 #pragma unroll
@@ -118,6 +172,27 @@ struct Rows {
                 for (int m = 0; m < M; ++m) {
                     mma_16816<real16>(o[m][c], p[step][m], b);
                     mma_16816<real16>(o[m][c + 1], p[step][m], b + 2);
+                }
+            }
+    }
+
+    // Values of int8, over INT8_UNITS. In 16 bits of a row lie features 2i and 2i + 1 of a chunk of 16, which become column
+    // i of two tiles that follow one another: see feature_of.
+    template <int STEPS>
+    __device__ __forceinline__ void accumulate(const unsigned (&p)[STEPS][M][4], int8* v) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c += 4) {
+                unsigned words[4];  // of entries 0 .. 7 and 8 .. 15 of a chunk; of the next
+                ldmatrix_x4_trans(words, chunk_at(v, step * 16 + (lane >> 3 & 1) * 8 + (lane & 7), c / 2, lane >> 4));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const unsigned *pair = words + i / 2 * 2, shift = i % 2 * 8;
+                    const unsigned b[2] = {widened<real16>(pair[0] >> shift), widened<real16>(pair[1] >> shift)};
+#pragma unroll
+                    for (int m = 0; m < M; ++m) mma_16816<real16>(o[m][c + i], p[step][m], b);
                 }
             }
     }

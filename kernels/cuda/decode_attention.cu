@@ -1,8 +1,11 @@
 // Attention of one token of each of B sequences over its stored entries: split over pages, then combined.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128
+// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; page_type = real16, int8
 //
 //   logit = q.k * scale + log s  (SemantiCache eq. 4) of entries at positions > seen - window (0: no window)
 //   out   = softmax(logit) v     zeros where a head stores nothing
+//
+// Of int8 pages k and v are whole numbers, which the tensor cores take as such: a key's scale meets its dot product, a
+// value's its weight.
 //
 // An item is one KV head of one sequence, item = sequence * H + head. Its G = Hq / H query heads are the rows of one
 // tile of 16, so that K and V are read once for all of them (G > 16: gridDim.y tiles). The pages of all items form one
@@ -21,26 +24,7 @@
 
 #define ROWS 16  // query heads in a tile
 
-// starts (layers, items + 1): pages of all items before, from lengths (layers, items).
-// Grid: (layers) warps.
-extern "C" __global__ void __launch_bounds__(32)
-decode_plan(const int* lengths, int* starts, int n_items) {
-    const int lane = threadIdx.x;
-    lengths += (size_t)blockIdx.x * n_items;
-    starts += (size_t)blockIdx.x * (n_items + 1);
-    int before = 0;
-    if (lane == 0) starts[0] = 0;
-    for (int first = 0; first < n_items; first += 32) {
-        const int item = first + lane;
-        int pages = item < n_items ? (lengths[item] + PAGE_SIZE - 1) / PAGE_SIZE : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            const int left = __shfl_up_sync(FULL_MASK, pages, step);
-            if (lane >= step) pages += left;
-        }
-        if (item < n_items) starts[item + 1] = before + pages;
-        before += __shfl_sync(FULL_MASK, pages, 31);
-    }
-}
+constexpr bool INT8 = sizeof(page_type) == sizeof(int8);
 
 // The list of pages, shared out to warps: each has one at least.
 struct Shares {
@@ -72,17 +56,18 @@ struct Items {
 // A page on its way into shared memory.
 struct Fetched {
     int item;
-    float bias;    // of entry `lane`: log s, -infinity if it is not visible
     bool visible;  // some entry is
+    float bias;    // of entry `lane`: log s, -infinity if it is not visible
+    int scales;    // of entry `lane` of int8: two words of bf16, that of K in the lower half
 };
 
 // Begin to fetch a page of the list, which belongs to `item` or a later one, into the tiles k and v.
-__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, real16* k, real16* v) {
+__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, page_type* k, page_type* v) {
     const int lane = threadIdx.x & 31;
     while (page >= items.starts[item + 1]) ++item;
     const int index = page - items.starts[item], entries = items.lengths[item] - index * PAGE_SIZE;
     const int id = items.pages[(size_t)item * items.capacity + index];
-    const auto from = page_at<real16, HEAD_DIM>(items.slabs, items.slab_pages, id);
+    const auto from = page_at<page_type, HEAD_DIM>(items.slabs, items.slab_pages, id);
     bool sees = lane < entries;
     if (sees && items.window) sees = from.pos[lane] > items.seen[item / items.n_kv_heads] - items.window;
     const bool visible = __any_sync(FULL_MASK, sees);
@@ -90,13 +75,18 @@ __device__ __forceinline__ Fetched fetch(const Items& items, int page, int item,
         copy_rows<PAGE_SIZE, 32>(k, from.k, entries, lane);
         copy_rows<PAGE_SIZE, 32>(v, from.v, entries, lane);
     }
-    return {item, sees ? from.log_size[lane] : NEG_INF, visible};
+    int scales = 0;
+    if (INT8 && sees) {
+        auto word = [](const bf16& scale) { return *reinterpret_cast<const unsigned short*>(&scale); };
+        scales = word(from.v_scale[lane]) << 16 | word(from.k_scale[lane]);
+    }
+    return {item, visible, sees ? from.log_size[lane] : NEG_INF, scales};
 }
 
 // q (B, Hq, d); pages (B, H, capacity), lengths (B, H), seen (B): the position of the token; starts: of this layer.
 // partial_out (W + items, G, d) and partial_lse (W + items, G), natural log.
-// Grid: (any number of blocks, tiles of query heads) x any number of warps, each with 16 + 2 x 2 x 32 rows of HEAD_DIM
-// values of dynamic shared memory.
+// Grid: (any number of blocks, tiles of query heads) x any number of warps, each with 16 rows of q and 2 x 2 x 32 of pages
+// in dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(256)
 decode_attention(const real16* q, const unsigned long long* slabs, int slab_pages, const int* pages, int capacity,
                  const int* lengths, const int* seen, const int* starts, float* partial_out, float* partial_lse,
@@ -109,9 +99,12 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
     const int first = shares.first_page(warp), last = shares.first_page(warp + 1);
 
     const Items items = {slabs, pages, lengths, starts, seen, slab_pages, capacity, n_kv_heads, window};
-    real16* q_tile = reinterpret_cast<real16*>(shared) + threadIdx.x / 32 * (ROWS + 4 * PAGE_SIZE) * HEAD_DIM;
-    auto k_tile = [&](int page) { return q_tile + (ROWS + ((page - first) & 1) * 2 * PAGE_SIZE) * HEAD_DIM; };
-    auto v_tile = [&](int page) { return k_tile(page) + PAGE_SIZE * HEAD_DIM; };
+    constexpr int Q_BYTES = ROWS * HEAD_DIM * sizeof(real16), TILE = PAGE_SIZE * HEAD_DIM;
+    unsigned char* mine = shared + threadIdx.x / 32 * (Q_BYTES + 4 * TILE * sizeof(page_type));
+    real16* q_tile = reinterpret_cast<real16*>(mine);
+    page_type* tiles = reinterpret_cast<page_type*>(mine + Q_BYTES);
+    auto k_tile = [&](int page) { return tiles + ((page - first) & 1) * 2 * TILE; };
+    auto v_tile = [&](int page) { return k_tile(page) + TILE; };
 
     const int row0 = blockIdx.y * ROWS;
     Rows<1> rows;
@@ -130,15 +123,26 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
         cp_async_wait<1>();
         __syncwarp();
         if (now.visible) {
-            float s[1][PAGE_SIZE / 8][4];
+            float s[1][PAGE_SIZE / 8][4], v_scale[PAGE_SIZE / 8][2];
             dot_products(s, q_tile, k_tile(page));
 #pragma unroll
             for (int n = 0; n < PAGE_SIZE / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    s[0][n][i] = s[0][n][i] * scale + __shfl_sync(FULL_MASK, now.bias, n * 8 + t * 2 + (i & 1));
+                for (int i = 0; i < 2; ++i) {
+                    const int entry = n * 8 + t * 2 + i;
+                    const float bias = __shfl_sync(FULL_MASK, now.bias, entry);
+                    float k_scale = scale;
+                    v_scale[n][i] = 1.f;
+                    if (INT8) {
+                        const int scales = __shfl_sync(FULL_MASK, now.scales, entry);
+                        k_scale *= INT8_UNITS * __int_as_float(scales << 16);
+                        v_scale[n][i] = INT8_UNITS * __int_as_float(scales & 0xffff0000);
+                    }
+                    s[0][n][i] = s[0][n][i] * k_scale + bias;
+                    s[0][n][2 + i] = s[0][n][2 + i] * k_scale + bias;
+                }
             unsigned p[PAGE_SIZE / 16][1][4];
-            rows.softmax(s, p, LOG2_E);
+            rows.softmax(s, p, LOG2_E, [&](int n, int i) { return v_scale[n][i]; });
             rows.accumulate(p, v_tile(page));
         }
         __syncwarp();  // before the page after the next is fetched into these tiles
@@ -198,6 +202,7 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
             denominator += sums[i][HEAD_DIM];
         }
         const float x = denominator > 0.f ? numerator / denominator : 0.f;
-        out[((size_t)item * group + row) * HEAD_DIM + c] = from_float<real16>(x);
+        const int feature = feature_of(c, (page_type*)nullptr);
+        out[((size_t)item * group + row) * HEAD_DIM + feature] = from_float<real16>(x);
     }
 }

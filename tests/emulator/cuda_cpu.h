@@ -48,6 +48,7 @@ inline __half __float2half(float f) { return f; }
 inline __half __float2half_rn(float f) { return f; }
 inline float2 __half22float2(__half2 a) { return {a.x, a.y}; }
 inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
+inline __half2 __hsub2(__half2 a, __half2 b) { return {float(a.x) - float(b.x), float(a.y) - float(b.y)}; }
 
 struct alignas(2) __nv_bfloat16 {
     uint16_t word;
@@ -70,6 +71,7 @@ inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
 inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
 inline float2 __bfloat1622float2(__nv_bfloat162 a) { return {a.x, a.y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) { return {float(a.x) - float(b.x), float(a.y) - float(b.y)}; }
 
 // ---- barriers and warp operations -----------------------------------------------------------------------------------
 
@@ -167,6 +169,12 @@ inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {  // of its 4 hex digits 0 to 7 are known here
+    uint64_t both = uint64_t(y) << 32 | x;
+    unsigned out = 0;
+    for (int i = 0; i < 4; ++i) out |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.ops.launch.pages import PAGE_SIZE
-from minillm.ops.launch.start import WARP, blocks, head_defines, run
+from minillm.ops.launch.start import WARP, blocks, head_defines, page_defines, run
 
 
 @dataclass
@@ -18,16 +18,16 @@ class DecodeSpace:
     lse: object  # (blocks * warps + items, G) float32
 
 
-def decode_space(device, items, group, head_dim):
-    """A DecodeSpace for up to `items` pairs of a sequence and a KV head."""
-    warps = min(8, device.shared_memory // _decode_warp_bytes(head_dim))
+def decode_space(device, items, group, head_dim, dtype):
+    """A DecodeSpace for up to `items` pairs of a sequence and a KV head; dtype: of Paged."""
+    warps = min(8, device.shared_memory // _decode_warp_bytes(head_dim, dtype))
     rows = device.processors * warps + items
     out = device.empty((rows, group, head_dim), np.float32)
     return DecodeSpace(device.processors, warps, out, device.empty((rows, group), np.float32))
 
 
-def _decode_warp_bytes(head_dim):
-    return (16 + 2 * 2 * PAGE_SIZE) * head_dim * 2  # q, and two pages of K and of V
+def _decode_warp_bytes(head_dim, dtype):
+    return (16 * 2 + 2 * 2 * PAGE_SIZE * (1 if dtype == "int8" else 2)) * head_dim  # q, and two pages of K and of V
 
 
 def decode_plan(device, lengths, starts):
@@ -35,7 +35,7 @@ def decode_plan(device, lengths, starts):
     n_layers, batch, n_kv_heads = lengths.shape
     assert starts.shape == (n_layers, batch * n_kv_heads + 1)
     arguments = {"lengths": lengths, "starts": starts, "n_items": batch * n_kv_heads}
-    run(device, "decode_attention", "decode_plan", (n_layers,), (WARP,), arguments, defines=head_defines(64, "half"))
+    run(device, "decode_plan", "decode_plan", (n_layers,), (WARP,), arguments)
 
 
 def decode_attention(device, q, past, starts, space, out, scale, window, real16):
@@ -48,8 +48,12 @@ def decode_attention(device, q, past, starts, space, out, scale, window, real16)
     partial = {"partial_out": space.out, "partial_lse": space.lse, "starts": starts, "n_items": items}
     arguments = {"q": q, "seen": past.seen, "scale": scale, "window": window, "n_kv_heads": n_kv_heads, "group": group}
     arguments |= past.arguments() | partial
-    grid, block, defines = (space.blocks, blocks(group, 16)), (space.warps * WARP,), head_defines(head_dim, real16)
-    shared = space.warps * _decode_warp_bytes(head_dim)
+    grid, block, defines = (
+        (space.blocks, blocks(group, 16)),
+        (space.warps * WARP,),
+        page_defines(head_dim, real16, past.dtype),
+    )
+    shared = space.warps * _decode_warp_bytes(head_dim, past.dtype)
     run(device, "decode_attention", "decode_attention", grid, block, arguments, defines=defines, shared=shared)
     arguments = partial | {"out": out, "n_warps": n_warps}
     run(device, "decode_attention", "decode_combine", (items, group), (8 * WARP,), arguments, defines=defines)

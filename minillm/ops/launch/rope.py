@@ -1,6 +1,6 @@
 """Rotation: of new queries and keys, on their way into pages too, and back."""
 
-from minillm.ops.launch.start import blocks, head_defines, run
+from minillm.ops.launch.start import blocks, head_defines, page_defines, run
 
 
 def rope_split(device, qkv, bias, cos, sin, q, k, v, real16):
@@ -21,7 +21,8 @@ def rope_append(device, qkv, bias, cos, sin, q, past, real16):
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "seen": past.seen}
     arguments |= past.arguments() | {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = batch, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
-    run(device, "rope", "rope_append", grid, (256,), arguments, defines=head_defines(d, real16))
+    defines = page_defines(d, real16, past.dtype)
+    run(device, "rope_append", "rope_append", grid, (256,), arguments, defines=defines)
 
 
 def unrotate(device, rows, pos, cos, sin, norm, out, real16):

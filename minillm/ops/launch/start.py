@@ -74,3 +74,8 @@ def blocks(n, size):
 def head_defines(d, real16):
     """Defines of a kernel made for one head_dim and one 16-bit type."""
     return {"real16": real16, "HEAD_DIM": str(d)}
+
+
+def page_defines(d, real16, dtype):
+    """And for one type of K and V in pages: see Paged."""
+    return head_defines(d, real16) | {"page_type": "int8" if dtype == "int8" else "real16"}
