@@ -4,7 +4,7 @@ import emulator
 import gguf
 import numpy as np
 import pytest
-from cuda_words import REAL16, from_words, to_words
+from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
 from emulator import Kernel, cases
 from literal import rotated
 
@@ -198,13 +198,16 @@ def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased):
 class Pages:
     """Slabs on the device whose words the test reads and writes from the host, and page tables in no order."""
 
-    def __init__(self, device, rng, d, lengths, slab_pages=5):
+    def __init__(self, device, rng, d, lengths, slab_pages=5, dtype="float16"):
         lengths = np.asarray(lengths)  # (B, H)
         held = -(-lengths // 32)
         n_slabs = -(-(int(held.sum()) + 3) // slab_pages)
-        words = slab_pages * 32 * (2 * d + 4)
-        self.device, self.d, self.slab_pages = device, d, slab_pages
-        self.slabs = [device.upload(np.zeros(words, np.uint16)) for _ in range(n_slabs)]
+        row = (d, np.int8) if dtype == "int8" else (d, np.uint16)
+        scales = [(1, np.uint16)] * 2 * (dtype == "int8")
+        self.fields = [row, row, *scales, (1, F32), (1, np.int32)]  # numbers of an entry, one after another in a slab
+        n_bytes = slab_pages * 32 * sum(n * np.dtype(word).itemsize for n, word in self.fields)
+        self.device, self.slab_pages = device, slab_pages
+        self.slabs = [device.upload(np.zeros(n_bytes, np.uint8)) for _ in range(n_slabs)]
         self.table = np.full((*lengths.shape, max(1, held.max())), -1, np.int32)
         ids = iter(rng.permutation(n_slabs * slab_pages))
         for head in np.ndindex(lengths.shape):
@@ -212,17 +215,18 @@ class Pages:
         addresses = np.array([slab.data.ptr for slab in self.slabs], np.uint64)
         self.seen = rng.integers(1000, 2000, len(lengths)).astype(np.int32)
         self.paged = launch.Paged(
-            *(device.upload(addresses), slab_pages, device.upload(self.table)),
+            *(dtype, device.upload(addresses), slab_pages, device.upload(self.table)),
             *(device.upload(lengths.astype(np.int32)), device.upload(self.seen)),
         )
 
     def entry(self, head, i):
-        """k, v words (d,), log s, position of entry i of a head (b, h)."""
+        """k, v words (d,), of int8 two scales (1,), log s (1,), position (1,) of entry i of a head (b, h)."""
         slab, page = divmod(int(self.table[head][i // 32]), self.slab_pages)
-        words, at, n, d = self.slabs[slab].get(), page * 32 + i % 32, self.slab_pages * 32, self.d
-        k, v = words[: n * d].reshape(n, d)[at], words[n * d : 2 * n * d].reshape(n, d)[at]
-        log_size, pos = words[2 * n * d :].view(F32)[at], words[2 * n * d :].view(np.int32)[n + at]
-        return k, v, log_size, pos
+        memory, at, n, out = self.slabs[slab].get(), page * 32 + i % 32, self.slab_pages * 32, []
+        for size, word in self.fields:
+            field, memory = np.split(memory, [n * size * np.dtype(word).itemsize])
+            out.append(field.view(word).reshape(n, size)[at])
+        return out
 
 
 @pytest.mark.parametrize("real16", REALS)
@@ -242,8 +246,33 @@ def test_rope_append(device, rng, real16, d):
         np.testing.assert_allclose(from_words(k, real16), turned[b, 4 + h], **close)
         np.testing.assert_array_equal(from_words(v, real16), x[b, 6 + h])
         assert log_size == 0 and pos == pages.seen[b]
-    touched = sum(np.count_nonzero(slab.get()) for slab in pages.slabs)
+    touched = sum(np.count_nonzero(slab.get().view(np.uint16)) for slab in pages.slabs)
     assert touched <= lengths.size * (2 * d + 2)
+
+
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_rope_append_in_8_bits(device, rng, real16, d):
+    """What 16 bits would hold, in 8: the words of both kinds of pages, given the same."""
+    lengths, stored = np.array([[1, 33, 64], [32, 70, 2]]), {}
+    qkv, (_, *turn) = to_words(rng.normal(size=(2, 9 * d)), real16), tables(rng, 2, d)
+    qkv[0, 7 * d : 8 * d] = 0  # a value of zeros
+    given = [device.upload(qkv), None, *map(device.upload, turn)]
+    for dtype in ("float16", "int8"):
+        pages = Pages(device, rng, d, lengths, dtype=dtype)
+        q = device.empty((2, 3, d), np.uint16)
+        launch.rope_append(device, *given, q, pages.paged, real16)
+        heads = list(np.ndindex(lengths.shape))
+        stored[dtype] = q.get(), [pages.entry(head, lengths[head] - 1) for head in heads], pages
+    np.testing.assert_array_equal(stored["int8"][0], stored["float16"][0])
+    for head, wide, entry in zip(heads, stored["float16"][1], stored["int8"][1], strict=True):
+        for field in range(2):
+            numbers, scale = to_int8(from_words(wide[field], real16)[None])
+            np.testing.assert_array_equal(entry[field], numbers[0])
+            assert entry[2 + field] == scale
+        assert entry[4] == 0 and entry[5] == pages.seen[head[0]]
+    touched = sum(np.count_nonzero(slab.get()) for slab in pages.slabs)
+    assert touched <= lengths.size * (2 * d + 2 * 2 + 4)
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -271,6 +300,46 @@ def test_entries_in_and_out(device, rng, d, start, lengths):
         launch.read_entries(device, *at[:3], d, "half", **back)
         for name in names:
             np.testing.assert_array_equal(back[name].get(), given[name])
+
+
+def rows_of_8_bits(rng, d, real16):
+    """Rows that are rounded in every way: sizes from tiny to large, each leading 7 bits of the largest element, zeros,
+    ties."""
+    rows = rng.normal(size=(160, d)) * 10.0 ** rng.integers(-4, 4, (160, 1))
+    rows[:128, 0] = np.sign(rows[:128, 0]) * np.arange(128, 256) / 32 * 2.0 ** rng.integers(-6, 6, 128)
+    rows[:128, 1:] = np.clip(rows[:128, 1:], -1, 1) * np.abs(rows[:128, :1])
+    rows[128:130], rows[130, 1:] = 0, 0
+    rows[131], rows[132], rows[132, 5] = rng.integers(-127, 128, d), np.arange(d) - 30.5, 127
+    return to_words(rows, real16)
+
+
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_entries_in_8_bits(device, rng, d, real16):
+    """By the letter; and what was read is stored as the same words."""
+    lengths, start = np.array([100, 0, 60]), np.array([31, 0, 64])
+    n, pages = int(lengths.sum()), Pages(device, rng, d, [start + lengths], dtype="int8")
+    k, v = rows_of_8_bits(rng, d, real16), rows_of_8_bits(rng, d, real16)
+    log_size, pos = rng.normal(size=n).astype(F32), rng.integers(0, 9999, n).astype(np.int32)
+    first = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    at = pages.paged, device.upload(first), device.upload(start.astype(np.int32))
+    expected = [to_int8(from_words(rows, real16)) for rows in (k, v)]
+    given = [device.upload(rows) for rows in (k, v, log_size, pos)]
+    for _ in range(2):
+        launch.write_entries(device, *given, *at, real16)
+        for head in range(len(lengths)):
+            for i in range(lengths[head]):
+                row = first[head] + i
+                stored = pages.entry((0, head), start[head] + i)
+                np.testing.assert_array_equal(stored[:2], [numbers[row] for numbers, _ in expected])
+                np.testing.assert_array_equal(stored[2:4], [words[row : row + 1] for _, words in expected])
+                assert stored[4:] == [log_size[row], pos[row]]
+        back = [device.empty(rows.shape, rows.dtype) for rows in (k, v, log_size, pos)]
+        names = dict(zip(("k", "v", "log_size", "pos"), back, strict=True))
+        launch.read_entries(device, *at, d, real16, **names)
+        for rows, (numbers, words) in zip(back, expected, strict=False):
+            np.testing.assert_array_equal(rows.get(), to_words(from_int8(numbers, words), real16))
+        given = back
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)

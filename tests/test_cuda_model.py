@@ -58,13 +58,13 @@ def score_projections(config):
 class Twins:
     """The same model on both backends, each with a pool, and caches in pairs."""
 
-    def __init__(self, device, config=SMALL, kind="F16", cache="full", **options):
+    def __init__(self, device, config=SMALL, kind="F16", cache="full", dtype="auto", **options):
         cache = CacheConfig(cache, **options)
         self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
         if cache.foresees:
             for model in self.models:
                 model.foresee(*score_projections(config))
-        self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20) for model in self.models]
+        self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20, dtype=dtype) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
         self.compressors = [
             Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)

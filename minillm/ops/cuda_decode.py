@@ -40,7 +40,8 @@ class DecodeStep:
         self.pages = device.empty((*heads, self.capacity), np.int32)
         self.versions = [None] * batch  # of the page tables that `pages` holds
         self.starts = device.empty((c.n_layers, batch * c.n_kv_heads + 1), np.int32)
-        self.space = launch.decode_space(device, batch * c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+        items, group = batch * c.n_kv_heads, c.n_heads // c.n_kv_heads
+        self.space = launch.decode_space(device, items, group, c.head_dim, self.pool.dtype)
         self.x = device.empty((batch, c.dim), np.float32)
         self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
         self.q = device.empty((c.n_layers, batch, c.n_heads, c.head_dim), np.uint16)
@@ -126,8 +127,9 @@ class DecodeStep:
         launch.embed(device, runner.model.embedding, control["ids"], self.x)
         mixed = self.mixed.reshape(self.batch, -1)
         for index, layer in enumerate(runner.layers):
+            pages, lengths = self.pages[index], control["lengths"][index]
             past = launch.Paged(
-                self.slabs, self.pool.slab_pages, self.pages[index], control["lengths"][index], control["seen"]
+                self.pool.dtype, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"]
             )
             for rows in self._groups():
                 x, scores = self.x[rows], self.scores[index][rows]

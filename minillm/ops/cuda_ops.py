@@ -18,7 +18,7 @@ from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
 from minillm.ops.numpy_planning import joined
-from minillm.ops.pages import Slab, StoredRows, page_bytes, slab_in
+from minillm.ops.pages import Slab, StoredRows, from_int8, page_bytes, slab_in
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -110,8 +110,6 @@ class CudaOps:
     def new_slab(self, n_pages, page_size, head_dim, dtype):
         """A Slab of device memory that is given back with the last reference to it."""
         assert page_size == PAGE_SIZE
-        if dtype == "int8":
-            raise MinillmError("a cache of int8 is for the CPU so far: leave --kv-dtype out, or use --device cpu")
         memory = self.device.new_slab_memory((n_pages * page_bytes(page_size, head_dim, dtype),), np.uint8)
         return slab_in(memory, n_pages, page_size, head_dim, dtype, CudaSlab, address=memory.data.ptr)
 
@@ -130,11 +128,35 @@ class CudaOps:
         tables = np.concatenate([held.ravel(), layer.lengths, [layer.seen]], dtype=np.int32)  # in one copy
         tables, n_heads = self.device.upload(tables), len(held)
         return launch.Paged(
+            layer.pool.dtype,
             self.slab_table(layer.pool),
             layer.pool.slab_pages,
             tables[: held.size].reshape(1, *held.shape),
             tables[held.size : -1].reshape(1, n_heads),
             tables[-1:],
+        )
+
+    def paged_floats(self, layer):
+        """The same in 16-bit floats, as the attention of a prompt needs them. Of 8 bits a copy, which lives as long as what
+        is returned: of one layer, 1.9 times its bytes, written once and then read in place of them."""
+        past = self.paged(layer)
+        if past.dtype != "int8":
+            return past
+        d, held = layer.pool.head_dim, -(-layer.lengths // PAGE_SIZE)
+        n = int(held.sum())
+        memory = self.device.empty((n * page_bytes(PAGE_SIZE, d, self.CACHE_DTYPE),), np.uint8)
+        rows = slab_in(memory, n, PAGE_SIZE, d, self.CACHE_DTYPE).entries(slice(None), slice(None)).fields()
+        first, start = self._offsets(held * PAGE_SIZE, np.zeros_like(held))  # whole pages, in their order
+        launch.read_entries(self.device, past, first, start, d, self.real16, **rows)
+        pages = (np.cumsum(held) - held)[:, None] + np.arange(past.pages.shape[2])
+        return launch.Paged(
+            self.CACHE_DTYPE,
+            self.device.upload(np.array([memory.data.ptr], np.uint64)),
+            max(n, 1),
+            self.device.upload(pages[None].astype(np.int32)),
+            past.lengths,
+            past.seen,
+            memory,
         )
 
     def write_entries(self, layer, start, entries):
@@ -198,9 +220,9 @@ class CudaOps:
         together[:] = rows
         return together
 
-    def stored_rows(self, rows):
-        """Rows of the device -> float32 (n, d), there."""
-        return from_words(rows, self.real16)
+    def stored_rows(self, rows, scale=None):
+        """Rows of the device, with their scales (n,) where they are int8 -> float32 (n, d), there."""
+        return from_words(rows, self.real16) if scale is None else from_int8(rows, scale)
 
     def concatenate(self, parts):
         """Rows of several arrays of one dtype, one after another."""

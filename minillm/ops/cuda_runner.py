@@ -78,7 +78,7 @@ class Runner:
         launch.rope_split(device, qkv, layer.bqkv, cos, sin, q, k, v, self.real16)
         del qkv, normed
         mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
-        past, window = self.ops.paged(past), c.sliding_window or 0
+        past, window = self.ops.paged_floats(past), c.sliding_window or 0
         launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
         return q, lse, k, v, scores, mixed.reshape(n, -1)
 

@@ -48,11 +48,8 @@ def decode_attention(device, q, past, starts, space, out, scale, window, real16)
     partial = {"partial_out": space.out, "partial_lse": space.lse, "starts": starts, "n_items": items}
     arguments = {"q": q, "seen": past.seen, "scale": scale, "window": window, "n_kv_heads": n_kv_heads, "group": group}
     arguments |= past.arguments() | partial
-    grid, block, defines = (
-        (space.blocks, blocks(group, 16)),
-        (space.warps * WARP,),
-        page_defines(head_dim, real16, past.dtype),
-    )
+    grid, block = (space.blocks, blocks(group, 16)), (space.warps * WARP,)
+    defines = page_defines(head_dim, real16, past.dtype)
     shared = space.warps * _decode_warp_bytes(head_dim, past.dtype)
     run(device, "decode_attention", "decode_attention", grid, block, arguments, defines=defines, shared=shared)
     arguments = partial | {"out": out, "n_warps": n_warps}
@@ -61,8 +58,9 @@ def decode_attention(device, q, past, starts, space, out, scale, window, real16)
 
 def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16):
     """out (n, Hq, d), lse (Hq, n) float32 = causal attention of n new tokens of one sequence, q (Hq, n, d), over its
-    stored entries and one another, k and v (H, n, d). past: Paged; window: 0 for none."""
+    stored entries and one another, k and v (H, n, d). past: Paged, of 16-bit floats; window: 0 for none."""
     (n_heads, n, head_dim), n_kv_heads = q.shape, len(k)
+    assert past.dtype != "int8"
     assert k.shape == v.shape == (n_kv_heads, n, head_dim) and past.lengths.shape == (1, n_kv_heads)
     assert out.shape == (n, n_heads, head_dim) and lse.shape == (n_heads, n)
     arguments = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "n": n, "group": n_heads // n_kv_heads}

@@ -17,6 +17,7 @@ class Paged:
     pages: object  # (B, H, capacity) int32 page ids; a row holds the pages of a head, the first of them are meant
     lengths: object  # (B, H) int32 entries of each head
     seen: object  # (B,) int32 tokens seen before the new ones: the position of the first of them
+    memory: object = None  # of the slabs, where no pool holds it
 
     def arguments(self):
         return {
