@@ -24,7 +24,9 @@ from minillm.profile import worth
 from minillm.weights import Weight, tensor_shapes
 
 SMALL = replace(CONFIG, head_dim=64, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=72, context=512)
+DTYPES = "auto", "int8"  # of pages
 SHARE = {"F16": 6e-3, "BF16": 4e-2, "Q8_0": 8e-3, "Q4_0": 8e-3, "Q4_1": 8e-3, "F32": 6e-3}
+INT8_SHARE = 2  # times as much: a row that differs in its 12th bit is rounded elsewhere to 8
 
 
 def weights_of(config, kind, seed=0):
@@ -70,7 +72,7 @@ class Twins:
             Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
             for model in self.models
         ]
-        self.config, self.share = config, SHARE[kind]
+        self.config, self.share = config, SHARE[kind] * (INT8_SHARE if dtype == "int8" else 1)
 
     def caches(self):
         return [KVCache(pool, self.config.n_layers, self.config.n_kv_heads) for pool in self.pools]
@@ -113,8 +115,9 @@ def test_prompt_and_decode(device, ids, kind):
     ],
     ids=["mha", "gqa3-d128-window", "mqa-biases-tied"],
 )
-def test_shapes_of_model(device, ids, changes):
-    twins = Twins(device, replace(SMALL, **changes))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_of_model(device, ids, changes, dtype):
+    twins = Twins(device, replace(SMALL, **changes), dtype=dtype)
     pair = twins.caches()
     twins.close(twins.extend(ids[:50], pair))
     twins.close(twins.extend(ids[50:61], pair))  # a later turn, over stored entries
@@ -122,10 +125,11 @@ def test_shapes_of_model(device, ids, changes):
         twins.close(twins.decode([token], [pair]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [2, 9])
-def test_a_batch_of_sequences(device, ids, batch):
+def test_a_batch_of_sequences(device, ids, batch, dtype):
     """Of different lengths; more of them than a kernel for few rows takes at once; and then fewer."""
-    twins = Twins(device)
+    twins = Twins(device, kind="BF16" if dtype == "int8" else "F16", dtype=dtype)
     pairs = [twins.caches() for _ in range(batch)]
     for i, pair in enumerate(pairs):
         twins.extend(ids[i : i + 1 + 9 * i], pair)
@@ -143,6 +147,8 @@ def test_a_batch_of_sequences(device, ids, batch):
         {"cache": "semanticache", "budget": 20},
         {"cache": "semanticache", "tau": 0.2, "chunking": "none"},
         {"cache": "streaming", "budget": 0.25},
+        {"cache": "semanticache", "budget": 0.3, "dtype": "int8"},
+        {"cache": "foresight", "budget": 0.3, "dtype": "int8"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -327,8 +333,37 @@ def test_pages_that_a_sliding_window_has_left_are_given_back(device, ids):
     assert twins.models[0].runner.step.graph
 
 
-def test_a_session_is_saved_forked_trimmed_and_restored(device, ids):
-    twins = Twins(device)
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_entries_in_8_bits_that_stay_are_the_same_words(device, ids, kind):
+    """However often their layer is compressed again."""
+    twins = Twins(device, kind=kind, cache="streaming", budget=60, recompress=8, dtype="int8")
+    pair = twins.caches()
+    cache, model, compressor = pair[0], twins.models[0], twins.compressors[0]
+
+    def words():
+        found = {}
+        for layer, head in np.ndindex(cache.lengths.shape):
+            for run in cache.layer(layer).runs(head):
+                k, v, k_scale, v_scale, pos = (a.get() for a in (run.k, run.v, run.k_scale, run.v_scale, run.pos))
+                for i, at in enumerate(pos.tolist()):
+                    found[layer, head, at] = (*k[i].tolist(), *v[i].tolist(), k_scale[i], v_scale[i])
+        return found
+
+    twins.extend(ids[:150], pair)
+    before = words()
+    for token in ids[150:182]:
+        model.decode([token], [cache])
+        if compressor.due(cache):
+            model.recompress(cache, compressor)
+    after = words()
+    stayed = before.keys() & after.keys()
+    assert len(stayed) >= 80 and len(after.keys() - stayed) > 30
+    assert all(before[key] == after[key] for key in stayed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_session_is_saved_forked_trimmed_and_restored(device, ids, dtype):
+    twins = Twins(device, dtype=dtype)
     pair = twins.caches()
     cache, model = pair[0], twins.models[0]
     twins.extend(ids[:100], pair)
@@ -345,11 +380,12 @@ def test_a_session_is_saved_forked_trimmed_and_restored(device, ids):
     np.testing.assert_array_equal(model.decode([1], [other]), expected)
 
 
-def test_nothing_is_allocated_while_tokens_are_generated(device, ids):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_allocated_while_tokens_are_generated(device, ids, dtype):
     """The first step launches kernel by kernel, the second is captured; the others are the graph, and its memory."""
     if not isinstance(device, emulator.EmulatedDevice):
         pytest.skip("counted on the emulator")
-    twins = Twins(device)
+    twins = Twins(device, dtype=dtype)
     pair = twins.caches()
     twins.extend(ids[:30], pair)
     twins.close(twins.decode([ids[30]], [pair]))
