@@ -68,8 +68,8 @@ class Stored:
 
 def softmax_values(logits, v, unit):
     """softmax(logits) v in float64, the log of the sum, and how far a kernel may be off: the rounding of p and of the
-    result to `unit`, that of p to multiples of half's smallest number, and that of logits to float32. Zeros and -infinity
-    if nothing is visible."""
+    result to `unit`, that of p to multiples of half's smallest number, and that of logits to float32. Zeros and
+    -infinity if nothing is visible."""
     if not (logits > -np.inf).any():
         return np.zeros(v.shape[1]), -np.inf, np.zeros(v.shape[1])
     top = logits.max()

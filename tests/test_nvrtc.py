@@ -60,7 +60,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "unit_rows": 24,
     "unrotate": 32,
     "window_scores": 128,
-    "write_entries": 32,
+    "write_entries": 40,
 }
 VARIANTS = [
     (file, tuple(defines.items()), arch)

@@ -54,6 +54,7 @@ LLAMA_3_8B = ModelConfig(
 )
 CACHES = {
     "full": lambda: CacheConfig("full"),
+    "full, 8 bits": lambda: CacheConfig("full", dtype="int8"),
     "semanticache 50 %": lambda: CacheConfig("semanticache", 0.5),
     "semanticache 35 %": lambda: CacheConfig("semanticache", 0.35),
     "semanticache 20 %": lambda: CacheConfig("semanticache", 0.2),
@@ -241,17 +242,18 @@ class Kernels:
 
     def attention(self, context=32768, prompt=8192):
         c, d, heads, device = self.c, self.c.head_dim, self.c.n_kv_heads, self.device
-        pool, scale = PagePool(self.ops, d), self.c.head_dim**-0.5
-        cache = filled(self.ops, pool, replace(c, n_layers=1), context)
-        past = self.ops.paged(cache.layer(0))
-        starts, space = (
-            device.empty((1, heads + 1), np.int32),
-            launch.decode_space(device, heads, c.n_heads // heads, d),
-        )
-        launch.decode_plan(device, past.lengths.reshape(1, 1, heads), starts)
+        scale, starts = d**-0.5, device.empty((1, heads + 1), np.int32)
         q, out = self.random(1, c.n_heads, d), device.empty((1, c.n_heads, d), np.uint16)
-        step = q, past, starts[0], space, out, scale, 0, "bf16"
-        self.add(f"decode_attention {context}", cache.bytes_in_use, 0, launch.decode_attention, *step)
+        for dtype in ("int8", "auto"):
+            pool = PagePool(self.ops, d, dtype=dtype)
+            cache = filled(self.ops, pool, replace(c, n_layers=1), context)
+            past, space = (
+                self.ops.paged(cache.layer(0)),
+                launch.decode_space(device, heads, c.n_heads // heads, d, pool.dtype),
+            )
+            launch.decode_plan(device, past.lengths.reshape(1, 1, heads), starts)
+            step, name = (q, past, starts[0], space, out, scale, 0, "bf16"), f"decode_attention {pool.dtype} {context}"
+            self.add(name, cache.bytes_in_use, 0, launch.decode_attention, *step)
         n, empty = prompt, self.ops.paged(KVCache(pool, 1, heads).layer(0))
         q, k, v = self.random(c.n_heads, n, d), self.random(heads, n, d), self.random(heads, n, d)
         mixed, lse = device.empty((n, c.n_heads, d), np.uint16), device.empty((c.n_heads, n), np.float32)

@@ -128,9 +128,7 @@ class DecodeStep:
         mixed = self.mixed.reshape(self.batch, -1)
         for index, layer in enumerate(runner.layers):
             pages, lengths = self.pages[index], control["lengths"][index]
-            past = launch.Paged(
-                self.pool.dtype, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"]
-            )
+            past = launch.Paged(self.pool.dtype, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"])
             for rows in self._groups():
                 x, scores = self.x[rows], self.scores[index][rows]
                 launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])

@@ -137,8 +137,8 @@ class CudaOps:
         )
 
     def paged_floats(self, layer):
-        """The same in 16-bit floats, as the attention of a prompt needs them. Of 8 bits a copy, which lives as long as what
-        is returned: of one layer, 1.9 times its bytes, written once and then read in place of them."""
+        """The same in 16-bit floats, as the attention of a prompt needs them. Of 8 bits a copy, which lives as long as
+        what is returned: of one layer, 1.9 times its bytes, written once and then read in place of them."""
         past = self.paged(layer)
         if past.dtype != "int8":
             return past
