@@ -22,7 +22,7 @@ class Stored:
     """Random entries of B sequences with lengths (B, H), in pages on a device and as they are on the host. Pages lie in
     any order over several slabs, positions in any order; what no entry fills is NaN."""
 
-    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, slab_pages=5, dtype="float16"):
+    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, values=1.0, slab_pages=5, dtype="float16"):
         lengths = np.array(lengths, np.int32)
         n_pages = -(-lengths // PAGE)
         n_slabs = -(-(int(n_pages.sum()) + 2) // slab_pages)
@@ -39,7 +39,7 @@ class Stored:
         for (b, h), length in np.ndenumerate(lengths):
             held, ids = np.split(ids, [n_pages[b, h]])
             pages[b, h, : len(held)] = held
-            k, v = (to_words(rng.normal(size=(length, head_dim)) * scale, real16) for scale in (size, 1))
+            k, v = (to_words(rng.normal(size=(length, head_dim)) * scale, real16) for scale in (size, values))
             log_size = np.log(rng.integers(1, 40, length)).astype(np.float32)
             pos = rng.integers(0, max(seen[b], 1), length).astype(np.int32)
             entry = np.arange(length)
@@ -85,12 +85,12 @@ def close(found, exact, allowed):
     assert (np.abs(found - exact) <= allowed).all(), f"off by {np.abs(found - exact).max()}, allowed {allowed.max()}"
 
 
-def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, size=1.0, dtype="float16"):
+def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, size=1.0, values=1.0, dtype="float16"):
     """-> the words of the result"""
     lengths = np.array(lengths)
     batch, n_kv_heads = lengths.shape
     seen = lengths.max(axis=1) * 2
-    stored = Stored(device, rng, lengths, head_dim, real16, seen, size=size, dtype=dtype)
+    stored = Stored(device, rng, lengths, head_dim, real16, seen, size=size, values=values, dtype=dtype)
     q = to_words(rng.normal(size=(batch, n_kv_heads * group, head_dim)) * size, real16)
     scale = head_dim**-0.5
     starts = device.empty((1, batch * n_kv_heads + 1), np.int32)
@@ -138,6 +138,12 @@ def test_decode_groups(device, rng, group, head_dim, dtype):
 @pytest.mark.parametrize("size", cases([1e-3, 1.0, 12.0], races=[]))
 def test_decode_logit_sizes(device, rng, size, real16, dtype):
     check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size, dtype=dtype)
+
+
+@pytest.mark.parametrize("values", [1e-3, 1e4])
+def test_decode_value_sizes(device, rng, values):
+    """What a weight becomes by a value's scale stays within half."""
+    check_decode(device, rng, [[150, 33]], 4, 64, "half", values=values, dtype="int8")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -96,9 +96,9 @@ __device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, int
 }
 
 // The feature that column `column` of the sums over V has: int8 rows come two features at a time (see accumulate).
-__device__ __forceinline__ int feature_of(int column, real16*) { return column; }
-__device__ __forceinline__ int feature_of(int column, int8*) {
-    return column / 16 * 16 + column % 8 * 2 + column / 8 % 2;
+template <class T>
+__device__ __forceinline__ int feature_of(int column) {
+    return sizeof(T) == sizeof(int8) ? column / 16 * 16 + column % 8 * 2 + column / 8 % 2 : column;
 }
 
 // What `softmax` multiplies p by on its way to V, unless something else is said.

@@ -58,7 +58,7 @@ struct Fetched {
     int item;
     bool visible;  // some entry is
     float bias;    // of entry `lane`: log s, -infinity if it is not visible
-    int scales;    // of entry `lane` of int8: two words of bf16, that of K in the lower half
+    unsigned short k_scale, v_scale;  // and of int8, as they are read: nothing waits for them yet
 };
 
 // Begin to fetch a page of the list, which belongs to `item` or a later one, into the tiles k and v.
@@ -75,12 +75,10 @@ __device__ __forceinline__ Fetched fetch(const Items& items, int page, int item,
         copy_rows<PAGE_SIZE, 32>(k, from.k, entries, lane);
         copy_rows<PAGE_SIZE, 32>(v, from.v, entries, lane);
     }
-    int scales = 0;
-    if (INT8 && sees) {
-        auto word = [](const bf16& scale) { return *reinterpret_cast<const unsigned short*>(&scale); };
-        scales = word(from.v_scale[lane]) << 16 | word(from.k_scale[lane]);
-    }
-    return {item, visible, sees ? from.log_size[lane] : NEG_INF, scales};
+    auto word = [&](const bf16* scales) {
+        return INT8 && sees ? reinterpret_cast<const unsigned short*>(scales)[lane] : (unsigned short)0;
+    };
+    return {item, visible, sees ? from.log_size[lane] : NEG_INF, word(from.k_scale), word(from.v_scale)};
 }
 
 // q (B, Hq, d); pages (B, H, capacity), lengths (B, H), seen (B): the position of the token; starts: of this layer.
@@ -134,7 +132,7 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
                     float k_scale = scale;
                     v_scale[n][i] = 1.f;
                     if (INT8) {
-                        const int scales = __shfl_sync(FULL_MASK, now.scales, entry);
+                        const int scales = __shfl_sync(FULL_MASK, now.v_scale << 16 | now.k_scale, entry);
                         k_scale *= INT8_UNITS * __int_as_float(scales << 16);
                         v_scale[n][i] = INT8_UNITS * __int_as_float(scales & 0xffff0000);
                     }
@@ -202,7 +200,6 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
             denominator += sums[i][HEAD_DIM];
         }
         const float x = denominator > 0.f ? numerator / denominator : 0.f;
-        const int feature = feature_of(c, (page_type*)nullptr);
-        out[((size_t)item * group + row) * HEAD_DIM + feature] = from_float<real16>(x);
+        out[((size_t)item * group + row) * HEAD_DIM + feature_of<page_type>(c)] = from_float<real16>(x);
     }
 }

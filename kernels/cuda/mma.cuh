@@ -114,23 +114,35 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-// Bytes 0 and 2 of a word, int8, as two 16-bit floats in one word: exact, over INT8_UNITS, so that what is multiplied by
-// their row's scale times INT8_UNITS is about half the row's largest, and no subnormal of half where that is none.
-// The lowest 7 bits and 128 times the sign stand in the mantissas of two numbers; the difference is left. ONE: of half 16,
-// of bf16 2, where the lowest bit of the mantissa is 1 / INT8_UNITS.
+// (x & AND) | OR in one instruction: of the expression the compiler makes two.
+template <unsigned AND, unsigned OR>
+__device__ __forceinline__ unsigned and_or(unsigned x) {
+#if defined(__CUDA_ARCH__)
+    unsigned y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "n"(AND), "n"(OR));
+    return y;
+#else
+    return (x & AND) | OR;
+#endif
+}
+
+// Bytes 0 and 2 of a word, int8, as two 16-bit floats in one word: exact, over INT8_UNITS, so that a weight times
+// INT8_UNITS times a row's scale, which is about half the row's largest element, neither overflows half nor vanishes.
+// The lowest 7 bits and 128 times the sign stand in the mantissas of two numbers; the difference is left. ONE: of half
+// 16, of bf16 2, where the lowest bit of the mantissa is 1 / INT8_UNITS.
 #define INT8_UNITS 64.f
 template <class T>
 __device__ __forceinline__ unsigned widened(unsigned word);
 
-#define DEFINE_WIDENED(T, T2, ONE)                                                                 \
-    template <>                                                                                    \
-    __device__ __forceinline__ unsigned widened<T>(unsigned word) {                                \
-        const unsigned low = (word & 0x007f007fu) | ONE, sign = (word & 0x00800080u) | ONE;        \
+#define DEFINE_WIDENED(T, T2, ONE)                                                                     \
+    template <>                                                                                        \
+    __device__ __forceinline__ unsigned widened<T>(unsigned word) {                                    \
+        const unsigned low = and_or<0x007f007f, ONE>(word), sign = and_or<0x00800080, ONE>(word);      \
         const T2 x = __hsub2(*reinterpret_cast<const T2*>(&low), *reinterpret_cast<const T2*>(&sign)); \
-        return *reinterpret_cast<const unsigned*>(&x);                                             \
+        return *reinterpret_cast<const unsigned*>(&x);                                                 \
     }
-DEFINE_WIDENED(half, __half2, 0x4c004c00u)
-DEFINE_WIDENED(bf16, __nv_bfloat162, 0x40004000u)
+DEFINE_WIDENED(half, __half2, 0x4c004c00)
+DEFINE_WIDENED(bf16, __nv_bfloat162, 0x40004000)
 #undef DEFINE_WIDENED
 
 // Two floats, rounded, in one word: `low` in the lower half.
