@@ -22,7 +22,7 @@ from minillm.profile.worth import log_worth, try_heads
 from minillm.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"
-LENGTH, SHORTEST = 2048, 256  # tokens of a text
+LENGTH, SHORTEST = 4096, 256  # tokens of a text
 HELD_OUT = 5  # every so many-th text
 TRIALS = 2  # of the others every so many-th says what entries are worth
 QUESTION = "\n\nWhat does it say after this?"
