@@ -22,7 +22,9 @@ class Stored:
     """Random entries of B sequences with lengths (B, H), in pages on a device and as they are on the host. Pages lie in
     any order over several slabs, positions in any order; what no entry fills is NaN."""
 
-    def __init__(self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, values=1.0, slab_pages=5, dtype="float16"):
+    def __init__(
+        self, device, rng, lengths, head_dim, real16, seen, *, size=1.0, values=1.0, slab_pages=5, dtype="float16"
+    ):
         lengths = np.array(lengths, np.int32)
         n_pages = -(-lengths // PAGE)
         n_slabs = -(-(int(n_pages.sum()) + 2) // slab_pages)
