@@ -39,7 +39,7 @@ def pytest_sessionfinish(session):
 def kernels_seen(reporter):
     """Says how often each kernel ran under the sanitizer. -> names of those that never ran on several blocks"""
     seen = emulator.Kernel.started_with
-    every = sorted(kernel for file in launch.files() for kernel in launch.kernels(file))
+    every = sorted({kernel for file in launch.files() for kernel in launch.kernels(file)})
     reporter.write_line("\n\nkernel               launches  blocks")
     for name in every:
         launches, most = seen.get(name, (0, 0))
