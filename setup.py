@@ -13,9 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("kernels/cpu")
-ONCE = ["threads", "repack", "dispatch", "step"]
-PER_PATH = ["linear", "many", "many_blocks", "mlp", "panels", "mm", "elementwise", "merge", "entries", "clusters"]
-PER_PATH += ["nearest", "scores", "prefill_attention", "decode_attention", "path"]
+ONCE = ["threads", "repack", "plan", "dispatch", "step"]
+PER_PATH = ["linear", "many", "many_blocks", "mlp", "panels", "mm", "elementwise", "merge", "entries", "rewrite"]
+PER_PATH += ["clusters", "nearest", "scores", "prefill_attention", "decode_attention", "path"]
 FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni", "bf16")), "-mprefer-vector-width=512"]

@@ -6,6 +6,7 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 
 import os
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,6 +337,63 @@ def test_entries_into_pages_and_out_of_them(path, rng, ops, store, lengths, star
         written = entries.k[rows], entries.v[rows], entries.log_size[rows], entries.pos[rows]
         for got, old, new in zip(layer.read(head), before[head], written, strict=True):
             np.testing.assert_array_equal(got, np.concatenate([old[: start[head]], new]))
+
+
+@pytest.mark.parametrize("ops, store", WRITERS)
+@pytest.mark.parametrize(
+    "lengths, start, left", [((70, 0, 33), (0, 0, 0), (20, 0, 33)), ((9, 64, 70), (9, 3, 40), (0, 40, 7))]
+)
+@pytest.mark.parametrize("d", [12, 64])
+def test_entries_become_sums_of_themselves(path, rng, ops, store, lengths, start, left, d):
+    """In any order, each in its head: what is read out of the pages then are the sums of what was read before."""
+    layer, start, left = paged(rng, store, lengths, d), np.array(start), np.array(left)
+    before = [[a.copy() for a in layer.read(head)] for head in range(len(lengths))]
+    first, counts = np.cumsum(left) - left, layer.lengths - start
+    dest = [rng.integers(at, at + max(n, 1), count) for n, count, at in zip(left, counts, first, strict=True)]
+    dest = [np.where(rng.random(len(of)) < (0.2 if n else 2), -1, of) for n, of in zip(left, dest, strict=True)]
+    weights = [normal(rng, int(counts.sum())) * (rng.random(int(counts.sum())) < 0.7) for _ in "kv"]
+    n = int(left.sum())
+    entries = Entries(None, None, normal(rng, n), rng.integers(0, 999, n).astype(np.int32), left)
+    ops.rewrite(layer, start, np.concatenate(dest), [w.astype(np.float32) for w in weights], entries)
+    after, row = replace(layer, lengths=start + left), 0
+    for head, (lo, m) in enumerate(zip(first, left, strict=True)):
+        own, got = slice(row, row + counts[head]), after.read(head)
+        row = own.stop
+        for i, w in enumerate(weights):
+            sums = np.zeros((m, d))
+            for r, to in enumerate(dest[head]):
+                if to >= 0:
+                    sums[to - lo] += np.float64(w[own][r]) * before[head][i][start[head] + r]
+            np.testing.assert_array_equal(got[i][: start[head]], before[head][i][: start[head]])
+            close(got[i][start[head] :], sums, {"f32": 1e-6, "bf16": 4e-3, "int8": 1e-2}[store])
+        for i, label in ((2, entries.log_size), (3, entries.pos)):
+            np.testing.assert_array_equal(got[i][start[head] :], label[lo : lo + m])
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_planning_is_numpy_s(case):
+    """Bit for bit, stretches of no rows and ties among them."""
+    rng = np.random.default_rng(case)
+    lengths = rng.integers(0, 60, rng.integers(1, 5))
+    n = int(lengths.sum())
+    scores = rng.integers(-2, 3, n).astype(np.float32) * np.float32(-0.0) if case == 0 else normal(rng, n)
+    scores[rng.random(n) < 0.3] = rng.choice([-np.inf, 0, -0.0, 1])
+    pos = np.concatenate([np.sort(rng.permutation(100)[:m]) for m in lengths]).astype(np.int32)
+    mask, reach = rng.random(n) < rng.random(), int(rng.integers(1, 20))
+    most = rng.integers(-1, 70, len(lengths))
+    same = np.testing.assert_array_equal
+    same(cpu_ops.largest(scores, lengths, most), numpy_ops.largest(scores, lengths, most))
+    same(cpu_ops.counts(mask, lengths), numpy_ops.counts(mask, lengths))
+    for ours, numpys in zip(cpu_ops.places(mask, mask.sum()), numpy_ops.places(mask, mask.sum()), strict=True):
+        same(ours, numpys)
+    near = [of.neighbours(mask, pos, lengths, reach) for of in (cpu_ops, numpy_ops)]
+    same(near[0][~mask], near[1][~mask])
+    size, scores = rng.choice(np.float32([1, 1.3, 2]), n), np.abs(np.nan_to_num(scores))
+    rows = scores, size, pos, mask, mask & (rng.random(n) < 0.2), lengths, reach, 0.75
+    ours, numpys = cpu_ops.fold(*rows), numpy_ops.fold(*rows)
+    for i in (0, 2, 3):
+        same(ours[i], numpys[i])
+    same(ours[1][ours[0] >= 0], numpys[1][ours[0] >= 0])
 
 
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)

@@ -94,6 +94,7 @@ EXPORT void minillm_scores(const Scores *a) { kernels->scores(a); }
 EXPORT void minillm_unit_rows(const float *keys, int64_t n, int64_t d, float *unit) { kernels->unit_rows(keys, n, d, unit); }
 EXPORT void minillm_merge(const Merge *m) { kernels->merge(m); }
 EXPORT void minillm_write_entries(const Entries *e) { kernels->write_entries(e); }
+EXPORT void minillm_rewrite(const Rewrite *w) { kernels->rewrite(w); }
 EXPORT void minillm_clusters(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity)
 {
     kernels->clusters(s, taus, n_taus, counts, seed, similarity);

@@ -140,6 +140,31 @@ typedef struct {
     int64_t n_heads, d;
 } Entries;
 
+/* The R entries of some heads after the first start[h] of each become lengths[h] others, E in all: K and V of entry dest[r] the sums of
+ * key_weight[r] * K and value_weight[r] * V, for dest[r] >= 0, which is an entry of the same head. No head gets longer. */
+typedef struct {
+    Paged within;
+    const int64_t *start, *lengths, *dest;   /* (H,), (H,), (R,) */
+    const float *key_weight, *value_weight;  /* (R,) */
+    const float *log_size;                   /* (E,) */
+    const int32_t *pos;                      /* (E,) */
+    int64_t n_heads, d;
+} Rewrite;
+
+/* R rows, S stretches of `lengths` one after another, of which those kept become entries and others join the nearest of these that is
+ * not protected: see `fold` of minillm/ops/numpy_planning.py. */
+typedef struct {
+    const float *scores, *size;          /* (R,) */
+    const int32_t *pos;                  /* (R,) ascending in each stretch */
+    const uint8_t *kept, *protected;     /* (R,) */
+    const int64_t *lengths;              /* (S,) */
+    int64_t *dest;                       /* (R,) */
+    float *weight, *sizes;               /* (R,), (E,) */
+    int64_t *rows;                       /* (E,) */
+    int64_t n_stretches, reach;
+    float counts;
+} Fold;
+
 /* Rows to be clustered: segment m is rows[starts[m]] ... rows[starts[m] + lengths[m] - 1] of the keys. */
 enum { MAX_TAUS = 16 };
 typedef struct {
@@ -164,6 +189,7 @@ typedef struct {
     void (*scores)(const Scores *a);
     void (*merge)(const Merge *m);
     void (*write_entries)(const Entries *e);
+    void (*rewrite)(const Rewrite *w);
     /* counts (n_taus,): clusters of all segments together. Of one tau, seed and similarity (R,) or NULL, prepared as "every row is its
      * own seed, similarity 1": whose cluster each row is in, and its cosine with that seed. */
     void (*clusters)(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity);

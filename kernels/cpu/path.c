@@ -13,6 +13,7 @@ void FN(decode_attention)(const DecodeAttention *);
 void FN(scores)(const Scores *);
 void FN(merge)(const Merge *);
 void FN(write_entries)(const Entries *);
+void FN(rewrite)(const Rewrite *);
 void FN(clusters)(const Segments *, const float *, int, int64_t *, int64_t *, float *);
 void FN(unit_rows)(const float *, int64_t, int64_t, float *);
 void FN(nearest)(const Nearest *);
@@ -26,5 +27,5 @@ double FN(stream)(const float *, int64_t);
 
 const Kernels FN(kernels) = {
     NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
-    FN(decode_attention), FN(scores), FN(merge), FN(write_entries), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(bf16_to), FN(store_rows), FN(stream),
+    FN(decode_attention), FN(scores), FN(merge), FN(write_entries), FN(rewrite), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(bf16_to), FN(store_rows), FN(stream),
 };

@@ -20,6 +20,8 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     largest(scores, lengths, counts)                     which are the largest of each of some stretches
     pooled(scores, lengths, width, kind)                 the largest or the mean of neighbours in their stretch
     neighbours(stays, pos, lengths, reach)               the nearest row of the stretch that stays
+    fold(scores, size, pos, kept, protected, lengths, reach, counts)
+                                                         each row that does not stay joins a neighbour that does
     totals(groups, values, n)                            sums over groups of rows
     counts(mask, lengths)                                how many are true of each stretch, on the host
     true_rows(mask, n), places(mask, n)                  where the n that are true are; and which of them each is
@@ -32,6 +34,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
                                                          merge of keys: summed without their rotation
     concatenate(parts)                                   rows of several arrays
     write_entries(layer, start, entries)                 Entries into the pages of a layer
+    rewrite(layer, start, dest, weights, entries)        entries become sums of themselves, in their place
     read_labels(layer, start)                            log s and positions of entries out of them
     stored_rows(stored, scale)                           K or V of a slab's words as float32
     prepare(weight)                                      a Weight as this backend reads it best

@@ -116,6 +116,23 @@ class Entries(Structure):
     ]
 
 
+class Rewrite(Structure):
+    _fields_ = [
+        ("within", Paged),
+        *((name, c_void_p) for name in ("start", "lengths", "dest", "key_weight", "value_weight", "log_size", "pos")),
+        *((name, c_int64) for name in ("n_heads", "d")),
+    ]
+
+
+class Fold(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("scores", "size", "pos", "kept", "protected", "lengths")),
+        *((name, c_void_p) for name in ("dest", "weight", "sizes", "rows")),
+        *((name, c_int64) for name in ("n_stretches", "reach")),
+        ("counts", c_float),
+    ]
+
+
 class Segments(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "rows", "starts", "lengths", "pos", "cos", "sin")),
@@ -140,8 +157,14 @@ _SIGNATURES = {  # name -> (result, arguments)
     "scores": (None, [POINTER(Scores)]),
     "merge": (None, [POINTER(Merge)]),
     "write_entries": (None, [POINTER(Entries)]),
+    "rewrite": (None, [POINTER(Rewrite)]),
     "clusters": (None, [POINTER(Segments), _P, c_int, _P, _P, _P]),
     "unit_rows": (None, [_P, _N, _N, _P]),
+    "largest": (None, [_P, _P, _P, _N, _P]),
+    "counts": (None, [_P, _P, _N, _P]),
+    "places": (None, [_P, _N, _P, _P]),
+    "neighbours": (None, [_P, _P, _P, _N, _N, _P]),
+    "fold": (None, [POINTER(Fold)]),
     "nearest": (None, [POINTER(Nearest)]),
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),

@@ -15,23 +15,19 @@ from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
 from minillm.ops.cpu_pages import CACHE_DTYPE, paged, slab_table, stored_rows  # noqa: F401
+from minillm.ops.cpu_planning import counts, fold, largest, neighbours, places, true_rows  # noqa: F401
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import (  # noqa: F401
     DEVICE,
     array,
     available_memory,
     concatenate,
-    counts,
     host,
-    largest,
-    neighbours,
     numbers,
-    places,
     pooled,
     random_words,
     read_labels,
     totals,
-    true_rows,
 )
 from minillm.ops.pages import StoredRows
 from minillm.ops.pages import new_slab as new_slab
@@ -240,6 +236,18 @@ def write_entries(layer, start, entries):
     pointers = (pointer(a) for a in (k, v, log_size, pos, start, lengths))
     shape = len(lengths), layer.pool.head_dim
     _lib.write_entries(byref(cpu_lib.Entries(paged(layer, slabs), *pointers, *shape)))
+
+
+def rewrite(layer, start, dest, weights, entries):
+    """The entries of a PagedLayer after the first `start` (H,) of each head become sums of themselves where they lie.
+    See numpy_ops."""
+    start, lengths, dest = (np.ascontiguousarray(a, np.int64) for a in (start, entries.lengths, dest))
+    floating = [floats(a) for a in (*weights, entries.log_size)]
+    pos, slabs, n = np.ascontiguousarray(entries.pos, np.int32), slab_table(layer.pool), (layer.lengths - start).sum()
+    assert n == len(dest) == len(floating[0]) == len(floating[1]) and (start + lengths <= layer.lengths).all()
+    assert lengths.sum() == len(pos) == len(floating[2]) > dest.max(initial=-1)
+    pointers = (pointer(a) for a in (start, lengths, dest, *floating, pos))
+    _lib.rewrite(byref(cpu_lib.Rewrite(paged(layer, slabs), *pointers, len(start), layer.pool.head_dim)))
 
 
 def nearest(keys, rows, others, first, last):

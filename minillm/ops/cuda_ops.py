@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
-from minillm.ops import cuda_device, launch
+from minillm.ops import cuda_device, launch, numpy_ops, numpy_planning
 from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
 from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
@@ -178,6 +178,8 @@ class CudaOps:
         self._read(rows.past, rows.start, **{rows.field: stored})
         return stored if rows.new is None else joined(lengths, stored, rows.new)
 
+    rewrite = staticmethod(numpy_ops.rewrite)
+
     def read_labels(self, layer, start):
         """log_size, pos (E,) of the entries of a PagedLayer after the first `start` (H,) of each head."""
         n = int((layer.lengths - start).sum())
@@ -287,6 +289,10 @@ class CudaOps:
         out = self.device.empty(pos.shape, np.int32)
         launch.neighbours(self.device, stays.view(np.uint8), pos, self._first(lengths), out, reach)
         return out
+
+    def fold(self, *arguments):
+        """Which entry each row goes to. See numpy_ops."""
+        return numpy_planning.fold(*arguments, ops=self)
 
     def merge(self, rows, dest, weight, n_entries):
         """entry[dest[r]] += weight[r] * rows[r], for dest >= 0. -> (n_entries, d)."""

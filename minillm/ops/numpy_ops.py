@@ -1,12 +1,15 @@
 """The reference backend: the contract of `minillm.ops` in NumPy, float32. What this file computes is right by
 definition."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.numpy_planning import (  # noqa: F401
     counts,
+    fold,
     largest,
     neighbours,
     numbers,
@@ -307,6 +310,17 @@ def write_entries(layer, start, entries):
             run.log_size[:], run.pos[:] = entries.log_size[rows], entries.pos[rows]
             done = rows.stop
     assert done == len(entries.pos)
+
+
+def rewrite(layer, start, dest, weights, entries):
+    """The entries of a PagedLayer after the first `start` (H,) of each head, R in all, become others where they lie:
+    K and V of entry dest[r] the sum of weights[0][r] x K, weights[1][r] x V. dest, weights (R,): as of `merge`; each
+    row goes to an entry of its head. entries: their Entries, without k and v. No head gets longer."""
+    ops, n = layer.pool.ops, len(entries.pos)
+    rows = (StoredRows(layer, start, field) for field in ("k", "v"))
+    k, v = (ops.merge(of, dest, weight, n) for of, weight in zip(rows, weights, strict=True))
+    shorter = replace(layer, lengths=start + entries.lengths)
+    ops.write_entries(shorter, start, replace(entries, k=k, v=v))
 
 
 def read_labels(layer, start):

@@ -1,5 +1,7 @@
 """What planning needs beside NumPy's own functions: the largest, sums and neighbours in stretches of rows."""
 
+import sys
+
 import numpy as np
 
 
@@ -75,3 +77,21 @@ def neighbours(stays, pos, lengths, reach):
     place = (numbers(lengths) << 32) + pos
     far = np.where(beside < 0, reach + 1, np.abs(place[beside] - place))
     return np.where(far.min(axis=0) > reach, -1, np.where(far[1] < far[0], beside[1], beside[0]))
+
+
+def fold(scores, size, pos, kept, protected, lengths, reach, counts, ops=sys.modules[__name__]):
+    """Which entry each row goes to, where those `kept` (R,) become entries and each other row is folded into the
+    nearest of these, but the protected ones, that its stretch has within `reach` positions: for so much of its size as
+    `counts`, times its score over that row's, 1 at most.
+
+    scores, size, pos, protected (R,): stretches of `lengths` (S,) one after another. ops: whose `neighbours`, `places`
+    and `totals`. -> dest (R,), -1 for no entry; weight (R,) float32, the share in its entry; sizes (E,) float32; rows
+    (E,), the row that each entry was."""
+    target = ops.neighbours(kept > protected, pos, lengths, reach)
+    rows, dest = ops.places(kept, int(ops.counts(kept, lengths).sum()))
+    folded = (target >= 0) > kept
+    ratio = np.clip(scores / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
+    mass = np.where(folded, size * (np.float32(counts) * ratio), size).astype(np.float32, copy=False)
+    dest = np.where(folded, dest[target], dest)
+    sizes = ops.totals(dest, mass, len(rows)).astype(np.float32)
+    return dest, mass / sizes[dest] if len(rows) else mass, sizes, rows
