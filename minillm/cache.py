@@ -251,7 +251,9 @@ class KVCache:
         return self.kept * self.pool.page_bytes / self.pool.float_page_bytes
 
     def layer(self, index):
-        return PagedLayer(self.pool, self.pages[index], self.lengths[index], self.position)
+        """The PagedLayer of a layer, or of several (a slice), whose heads are taken for those of one."""
+        pages = self.pages[index].reshape(-1, self.pages.shape[2])
+        return PagedLayer(self.pool, pages, self.lengths[index].ravel(), self.position)
 
     def write(self, layer, entries, start=None):
         """Store Entries after the first `start` (H,) entries of each head (default: after all); what followed is
@@ -260,6 +262,27 @@ class KVCache:
         for head, first in enumerate(start.tolist()):
             self._resize(layer, head, first, first + int(entries.lengths[head]))
         self.pool.ops.write_entries(self.layer(layer), start, entries)
+
+    def rewrite(self, layers, start, dest, weights, entries):
+        """The entries of some layers (a slice), after the first `start` (H,) of each of their heads, become sums of
+        themselves where they lie: see ops.rewrite. entries: Entries, with neither k nor v."""
+        shape = self.lengths[layers].shape
+        self._make_own(layers, start.reshape(shape) // self.pool.page_size)
+        self.pool.ops.rewrite(self.layer(layers), start, dest, weights, entries)
+        self.cut((start + entries.lengths).reshape(shape), layers)
+
+    def _make_own(self, layers, first):
+        """Copies of the pages of some layers, from the first (n, H) of each head on, that forks hold as well."""
+        number, held = np.arange(self._pages.shape[2]), self.n_pages()[layers]
+        at = np.nonzero((number >= first[:, :, None]) & (number < held[:, :, None]))
+        shared = self.pool.refs[self._pages[layers][at]] > 1
+        if shared.any():
+            pages, at = self._new_pages()[layers], tuple(index[shared] for index in at)
+            own = self.pool.alloc(len(at[0]))
+            for source, target in zip(pages[at], own, strict=True):
+                self.pool.copy_page(source, target)
+            self.pool.release(pages[at])
+            pages[at] = own
 
     def _resize(self, layer, head, kept, length):
         """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""
@@ -270,7 +293,8 @@ class KVCache:
         if kept % size:
             self._own(table, whole)
         first_new = -(-kept // size)
-        self.pool.release(table[first_new:held])
+        if held > first_new:
+            self.pool.release(table[first_new:held])
         table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
         self.lengths[layer, head] = length
 
@@ -350,17 +374,18 @@ class KVCache:
         self.lengths -= unseen * size
         self.tail = min(self.tail, int(self.lengths.min()))
 
-    def cut(self, lengths):
-        """Give up what follows the first `lengths` (L, H) entries of each head."""
-        for (layer, head), length in np.ndenumerate(lengths):
-            if length < self.lengths[layer, head]:
-                self._resize(layer, head, length, length)
+    def cut(self, lengths, layers=slice(None)):
+        """Give up what follows the first `lengths` (n, H) entries of each head of some layers."""
+        lengths = np.minimum(lengths, self.lengths[layers])
+        size, number = self.pool.page_size, np.arange(self._pages.shape[2])
+        needed, held = -(-lengths // size), self.n_pages()[layers]
+        gone = (number >= needed[:, :, None]) & (number < held[:, :, None])
+        self.pool.release(self._new_pages()[layers][gone])
+        self.lengths[layers] = lengths
 
     def clear(self):
         """Give every page back to the pool; nothing has been seen."""
-        for row, n in zip(self._new_pages().reshape(-1, self._pages.shape[2]), self.n_pages().reshape(-1), strict=True):
-            self.pool.release(row[:n])
-        self.lengths[:] = 0
+        self.cut(np.zeros_like(self.lengths))
         self.token_ids, self.tail, self.shift = [], 0, 0
         self.queries = self.predicted = self.scores = self.thresholds = None
 

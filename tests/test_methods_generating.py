@@ -18,7 +18,7 @@ from test_compress import Sequence
 from test_extend import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, SamplingParams
-from minillm.compress.compressor import Compression
+from minillm.compress.compressor import Compression, OneCut
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS, methods_table
 from minillm.errors import MinillmError, UsageError
@@ -133,10 +133,15 @@ def test_what_is_generated_is_written_twice_at_most(method, monkeypatch):
     """All of it is in memory already: layers whose budgets depend on one another are cut again at the end, and not in
     between."""
     sequence = Sequence(CacheConfig(method, 40, recompress=100, **NEEDS.get(method, {})), n_layers=10).read(140)
-    written, write, times = [], Compression._write, 0
-    monkeypatch.setattr(
-        Compression, "_write", lambda self, layer, *rest: written.append(layer.index) or write(self, layer, *rest)
-    )
+    written, times = [], 0
+    for kind, name, numbers in ((Compression, "_write", lambda layer, *_: [layer.index]), (OneCut, "_merge", range)):
+        write = getattr(kind, name)
+
+        def counted(self, first, second, *rest, write=write, numbers=numbers):
+            written.extend(numbers(first, second))
+            return write(self, first, second, *rest)
+
+        monkeypatch.setattr(kind, name, counted)
     for compressed in sequence.generate(300):
         times += compressed
         assert max(map(written.count, written), default=0) <= 2 * times and len(set(written)) == 10 * bool(times)

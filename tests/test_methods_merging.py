@@ -267,7 +267,8 @@ def test_the_global_cut_never_holds_more_than_its_budget_and_a_layer():
     sequence.read(400)
     a_layer, total = 2 * 400, round(0.2 * 400 * 16)
     assert sequence.cache.entries == total
-    assert max(most) <= total + a_layer < 8 * a_layer / 2
+    assert sequence.pool.slab_entries < a_layer / 6
+    assert max(most) <= total + a_layer + sequence.pool.slab_entries < 8 * a_layer / 2
 
 
 def literal_composite(layer, own, *, agree="max", heads_agree=True, v_norm=False):
@@ -313,6 +314,10 @@ def spent(scores, total, allocation, protected=0, **options):
         layers[-1].index = index
     ledger = Ledger(total, [n_heads * n] * len(scores), n_heads * protected)
     options = options_of(ALLOCATIONS[allocation], **options)
+    if not ALLOCATIONS[allocation].layers:  # one cut: the layers' heads are heads of one
+        layer = make_layer([head] * n_heads * len(scores), rope)
+        into = ALLOCATIONS[allocation].heads(layer, np.concatenate(scores).ravel(), total, options=options)
+        return (into >= 0).reshape(len(scores), n_heads, n)
     for layer, s in zip(layers, scores, strict=True):
         ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options=options)
         ledger.held.append(ledger.targets[-1])

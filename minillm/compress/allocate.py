@@ -3,7 +3,8 @@
 heads(layer, scores, target, **options) -> into (R,) int64: which rows of a layer become entries, `target` of them: a
 row whose into is itself stays, one with another row's number of its head joins that, -1: it has no place.
 
-layers(ledger, layer, scores, **options) -> the targets of the layers seen so far, this one the last."""
+layers(ledger, layer, scores, **options) -> the targets of the layers seen so far, this one the last. None: `heads` is
+one cut through all layers, whose heads it takes for those of one."""
 
 import math
 from bisect import bisect_right
@@ -24,14 +25,14 @@ class Allocation:
 
     summary: str
     heads: Part
-    layers: Part
+    layers: Part | None
     reads: str | None = None
     scored: bool = True
     joins: bool = False
 
     @property
     def options(self):
-        return self.heads.options | self.layers.options
+        return self.heads.options | (self.layers.options if self.layers else {})
 
 
 def stay(kept):
@@ -121,9 +122,6 @@ def best(layer, scores, counts, kept):
 def best_of_all(layer, scores, count):
     """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
     earlier. (And others, where there are not so many.)"""
-    of, known, mask = layer.memo.get("best", (None, None, None))  # what a cut through all layers has found
-    if of is scores and known == count:
-        return mask
     return layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
 
 
@@ -155,7 +153,13 @@ def composites(ledger, layer, scores, least):
     sums, heads = (layer.ops.totals(rank, x, n_ranks) for x in (scores[rows], np.ones_like(rank)))
     composite, of_rank = np.zeros(len(scores), np.float32, like=scores), sums / np.maximum(heads, 1)
     composite[rows] = np.where(rank < least, np.inf, of_rank[rank]).astype(np.float32)
-    return one_cut(ledger, layer, composite)
+    ledger.pool.append(others(composite, layer.protected))
+    pool, lengths = np.concatenate(ledger.pool), [len(known) for known in ledger.pool]
+    kept = layer.ops.largest(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
+    counts = layer.ops.counts(kept, lengths)
+    ends = np.cumsum(counts).tolist()
+    ledger.pool = np.split(pool[layer.ops.true_rows(kept, ends[-1])], ends[:-1])
+    return (ledger.protected + counts).tolist()
 
 
 def unlike(ledger, layer, scores):
@@ -165,21 +169,6 @@ def unlike(ledger, layer, scores):
     spread = max(np.ptp(variance), np.finfo(np.float64).tiny)
     ledger.weights.append(np.exp(-np.mean((variance - np.min(variance)) / spread)))
     return ledger.shared(ledger.weights)
-
-
-def one_cut(ledger, layer, scores):
-    """As many as each layer has among the best of all rows of all layers, beside the protected ones; of equal ones the
-    earlier. What is not among the best of the rows known so far cannot be among the best of all: so the layers seen are
-    cut as new ones come, and the result is that of one cut at the end."""
-    index = len(ledger.targets)
-    ledger.pool[index] = others(scores, layer.protected)
-    pool, lengths = np.concatenate(ledger.pool), [len(known) for known in ledger.pool]
-    kept = layer.ops.largest(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
-    counts = layer.ops.counts(kept, lengths)
-    layer.memo["best"] = scores, int(counts[index]), kept[sum(lengths[:index]) :][: len(scores)]
-    ends = np.cumsum(counts).tolist()
-    ledger.pool = np.split(pool[layer.ops.true_rows(kept, ends[-1])], ends[:-1])
-    return (ledger.protected + counts)[: index + 1].tolist()
 
 
 def pyramid(ledger, layer, scores, beta):
@@ -226,8 +215,8 @@ ALLOCATIONS = {
     "layer": Allocation("the best of each layer, whichever head", ACROSS_HEADS, EVEN),
     "global": Allocation(
         "the best of the whole model: one cut through all layers and heads",
-        Part(above, "the best of a layer, whichever head", {"threshold": THRESHOLD}),
-        Part(one_cut, "the best of all layers"),
+        Part(above, "the best of all layers, whichever head", {"threshold": THRESHOLD}),
+        None,
     ),
     "shared": Allocation(
         "the same tokens in every head of a layer", Part(shared, "the same tokens in every head"), EVEN

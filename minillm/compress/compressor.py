@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minillm.compress.allocate import stay
 from minillm.compress.ledger import Ledger
 from minillm.compress.output import Output
 from minillm.compress.plan import SHORT, Layer, Queries
@@ -15,6 +16,7 @@ from minillm.ops.numpy_planning import joined
 from minillm.ops.pages import StoredRows
 
 BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
+PART = 32768  # rows that are merged at a time, if they are of several layers
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
 
 
@@ -81,7 +83,8 @@ class Compressor:
         if end <= cache.seen - cache.tail and config.spec.settles:
             return None
         asked = asked if generated else None
-        return Compression(self, cache, new_ids, classes, sinks, end, coming, generated, asked)
+        kind = Compression if config.allocation.layers else OneCut
+        return kind(self, cache, new_ids, classes, sinks, end, coming, generated, asked)
 
     def _foresee(self, cache):
         """Have the predicted scores of what is read noted, where the method looks at them."""
@@ -121,20 +124,21 @@ class Compression:
         self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
         if self.config.spec.settles:
             self.settled = cache.lengths - cache.tail
-        self.ledger, self.slack = None, None
-        if self.config.budget is not None:
-            total = self.config.budget.total(seen + coming, cache.lengths.size)
+        budget = self.config.budget
+        if budget is not None:
+            total = budget.total(seen + coming, cache.lengths.size)
             left = total - int(self.settled.sum())
             if left < cache.lengths.size * (seen - end + 1):  # the settled entries use it up: they are compressed again
                 left, self.settled = total, np.zeros_like(self.settled)
-            rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
-            first = 0 if self.settled.any() else min(sinks, seen)
-            self.ledger = Ledger(left, rows.tolist(), n_heads * (seen - end + first), self._known(first))
-            # What may be held beyond the targets before layers are cut again: a layer, or a slab, of which no part can
-            # be given back; what was generated is held already.
-            self.slack = max(rows.max(), cache.pool.slab_entries) if len(new_ids) else rows.sum()
+        rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
+        first = 0 if self.settled.any() else min(sinks, seen)
+        self.ledger = None if budget is None else Ledger(left, rows.tolist(), n_heads * (seen - end + first))
+        # What may be held beyond the targets before layers are cut again; what was generated is held already.
+        self.slack = self._slack(rows.max()) if len(new_ids) else rows.sum()
         self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
-        self.scores = []  # (E,) of the entries of each layer stored, where the method scores
+        # Of each layer (E,) what its entries score, where the method scores; until it is stored, what the last
+        # compression left them.
+        self.scores = [None] * n_layers if cache.scores is None else list(cache.scores)
         self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
         self.next_pos = {}  # of each layer whose Plan says so
         self.labels = {}  # of the entries of each layer stored
@@ -146,6 +150,10 @@ class Compression:
     def reads(self):
         """What the method looks at beside keys and values (see CacheConfig.reads)."""
         return self.config.reads
+
+    def _slack(self, a_layer):
+        """A layer of so many rows, or a slab, of which no part can be given back."""
+        return max(a_layer, self.cache.pool.slab_entries)
 
     def store(self, index, k=None, v=None, queries=(), wo=None):
         """Compress the rows of layer `index`, its new keys and values k, v (H, n, d) among them, and write the result
@@ -160,13 +168,16 @@ class Compression:
         labels = self._labels(index, 0 if k is None else k.shape[1])
         layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
         layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
-        scores = self.config.scores(layer)
+        self._put(layer, self.config.scores(layer), k, v)
+
+    def _put(self, layer, scores, k, v):
+        """Store a layer whose rows score so much, its new keys and values k, v among them."""
         if self.ledger is None:
             self._write(layer, scores, None)
             return
         targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
-        self._write(layer, scores, targets[index])
-        last = index + 1 == len(self.cache.lengths)
+        self._write(layer, scores, targets[layer.index])
+        last = layer.index + 1 == len(self.cache.lengths)
         if last or sum(self.ledger.held) - sum(targets) > self.slack:
             self._cut_again(-np.inf if last else self.slack / 2)
 
@@ -196,28 +207,16 @@ class Compression:
         if self.ledger is not None:
             self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
-            self.scores[layer.index : layer.index + 1] = [scores[stays]]
+            self.scores[layer.index] = scores[stays]
         self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
         if plan.next_pos is not None:
             self.next_pos[layer.index] = plan.next_pos
 
-    def _known(self, sinks):
-        """For each layer the scores of rows that it will have, whatever comes, beside the `sinks` first of each head:
-        where scores stay what they were."""
-        scores, lengths, known = self.cache.scores, self.cache.lengths, []
-        if not self.config.foresees or scores is None:
-            return [self.ops.array(np.zeros(0, np.float32))] * len(lengths)
-        for scored, n in zip(scores, lengths, strict=True):
-            since = (n.sum() - len(scored)) // len(n)  # tokens read since then
-            heads = np.split(scored, np.cumsum(n - since)[:-1])
-            known.append(np.concatenate([head[sinks:] for head in heads]))
-        return known
-
     def _labels(self, index, n):
         """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new
         tokens."""
-        cache, start = self.cache, self.settled[index]
-        lengths, n_heads = cache.lengths[index] - start, len(start)
+        cache, n_heads = self.cache, len(self.settled[index])
+        lengths = cache.lengths[index] - self.settled[index]
         if self.new is None:
             pos = np.arange(cache.position, cache.position + n, dtype=np.int32, like=self.classes)
             ones = np.ones_like(pos, np.float32, shape=(n_heads, n))
@@ -226,24 +225,31 @@ class Compression:
             if self.prompt is None:
                 self.prompt = Labels(self.new.size.ravel(), self.new.pos.ravel(), self.new.lengths)
             return self.prompt
-        log_size, pos = self.ops.read_labels(cache.layer(index), start)
-        size = joined(lengths, np.exp(log_size), self.new.size)
-        return Labels(size, joined(lengths, pos, self.new.pos), lengths + n)
+        known = self.labels.get(index) or self._stored_labels(index)
+        if not n:
+            return known
+        size, pos = joined(lengths, known.size, self.new.size), joined(lengths, known.pos, self.new.pos)
+        return Labels(size, pos, lengths + n)
+
+    def _stored_labels(self, index):
+        """The Labels of a layer's entries after those that are settled."""
+        log_size, pos = self.ops.read_labels(self.cache.layer(index), self.settled[index])
+        return Labels(np.exp(log_size), pos, self.cache.lengths[index] - self.settled[index])
 
     def _rows(self, index, k=None, v=None):
-        """The keys and values of the same rows; k, v (H, n, d): those of the new tokens."""
-        cache, start = self.cache, self.settled[index]
-        if k is not None and not (cache.lengths[index] - start).any():  # a first prompt: they are all there is
+        """The keys and values of the same rows; k, v (H, n, d): those of the new tokens. Or of several layers (a
+        slice)."""
+        past, start = self.cache.layer(index), self.settled[index].ravel()
+        if k is not None and not (past.lengths - start).any():  # a first prompt: they are all there is
             return k.reshape(-1, k.shape[2]), v.reshape(-1, v.shape[2])
-        past = cache.layer(index)
         return StoredRows(past, start, "k", k), StoredRows(past, start, "v", v)
 
     def _history(self, index, labels):
         """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
-        if not self.config.adds_up or self.cache.scores is None:
+        if not self.config.adds_up or self.scores[index] is None:
             return None
         n_heads = len(labels.lengths)
-        n_new = (len(labels.pos) - len(self.cache.scores[index])) // n_heads
+        n_new = (len(labels.pos) - len(self.scores[index])) // n_heads
         return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32, like=self.classes))
 
     def _predicted(self, index, labels):
@@ -256,9 +262,9 @@ class Compression:
 
     def _scored(self, index, labels, new):
         """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
-        if self.cache.scores is None:
+        if self.scores[index] is None:
             return new.ravel()
-        return joined(labels.lengths - new.shape[1], self.cache.scores[index], new)
+        return joined(labels.lengths - new.shape[1], self.scores[index], new)
 
     def _attributes(self, labels):
         """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
@@ -290,6 +296,101 @@ class Compression:
             scale=compressor.scale,
             attention_window=compressor.window,
         )
+
+
+class OneCut(Compression):
+    """The Compression of an allocation that is one cut through all layers.
+
+    Tokens wait in pages as they were read. Where more is held than the budget and `slack`, and at the end, all that is
+    known is cut: what is not among the best of the rows known so far cannot be among the best of all, so the result is
+    that of one cut at the end. To the planning the layers that are cut are heads of one."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for index in range(len(self.scores)) if self.config.foresees and self.cache.entries else ():
+            self.labels[index] = self._stored_labels(index)  # layers to come are known as well: their scores stay
+            self.scores[index] = self._predicted(index, self.labels[index])
+        self.held = self._count()  # entries of the layers that are known
+        self.wanted = self.held if self.ledger is None else self.ledger.total
+
+    def _slack(self, a_layer):
+        """As many as the slabs have room for that hold the budget, of each head a page that is not full, and a layer of
+        so many rows."""
+        if self.ledger is None:
+            return super()._slack(a_layer)
+        pool = self.cache.pool
+        least = self.ledger.total + self.settled.size * pool.page_size
+        return -(-(least + a_layer) // pool.slab_entries) * pool.slab_entries - least
+
+    def _count(self):
+        return sum(len(labels.pos) for labels in self.labels.values())
+
+    def store(self, index, k=None, v=None, queries=(), wo=None):
+        n_new = 0 if k is None else k.shape[0] * k.shape[1]
+        if self.held + n_new - self.wanted > self.slack:
+            self._cut(index, min(self.slack / 4, self.slack - n_new))
+        super().store(index, k, v, queries, wo)
+
+    def _put(self, layer, scores, k, v):
+        if k is not None:
+            first = self.cache.position
+            self.cache.append(layer.index, k, v, np.arange(first, first + k.shape[1]))
+        self.labels[layer.index], self.scores[layer.index] = Labels(layer.size, layer.pos, layer.lengths), scores
+        self.held = self._count()
+        if layer.index + 1 == len(self.scores):
+            self._cut(layer.index + 1, 0)
+
+    def _cut(self, n_stored, excess):
+        """Compress layers, those that hold most too much first, until all that are known together hold at most `excess`
+        too much. n_stored: layers whose new tokens are stored."""
+        known = sorted(self.labels)
+        labels, scores = self._joined(known), np.concatenate([self.scores[index] for index in known])
+        layer = self._layer(known[0], labels, None, None)
+        kept = self.config.into(layer, scores, self.ledger and self._target(n_stored)) >= 0
+        rows = np.array([len(self.scores[index]) for index in known])
+        too_many, ends = rows - self.ops.counts(kept, rows), np.cumsum(rows)
+        order = np.argsort(-too_many, kind="stable")
+        before = np.cumsum(too_many[order]) - too_many[order]  # that are gone when it is a layer's turn
+        chosen = np.sort(order[(too_many[order] > 0) & (too_many.sum() - before > excess)])
+        for first, last in self._parts(chosen, rows):
+            part = slice(int(ends[first] - rows[first]), int(ends[last]))
+            self._merge(known[first], known[last] + 1, scores[part], kept[part])
+        self.held = self._count()
+        self.wanted = self.held if self.ledger is None else self.wanted
+
+    def _target(self, n_stored):
+        """Entries of the layers that are known: all but what is protected in the others, and in layers to come."""
+        n_layers, n_heads = self.settled.shape
+        window = n_heads * min(self.seen - self.end, len(self.new_ids))
+        coming = [window if index in self.labels else self.ledger.protected for index in range(n_stored, n_layers)]
+        return self.ledger.total - sum(coming)
+
+    def _parts(self, chosen, rows):
+        """(first, last) of the layers `chosen` (n,), which ascend, that may be merged together: of consecutive ones as
+        many as have PART rows, of which there are `rows` (L,), where the merge looks at one head at a time."""
+        first = 0
+        for i in range(1, len(chosen) + 1):
+            together = i < len(chosen) and self.config.merge.by_head and chosen[i] == chosen[i - 1] + 1
+            if not together or rows[chosen[first : i + 1]].sum() > PART:
+                yield chosen[first], chosen[i - 1]
+                first = i
+
+    def _merge(self, first, end, scores, kept):
+        """Merge what the layers `first` .. `end` - 1 hold, of which so many rows are kept, and write it."""
+        layers, labels = slice(first, end), self._joined(range(first, end))
+        layer = self._layer(first, labels, *self._rows(layers))
+        plan, stays = self.config.merged(layer, scores, stay(kept))
+        plan.write(layer, self.cache, layers, self.settled[layers].ravel())
+        scores, lengths = scores[stays], plan.lengths.reshape(end - first, -1)
+        ends = np.cumsum(lengths.sum(axis=1)).tolist()
+        for i, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False), first):
+            self.labels[i] = Labels(plan.size[lo:hi], plan.pos[lo:hi], lengths[i - first])
+            self.scores[i] = scores[lo:hi]
+            self.thresholds[i] = layer.memo.get("tau", self.thresholds[i])
+
+    def _joined(self, layers):
+        """The Labels of several layers, one after another."""
+        return Labels(*(np.concatenate(parts) for parts in zip(*(self.labels[i] for i in layers), strict=True)))
 
 
 def _classes_of(classes, size, token, untouched):

@@ -214,7 +214,14 @@ class CacheConfig:
 
     def plan(self, layer, scores, target):
         """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
-        into = self.allocation.heads(layer, scores, target, options=self.options)
+        return self.merged(layer, scores, self.into(layer, scores, target))
+
+    def into(self, layer, scores, target):
+        """(R,) which row each becomes part of, as an Allocation's heads say it."""
+        return self.allocation.heads(layer, scores, target, options=self.options)
+
+    def merged(self, layer, scores, into):
+        """`plan` of rows of which that is known."""
         plan = self.merge(layer, scores, into, options=self.options)
         if plan.rows is None:
             plan.rows = layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))

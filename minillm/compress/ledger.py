@@ -12,14 +12,14 @@ class Ledger:
     that is compressed again. So whatever the rule, the total is met exactly, and no more is held than it and a layer
     or two."""
 
-    def __init__(self, total, rows, protected=0, known=None):
+    def __init__(self, total, rows, protected=0):
         self.total = total  # entries of all layers together
         self.rows = list(rows)  # (L,) rows of each layer
         self.protected = protected  # rows of each layer that stay whatever happens
         self.targets = []
         self.held = []  # entries that each layer seen holds now
         self.weights = []  # of the layers seen, where a rule shares out in proportion
-        self.pool = known or [np.zeros(0, np.float32)] * len(self.rows)  # of each layer the scores that may be kept
+        self.pool = []  # of each layer seen the scores that may be kept, where a rule cuts through them
         self.counts = defaultdict(list)  # for a rung of a ladder, the entries it makes in the layers where it was tried
         self.rung = 0  # that the last layer came to
 

@@ -14,10 +14,12 @@ from minillm.compress.plan import Plan
 @dataclass(frozen=True)
 class Merge(Part):
     """joined: whether it is for allocations whose rows join others (True), for those whose rows do not (False), or for
-    both (None). compares: it weighs rows by their scores. reads: as of a Score."""
+    both (None). compares: it weighs rows by their scores. by_head: what becomes of a row depends on its head alone, so
+    that the heads may be of several layers. reads: as of a Score."""
 
     joined: bool | None = False
     compares: bool = False
+    by_head: bool = False
     reads: str | None = None
 
 
@@ -66,13 +68,10 @@ def fold(layer, scores, into, reach, counts):
     positions (of two as near the earlier); it `counts` for so much of itself, times its score over that row's. Keys
     stay as they are. Where none is near it is dropped."""
     kept = into >= 0
-    target = layer.ops.neighbours(kept > layer.protected, layer.pos, layer.lengths, reach)
-    plan, folded = Plan.keep(layer, kept), (target >= 0) > kept
-    ratio = np.clip(scores / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
-    mass = np.where(folded, layer.size * (np.float32(counts) * ratio), layer.size).astype(np.float32, copy=False)
-    plan.dest, plan.key_weight = np.where(folded, plan.dest[target], plan.dest), kept.astype(np.float32)
-    plan.size = layer.ops.totals(plan.dest, mass, len(plan.size)).astype(np.float32)
-    plan.weight = mass / of_entries(plan.size, plan.dest)
+    rows = scores, layer.size, layer.pos, kept, layer.protected
+    dest, weight, size, kept_rows = layer.ops.fold(*rows, layer.lengths, reach, counts)
+    plan = Plan(dest, weight, size, layer.pos[kept_rows], layer.count(kept), rows=kept_rows)
+    plan.key_weight = kept.astype(np.float32)
     return plan
 
 
@@ -144,7 +143,7 @@ EXPECTED = Option(False, one_of(True, False), "weigh by the probability in place
 SEED = Option(0, number(0, 1 << 30, int), "of the throws")
 
 MERGES = {
-    "drop": Merge(drop, "they are dropped", {"positions": POSITIONS}, joined=None),
+    "drop": Merge(drop, "they are dropped", {"positions": POSITIONS}, joined=None, by_head=True),
     "cores": Merge(cores, "averaged with the row they join", {"rope": ROPE, "log_size": LOG_SIZE}, joined=True),
     "average": Merge(
         average,
@@ -152,7 +151,11 @@ MERGES = {
         {"chunking": OPTIONS["chunking"], "rope": ROPE, "log_size": LOG_SIZE},
     ),
     "fold": Merge(
-        fold, "their values folded into a neighbour's, by score", {"reach": REACH, "counts": COUNTS}, compares=True
+        fold,
+        "their values folded into a neighbour's, by score",
+        {"reach": REACH, "counts": COUNTS},
+        compares=True,
+        by_head=True,
     ),
     "nearest": Merge(
         nearest, "averaged with the row most like them, if it is alike", {"weights": WEIGHTS, "log_size": LOG_SIZE}

@@ -185,6 +185,17 @@ class Plan:
             k = ops.merge(layer.k_rows, self.dest, weight, n)
         return Entries(k, v, np.log(self.size), self.pos, self.lengths)
 
+    def write(self, layer, cache, layers, start):
+        """Into the pages of a KVCache, after the first `start` (H,) of each head of `layers` (a slice), which hold the
+        layer's rows there."""
+        if self.unrotate or self.v is not None:
+            cache.write(layers.start, self.apply(layer), start)
+        else:
+            weights = self.weight if self.key_weight is None else self.key_weight, self.weight
+            cache.rewrite(
+                layers, start, self.dest, weights, Entries(None, None, np.log(self.size), self.pos, self.lengths)
+            )
+
 
 @dataclass(frozen=True)
 class Budget:
