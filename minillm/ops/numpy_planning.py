@@ -90,7 +90,8 @@ def fold(scores, size, pos, kept, protected, lengths, reach, counts, ops=sys.mod
     target = ops.neighbours(kept > protected, pos, lengths, reach)
     rows, dest = ops.places(kept, int(ops.counts(kept, lengths).sum()))
     folded = (target >= 0) > kept
-    ratio = np.clip(scores / np.maximum(scores[target], np.finfo(np.float32).tiny), 0, 1)
+    most = np.maximum(scores[target], np.finfo(np.float32).tiny)
+    ratio = np.minimum(np.maximum(scores, np.float32(0)), most) / most
     mass = np.where(folded, size * (np.float32(counts) * ratio), size).astype(np.float32, copy=False)
     dest = np.where(folded, dest[target], dest)
     sizes = ops.totals(dest, mass, len(rows)).astype(np.float32)
