@@ -285,7 +285,7 @@ inline std::string deadlock() {
 }
 
 struct Region { char* start; size_t size; };
-inline Region regions[256];  // static shared variables seen so far
+inline Region regions[256];  // static shared variables of the kernel, seen so far
 inline size_t n_regions;
 
 __attribute__((no_sanitize("address", "thread"), noinline)) inline void fill_with_nan(Region region) {
@@ -378,6 +378,7 @@ inline void check(const Config& config) {
 template <class F>
 CUEMU_RUNTIME int run(const Config& config, F body, char* error, int error_size) {
     rt.error.clear();
+    n_regions = 0;
     check(config);
     size_t n = size_t(config.block[0]) * config.block[1] * config.block[2];
     gridDim = {config.grid[0], config.grid[1], config.grid[2]};
