@@ -276,13 +276,8 @@ class KVCache:
         number, held = np.arange(self._pages.shape[2]), self.n_pages()[layers]
         at = np.nonzero((number >= first[:, :, None]) & (number < held[:, :, None]))
         shared = self.pool.refs[self._pages[layers][at]] > 1
-        if shared.any():
-            pages, at = self._new_pages()[layers], tuple(index[shared] for index in at)
-            own = self.pool.alloc(len(at[0]))
-            for source, target in zip(pages[at], own, strict=True):
-                self.pool.copy_page(source, target)
-            self.pool.release(pages[at])
-            pages[at] = own
+        for layer, head, index in zip(*(part[shared] for part in at), strict=True):
+            self._own(self._new_pages()[layers][layer, head], index)
 
     def _resize(self, layer, head, kept, length):
         """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""

@@ -102,15 +102,12 @@ EXPORT void minillm_neighbours(const uint8_t *stays, const int32_t *pos, const i
 
 EXPORT void minillm_fold(const Fold *f)
 {
-    int64_t n_rows = 0, n_entries = 0;
+    int64_t n_rows = 0, n_entries;
     for (int64_t s = 0; s < f->n_stretches; s++)
         n_rows += f->lengths[s];
-    for (int64_t i = 0; i < n_rows; i++) {
-        f->dest[i] = f->kept[i] ? n_entries : -1;
-        f->weight[i] = f->size[i];
-        if (f->kept[i])
-            f->rows[n_entries++] = i;
-    }
+    minillm_counts(f->kept, &n_rows, 1, &n_entries);
+    minillm_places(f->kept, n_rows, f->rows, f->dest);
+    memcpy(f->weight, f->size, sizeof(float) * (size_t)n_rows);
     for (int64_t s = 0, lo = 0; s < f->n_stretches; lo += f->lengths[s++]) {
         const int64_t end = lo + f->lengths[s];
         for (int64_t i = lo, before = lo - 1, after = lo - 1; i < end; i++) {

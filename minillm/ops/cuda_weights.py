@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.ops.pages import bf16_words, from_bf16
 from minillm.quants import BLOCK_BYTES, BLOCK_WEIGHTS
 
 
@@ -30,15 +31,14 @@ def to_words(values, real16):
     """float32 -> uint16 words of half or bf16, to nearest, ties to even."""
     if real16 == "half":
         return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return bf16_words(values)
 
 
 def from_words(words, real16):
     """uint16 words of half or bf16 -> float32."""
     if real16 == "half":
         return words.view(np.float16).astype(np.float32)
-    return (words.astype(np.uint32) << 16).view(np.float32)
+    return from_bf16(words)
 
 
 @dataclass

@@ -107,9 +107,9 @@ def from_int8(rows, scale):
 
 
 def bf16_words(x):
-    """Finite float32 values, rounded to nearest, ties to even -> uint16 words."""
+    """Finite float32 values of any backend, rounded to nearest, ties to even -> uint16 words."""
     bits = x.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def from_bf16(words):
