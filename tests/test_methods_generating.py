@@ -18,9 +18,10 @@ from test_compress import Sequence
 from test_extend import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, SamplingParams
-from minillm.compress.compressor import Compression, OneCut
+from minillm.compress.compression import Compression
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS, methods_table
+from minillm.compress.one_cut import OneCut
 from minillm.errors import MinillmError, UsageError
 
 GENERATING = [name for name, method in METHODS.items() if method.generates]

@@ -1,0 +1,221 @@
+"""One pass over the layers of a sequence: rows in, entries out, a layer at a time."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.compress.ledger import Ledger
+from minillm.compress.output import Output
+from minillm.compress.plan import Layer, Queries
+from minillm.ops.numpy_planning import joined
+from minillm.ops.pages import StoredRows
+
+
+class Labels(NamedTuple):
+    """What is known of rows without their keys and values, heads one after another."""
+
+    size: np.ndarray  # (R,) float32 tokens each stands for
+    pos: np.ndarray  # (R,) int32
+    lengths: np.ndarray  # (H,), on the host
+
+
+class Compression:
+    """One pass over the layers: `store` is called for each in turn, and `finish` after the last.
+
+    Entries that an earlier pass made are settled where the method says so: they are not touched, unless the budget is a
+    number of entries that they have used up. Rows are the tail (tokens stored one entry each), where nothing is settled
+    all that is stored, and the new tokens."""
+
+    def __init__(self, compressor, cache, new_ids, classes, sinks, end, coming=0, generated=False, asked=None):
+        self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
+        self.ops, self.sinks, self.end = compressor.ops, sinks, end
+        self.classes = compressor.ops.array(classes)
+        self.seen = seen = len(classes)
+        self.generated = generated
+        self.cos, self.sin = compressor.rope.tables(np.arange(seen - cache.shift), seen - cache.shift)
+        n_layers, n_heads = cache.lengths.shape
+        self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
+        if self.config.spec.settles:
+            self.settled = cache.lengths - cache.tail
+        budget = self.config.budget
+        if budget is not None:
+            total = budget.total(seen + coming, cache.lengths.size)
+            left = total - int(self.settled.sum())
+            if left < cache.lengths.size * (seen - end + 1):  # the settled entries use it up: they are compressed again
+                left, self.settled = total, np.zeros_like(self.settled)
+        rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
+        first = 0 if self.settled.any() else min(sinks, seen)
+        self.ledger = None if budget is None else Ledger(left, rows.tolist(), n_heads * (seen - end + first))
+        # What may be held beyond the targets before layers are cut again; what was generated is held already.
+        self.slack = self._slack(rows.max()) if len(new_ids) else rows.sum()
+        self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
+        # Of each layer (E,) what its entries score, where the method scores; until it is stored, what the last
+        # compression left them.
+        self.scores = [None] * n_layers if cache.scores is None else list(cache.scores)
+        self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
+        self.next_pos = {}  # of each layer whose Plan says so
+        self.labels = {}  # of the entries of each layer stored
+        self.new = None  # size, pos (H, n) and numbers (H,) of the new tokens
+        self.prompt = None  # Labels of a first prompt's rows: alike in every layer
+        self.attributes = None, {}  # the pos of the rows that came last, and what else a Layer says of them
+
+    @property
+    def reads(self):
+        """What the method looks at beside keys and values (see CacheConfig.reads)."""
+        return self.config.reads
+
+    def _slack(self, a_layer):
+        """A layer of so many rows, or a slab, of which no part can be given back."""
+        return max(a_layer, self.cache.pool.slab_entries)
+
+    def store(self, index, k=None, v=None, queries=(), wo=None):
+        """Compress the rows of layer `index`, its new keys and values k, v (H, n, d) among them, and write the result
+        to the pages. queries: a list of Queries; wo: the Weight of the layer's output projection."""
+        if self.asked:
+            q = np.stack([q[index] for q in self.asked], axis=1)
+            next_pos = self.seen - self.cache.shift
+            queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
+        if wo is not None and index not in self.compressor.outputs:
+            heads, d = self.cache.lengths.shape[1], self.cache.pool.head_dim
+            self.compressor.outputs[index] = Output(wo, heads, d, self.ops)
+        labels = self._labels(index, 0 if k is None else k.shape[1])
+        layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
+        layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
+        self._put(layer, self.config.scores(layer), k, v)
+
+    def _put(self, layer, scores, k, v):
+        """Store a layer whose rows score so much, its new keys and values k, v among them."""
+        if self.ledger is None:
+            self._write(layer, scores, None)
+            return
+        targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
+        self._write(layer, scores, targets[layer.index])
+        last = layer.index + 1 == len(self.cache.lengths)
+        if last or sum(self.ledger.held) - sum(targets) > self.slack:
+            self._cut_again(-np.inf if last else self.slack / 2)
+
+    def _cut_again(self, excess):
+        """Compress layers that hold more than their targets once more, those that hold most too much first, until all
+        together hold at most `excess` too much."""
+        held, targets = self.ledger.held, self.ledger.targets
+        for earlier in np.argsort(np.subtract(targets, held), kind="stable").tolist():
+            if held[earlier] <= targets[earlier] or sum(held) - sum(targets) <= excess:
+                break
+            layer = self._layer(earlier, self.labels[earlier], *self._rows(earlier))
+            self._write(layer, self.scores[earlier], targets[earlier])
+
+    def finish(self):
+        """All layers are stored: the tokens count as read."""
+        cache = self.cache
+        cache.advance(self.new_ids, self.seen - self.end)
+        cache.scores = self.scores if self.config.remembers else None
+        cache.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
+        if self.next_pos:
+            cache.shift = self.seen - max(self.next_pos.values())
+
+    def _write(self, layer, scores, target):
+        plan, stays = self.config.plan(layer, scores, target)
+        self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
+        self.labels[layer.index] = Labels(plan.size, plan.pos, plan.lengths)
+        if self.ledger is not None:
+            self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
+        if scores is not None:
+            self.scores[layer.index] = scores[stays]
+        self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
+        if plan.next_pos is not None:
+            self.next_pos[layer.index] = plan.next_pos
+
+    def _labels(self, index, n):
+        """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new
+        tokens."""
+        cache, n_heads = self.cache, len(self.settled[index])
+        lengths = cache.lengths[index] - self.settled[index]
+        if self.new is None:
+            pos = np.arange(cache.position, cache.position + n, dtype=np.int32, like=self.classes)
+            ones = np.ones_like(pos, np.float32, shape=(n_heads, n))
+            self.new = Labels(ones, np.tile(pos, (n_heads, 1)), np.full(n_heads, n))
+        if not lengths.any():
+            if self.prompt is None:
+                self.prompt = Labels(self.new.size.ravel(), self.new.pos.ravel(), self.new.lengths)
+            return self.prompt
+        known = self.labels.get(index) or self._stored_labels(index)
+        if not n:
+            return known
+        size, pos = joined(lengths, known.size, self.new.size), joined(lengths, known.pos, self.new.pos)
+        return Labels(size, pos, lengths + n)
+
+    def _stored_labels(self, index):
+        """The Labels of a layer's entries after those that are settled."""
+        log_size, pos = self.ops.read_labels(self.cache.layer(index), self.settled[index])
+        return Labels(np.exp(log_size), pos, self.cache.lengths[index] - self.settled[index])
+
+    def _rows(self, index, k=None, v=None):
+        """The keys and values of the same rows; k, v (H, n, d): those of the new tokens. Or of several layers (a
+        slice)."""
+        past, start = self.cache.layer(index), self.settled[index].ravel()
+        if k is not None and not (past.lengths - start).any():  # a first prompt: they are all there is
+            return k.reshape(-1, k.shape[2]), v.reshape(-1, v.shape[2])
+        return StoredRows(past, start, "k", k), StoredRows(past, start, "v", v)
+
+    def _history(self, index, labels):
+        """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
+        if not self.config.adds_up or self.scores[index] is None:
+            return None
+        n_heads = len(labels.lengths)
+        n_new = (len(labels.pos) - len(self.scores[index])) // n_heads
+        return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32, like=self.classes))
+
+    def _predicted(self, index, labels):
+        """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
+        if not self.config.foresees:
+            return None
+        noted = np.exp(self.cache.noted(index))  # (H, tokens since the last compression)
+        self.cache.predicted[index] = [noted[:, :0]]
+        return self._scored(index, labels, noted)
+
+    def _scored(self, index, labels, new):
+        """(R,) the scores of the last compression's entries, and after those of each head `new` (H, n)."""
+        if self.scores[index] is None:
+            return new.ravel()
+        return joined(labels.lengths - new.shape[1], self.scores[index], new)
+
+    def _attributes(self, labels):
+        """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
+        if self.attributes[0] is not labels.pos:
+            cache = self.cache
+            token = labels.pos + cache.shift if cache.shift else labels.pos
+            protected = (labels.pos < self.sinks) | (token >= self.end)
+            untouched = cache.seen - cache.tail if cache.shift else 0
+            classes = functools.partial(_classes_of, self.classes, labels.size, token, untouched)
+            self.attributes = labels.pos, {"find_classes": classes, "protected": protected, "shared": {}}
+        return self.attributes[1]
+
+    def _layer(self, index, labels, k, v, queries=()):
+        compressor, threshold = self.compressor, self.thresholds[index]
+        return Layer(
+            index=index,
+            k_rows=k,
+            v_rows=v,
+            **labels._asdict(),
+            **self._attributes(labels),
+            cos=self.cos,
+            sin=self.sin,
+            ops=self.ops,
+            queries=queries,
+            generated=self.generated,
+            threshold=None if np.isnan(threshold) else float(threshold),
+            worth=None if compressor.worth is None else compressor.worth[index],
+            output=compressor.outputs.get(index),
+            scale=compressor.scale,
+            attention_window=compressor.window,
+        )
+
+
+def _classes_of(classes, size, token, untouched):
+    """(R,) uint8: the classes (seen,) of the tokens (R,) of rows that no Plan has touched, none of them before
+    `untouched`: what is older may have moved."""
+    known = size == 1
+    if untouched:
+        known = known & (token >= untouched)
+    return np.where(known, classes[token * known], np.uint8(0))
