@@ -75,7 +75,7 @@ def test_identical_query_heads_are_the_model_without_groups(method):
         assert kept == runs[0][1]
         np.testing.assert_allclose(logits, runs[0][0], atol=2e-4)
         for name in ("k", "v", "log_size"):
-            np.testing.assert_allclose(getattr(entries, name), getattr(runs[0][2], name), rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(getattr(entries, name), getattr(runs[0][2], name), rtol=1e-4, atol=1e-4)
 
 
 # backends

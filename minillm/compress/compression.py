@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.compress.ledger import Ledger
+from minillm.compress.matching import ask, matched
 from minillm.compress.output import Output
 from minillm.compress.plan import Layer, Queries
 from minillm.ops.numpy_planning import joined
@@ -58,6 +59,7 @@ class Compression:
         self.labels = {}  # of the entries of each layer stored
         self.new = None  # size, pos (H, n) and numbers (H,) of the new tokens
         self.prompt = None  # Labels of a first prompt's rows: alike in every layer
+        self.matching = {}  # of each layer what it is asked, where the method fits entries to that
         self.attributes = None, {}  # the pos of the rows that came last, and what else a Layer says of them
 
     @property
@@ -82,6 +84,8 @@ class Compression:
         labels = self._labels(index, 0 if k is None else k.shape[1])
         layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
         layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
+        if self.config.options.get("match"):
+            self.matching[index] = ask(layer, self.config.options["match"])
         self._put(layer, self.config.scores(layer), k, v)
 
     def _put(self, layer, scores, k, v):
@@ -108,6 +112,8 @@ class Compression:
     def finish(self):
         """All layers are stored: the tokens count as read."""
         cache = self.cache
+        for index, asked in self.matching.items():
+            self._match(index, asked)
         cache.advance(self.new_ids, self.seen - self.end)
         cache.scores = self.scores if self.config.remembers else None
         cache.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
@@ -125,6 +131,13 @@ class Compression:
         self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
         if plan.next_pos is not None:
             self.next_pos[layer.index] = plan.next_pos
+
+    def _match(self, index, asked):
+        """Fit the entries of a layer to what it was asked."""
+        start = self.settled[index]
+        entries = self.cache.read(index, start)
+        labels = Labels(np.exp(entries.log_size), entries.pos, entries.lengths)
+        self.cache.write(index, matched(entries, asked, self._layer(index, labels, None, None)), start)
 
     def _labels(self, index, n):
         """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new

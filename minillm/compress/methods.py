@@ -6,6 +6,7 @@ from functools import cache
 
 from minillm.compress.allocate import ALLOCATIONS, Allocation
 from minillm.compress.merge import MERGES, Merge
+from minillm.compress.options import Option, number
 from minillm.compress.score import SCORES, Score
 from minillm.errors import UsageError
 
@@ -32,6 +33,12 @@ class Method:
 
 LOSSLESS = {"budget": 0.3, "window": 8}  # nearly, see README.md; what is near is scored as well as what is far
 
+MATCH = Option(
+    0,
+    number(0, 1 << 20, int),
+    "tokens of the second reading whose attention the sizes and values of entries are fitted to; 0: they are not",
+)
+
 METHODS = {
     "full": Method("every token is kept"),
     "semanticache": Method(
@@ -49,7 +56,7 @@ METHODS = {
         "reread",
         "global",
         "fold",
-        defaults=LOSSLESS | {"worth": True},
+        defaults=LOSSLESS | {"worth": True, "match": 256},
     ),
     "foresight": Method(
         "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",
@@ -254,5 +261,6 @@ def methods_markdown():
 
 
 def options_of(method, score, allocation, merge):
-    """name -> Option of the parts."""
-    return (score.options if score else {}) | allocation.options | merge.options
+    """name -> Option of the parts, and of what is done with all methods that read a text twice."""
+    options = (score.options if score else {}) | allocation.options | merge.options
+    return options | {"match": MATCH} if score and score.reads == "again" else options

@@ -54,6 +54,7 @@ FUNCTIONS = {  # name -> (arguments by position, keywords beside them, kernels s
     "ones_like": (2, "dtype shape", _one, 0),
     "ravel": (1, "", _several(0), 0),
     "searchsorted": (3, "side", _one, 0),
+    "solve": (2, "", _several(4), 1),
     "split": (3, "axis", _several(0), 0),
     "stack": (2, "axis", _parts, 0),
     "sum": (2, "axis dtype keepdims", _one, 0),

@@ -1,0 +1,91 @@
+"""Attention matching (Zweiger, Fu, Guo and Kim 2026, arXiv 2602.16284): what entries count for and what they hold is
+fitted, so that queries get from them what they got from all the rows.
+
+The queries are some of a second reading of the text, evenly spaced. Keys stay as they are. First the sizes: with them
+what the entries have of each query's attention is to be what the rows had (least squares, kept between LEAST and MOST).
+Then the values: what they add to the output is to be what the rows added. Each query counts as much as the text had of
+its attention, and RIDGE holds back what the queries say little about."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+RIDGE = 0.01  # of the mean over entries of the squares that are summed
+LEAST, MOST = 0.05, 30.0  # tokens an entry may count for
+
+
+class Asked(NamedTuple):
+    """Queries of a layer and what they got from its rows: Q queries of each of H heads, those of its group."""
+
+    q: np.ndarray  # (H, Q, d) float32, rotated
+    pos: np.ndarray  # (Q,) on the host
+    total: np.ndarray  # (H, Q) the log of the sum of exponentials over the rows
+    share: np.ndarray  # (H, Q) of the attention to all that the query saw
+    output: np.ndarray  # (H, Q, d) the mean of the values by the attention to the rows
+
+
+def ask(layer, n):
+    """What n tokens of the second reading (all, if it has fewer), which come after all rows, get from those of a
+    Layer."""
+    ops, n_heads, d = layer.ops, len(layer.lengths), layer.k.shape[1]
+    pos = np.concatenate([queries.pos for queries in layer.queries])
+    picked = np.unique(np.linspace(0, len(pos) - 1, min(n, len(pos))).round().astype(int))
+    q, lse, first = [], [], 0
+    for queries in layer.queries:
+        here = ops.array(picked[(picked >= first) & (picked < first + len(queries.pos))] - first)
+        q.append(queries.q[:, here])
+        lse += [] if queries.lse is None else [queries.lse[:, here]]
+        first += len(queries.pos)
+    q = ops.stored_rows(np.concatenate(q, axis=1).reshape(-1, d)).reshape(n_heads, -1, d)
+    pos = np.tile(pos[picked], q.shape[1] // len(picked))
+    rows = [layer.of_heads(part) for part in (ops.stored_rows(layer.k), layer.values, np.log(layer.size), layer.pos)]
+    totals, outputs = [], []
+    for head, (k, v, log_size, row_pos) in enumerate(zip(*rows, strict=True)):
+        logits = _logits(q[head], pos, k, row_pos, layer) + log_size
+        most = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - most)
+        total = weights.sum(axis=1, keepdims=True)
+        totals.append((most + np.log(total))[:, 0])
+        outputs.append(weights @ v / total)
+    total = np.stack(totals)
+    share = np.exp(total - np.concatenate(lse, axis=1).reshape(total.shape)) if lse else np.ones_like(total)
+    return Asked(q, pos, total, share, np.stack(outputs))
+
+
+def matched(entries, asked, layer):
+    """Entries with sizes and values that are fitted to `asked`. layer: the Layer they are of."""
+    ops, sizes, values, ends = layer.ops, [], [], np.cumsum(entries.lengths)[:-1].tolist()
+    rows = ops.stored_rows(entries.k), ops.stored_rows(entries.v), np.exp(entries.log_size), entries.pos
+    heads = zip(*(np.split(part, ends) for part in rows), strict=True)
+    for head, (k, v, size, pos) in enumerate(heads):
+        share = asked.share[head][:, None]
+        had = _logits(asked.q[head], asked.pos, k, pos, layer) - asked.total[head][:, None]
+        had = share * np.exp(np.minimum(had, np.float32(0)))  # (Q, E) of the attention, were an entry of one token
+        more = _least_squares(had, share - had @ size[:, None])[:, 0]
+        size = np.minimum(np.maximum(size + more, np.float32(LEAST)), np.float32(MOST))
+        had = had * size
+        has = had * share / np.maximum(had.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        sizes.append(size)
+        values.append(v + _least_squares(has, share * asked.output[head] - has @ v))
+    return replace(entries, v=np.concatenate(values), log_size=np.log(np.concatenate(sizes)))
+
+
+def _logits(q, q_pos, k, pos, layer):
+    """(Q, n) float32: what queries q (Q, d) at q_pos make of keys k (n, d) at pos; none where the model's window
+    ends."""
+    logits = q @ k.T * np.float32(layer.scale)
+    if layer.attention_window is None:
+        return logits
+    near = layer.ops.array(q_pos)[:, None] - pos < layer.attention_window
+    return np.where(near, logits, np.float32(-1e30))
+
+
+def _least_squares(a, b):
+    """x (E, n) of the least |a x - b|^2 + ridge |x|^2 for a (Q, E), b (Q, n): by the smaller of the two systems of
+    equations."""
+    wide = a.shape[1] > a.shape[0]
+    products = a @ a.T if wide else a.T @ a
+    ridge = np.square(a).sum() * np.float32(RIDGE / a.shape[1]) + np.finfo(np.float32).tiny
+    products.reshape(-1)[:: len(products) + 1] += ridge
+    return a.T @ np.linalg.solve(products, b) if wide else np.linalg.solve(products, a.T @ b)
