@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-RIDGE = 0.01  # of the mean over entries of the squares that are summed
+RIDGE = 0.1  # of the mean over entries of the squares that are summed
 LEAST, MOST = 0.05, 30.0  # tokens an entry may count for
 
 
@@ -20,8 +20,8 @@ class Asked(NamedTuple):
 
     q: np.ndarray  # (H, Q, d) float32, rotated
     pos: np.ndarray  # (Q,) on the host
-    total: np.ndarray  # (H, Q) the log of the sum of exponentials over the rows
-    share: np.ndarray  # (H, Q) of the attention to all that the query saw
+    lse: np.ndarray  # (H, Q) the log of the sum of exponentials over all that the query saw
+    share: np.ndarray  # (H, Q) of that sum, what the rows make of it
     output: np.ndarray  # (H, Q, d) the mean of the values by the attention to the rows
 
 
@@ -40,17 +40,19 @@ def ask(layer, n):
     q = ops.stored_rows(np.concatenate(q, axis=1).reshape(-1, d)).reshape(n_heads, -1, d)
     pos = np.tile(pos[picked], q.shape[1] // len(picked))
     rows = [layer.of_heads(part) for part in (ops.stored_rows(layer.k), layer.values, np.log(layer.size), layer.pos)]
-    totals, outputs = [], []
+    lse = np.concatenate(lse, axis=1).reshape(n_heads, -1) if lse else None
+    lses, shares, outputs = [], [], []
     for head, (k, v, log_size, row_pos) in enumerate(zip(*rows, strict=True)):
-        logits = _logits(q[head], pos, k, row_pos, layer) + log_size
-        most = logits.max(axis=1, keepdims=True)
-        weights = np.exp(logits - most)
-        total = weights.sum(axis=1, keepdims=True)
-        totals.append((most + np.log(total))[:, 0])
-        outputs.append(weights @ v / total)
-    total = np.stack(totals)
-    share = np.exp(total - np.concatenate(lse, axis=1).reshape(total.shape)) if lse else np.ones_like(total)
-    return Asked(q, pos, total, share, np.stack(outputs))
+        weights = _logits(q[head], pos, k, row_pos, layer)
+        weights += log_size
+        most = weights.max(axis=1) if lse is None else lse[head]  # of which the rows have a part: none overflows
+        weights -= most[:, None]
+        np.exp(weights, out=weights)
+        total = np.maximum(weights.sum(axis=1), np.finfo(np.float32).tiny)
+        outputs.append(weights @ v / total[:, None])
+        lses.append(most + np.log(total) if lse is None else most)
+        shares.append(np.ones_like(total) if lse is None else total)
+    return Asked(q, pos, np.stack(lses), np.stack(shares), np.stack(outputs))
 
 
 def matched(entries, asked, layer):
@@ -60,21 +62,22 @@ def matched(entries, asked, layer):
     heads = zip(*(np.split(part, ends) for part in rows), strict=True)
     for head, (k, v, size, pos) in enumerate(heads):
         share = asked.share[head][:, None]
-        had = _logits(asked.q[head], asked.pos, k, pos, layer) - asked.total[head][:, None]
-        had = share * np.exp(np.minimum(had, np.float32(0)))  # (Q, E) of the attention, were an entry of one token
+        had = _logits(asked.q[head], asked.pos, k, pos, layer)
+        had -= asked.lse[head][:, None]
+        np.exp(np.minimum(had, np.float32(0), out=had), out=had)  # (Q, E) of the attention, were each of one token
         more = _least_squares(had, share - had @ size[:, None])[:, 0]
         size = np.minimum(np.maximum(size + more, np.float32(LEAST)), np.float32(MOST))
-        had = had * size
-        has = had * share / np.maximum(had.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        had *= size
+        had *= share / np.maximum(had.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         sizes.append(size)
-        values.append(v + _least_squares(has, share * asked.output[head] - has @ v))
+        values.append(v + _least_squares(had, share * asked.output[head] - had @ v))
     return replace(entries, v=np.concatenate(values), log_size=np.log(np.concatenate(sizes)))
 
 
 def _logits(q, q_pos, k, pos, layer):
     """(Q, n) float32: what queries q (Q, d) at q_pos make of keys k (n, d) at pos; none where the model's window
     ends."""
-    logits = q @ k.T * np.float32(layer.scale)
+    logits = (q * np.float32(layer.scale)) @ k.T
     if layer.attention_window is None:
         return logits
     near = layer.ops.array(q_pos)[:, None] - pos < layer.attention_window
