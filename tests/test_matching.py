@@ -46,10 +46,20 @@ def least_squares(a, b):
     return np.linalg.lstsq(*rows, rcond=None)[0]
 
 
+def every(n_queries, n_entries):
+    """The least s for which every s-th query makes no more products than there may be."""
+    for s in range(1, n_queries + 1):
+        n = n_queries / s
+        if n * n_entries * min(n, n_entries) <= matching.WORK:
+            return s
+    return n_queries
+
+
 def literal_matched(entries, asked, layer):
     sizes, values, ends = [], [], np.cumsum(entries.lengths)
     for (q, pos, lse, share, output), lo, hi in zip(asked, [0, *ends], ends, strict=False):
         k, v, size = (x[lo:hi].astype(float) for x in (entries.k, entries.v, np.exp(entries.log_size)))
+        q, pos, lse, share, output = (part[:: every(len(q), len(k))] for part in (q, pos, lse, share, output))
         had = [[np.exp(x @ row * layer.scale - of_all) for row in k] for x, of_all in zip(q, lse, strict=True)]
         had = np.array(had)
         if layer.attention_window:
@@ -78,10 +88,11 @@ def in_blocks(queries, sizes):
 
 
 @pytest.mark.parametrize("window", [None, 60])
-@pytest.mark.parametrize(("n", "tokens"), [(60, 40), (60, 7), (60, 400)])
-def test_literal(n, tokens, window):
-    """More entries than queries and fewer; ragged heads; queries in blocks; sizes of earlier entries; a model's
-    window."""
+@pytest.mark.parametrize(("n", "tokens", "work"), [(60, 40, 1e9), (60, 7, 1e9), (60, 400, 1e9), (60, 40, 20000)])
+def test_literal(n, tokens, work, window, monkeypatch):
+    """More entries than queries and fewer; ragged heads; queries in blocks; sizes of earlier entries; a model's window;
+    queries left out where entries are many."""
+    monkeypatch.setattr(matching, "WORK", work)
     rng = np.random.default_rng(tokens)
     layer, _ = layer_of(rng, [n, 9, n - 7], group=2, again=True, merged=True, d=8, n_queries=40)
     layer.attention_window, layer.queries = window, in_blocks(layer.queries[0], [24, 16])

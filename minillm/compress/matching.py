@@ -6,6 +6,7 @@ what the entries have of each query's attention is to be what the rows had (leas
 Then the values: what they add to the output is to be what the rows added. Each query counts as much as the text had of
 its attention, and RIDGE holds back what the queries say little about."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 RIDGE = 0.1  # of the mean over entries of the squares that are summed
 LEAST, MOST = 0.05, 30.0  # tokens an entry may count for
+WORK = 16e6  # products of a head's equations, at most: of the queries every so many-th is taken where entries are many
 
 
 class Asked(NamedTuple):
@@ -61,16 +63,17 @@ def matched(entries, asked, layer):
     rows = ops.stored_rows(entries.k), ops.stored_rows(entries.v), np.exp(entries.log_size), entries.pos
     heads = zip(*(np.split(part, ends) for part in rows), strict=True)
     for head, (k, v, size, pos) in enumerate(heads):
-        share = asked.share[head][:, None]
-        had = _logits(asked.q[head], asked.pos, k, pos, layer)
-        had -= asked.lse[head][:, None]
+        some = slice(None, None, _step(asked.q.shape[1], len(k)))
+        share, output = asked.share[head][some, None], asked.output[head][some]
+        had = _logits(asked.q[head][some], asked.pos[some], k, pos, layer)
+        had -= asked.lse[head][some, None]
         np.exp(np.minimum(had, np.float32(0), out=had), out=had)  # (Q, E) of the attention, were each of one token
         more = _least_squares(had, share - had @ size[:, None])[:, 0]
         size = np.minimum(np.maximum(size + more, np.float32(LEAST)), np.float32(MOST))
         had *= size
         had *= share / np.maximum(had.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         sizes.append(size)
-        values.append(v + _least_squares(had, share * asked.output[head] - had @ v))
+        values.append(v + _least_squares(had, share * output - had @ v))
     return replace(entries, v=np.concatenate(values), log_size=np.log(np.concatenate(sizes)))
 
 
@@ -82,6 +85,13 @@ def _logits(q, q_pos, k, pos, layer):
         return logits
     near = layer.ops.array(q_pos)[:, None] - pos < layer.attention_window
     return np.where(near, logits, np.float32(-1e30))
+
+
+def _step(n_queries, n_entries):
+    """Of which queries every so many-th makes equations of no more than WORK products: as many columns or rows as there
+    are entries, or queries if they are fewer."""
+    enough = WORK / n_entries**2 if n_entries**3 <= WORK else (WORK / n_entries) ** 0.5
+    return max(1, math.ceil(n_queries / enough))
 
 
 def _least_squares(a, b):
