@@ -121,6 +121,19 @@ def test_all_rows_stay_as_they_are():
     np.testing.assert_allclose(made.v, entries.v, atol=1e-4)
 
 
+def test_a_head_may_hold_nothing():
+    rng = np.random.default_rng(5)
+    layer, _ = layer_of(rng, [30, 30], group=2, again=True, d=8, n_queries=30)
+    entries = entries_of(layer, 0.5, rng)
+    part = slice(15, None)
+    alone = Entries(*(getattr(entries, name)[part] for name in ("k", "v", "log_size", "pos")), np.array([0, 15]))
+    made, both = (matched(some, ask(layer, 30), layer) for some in (alone, entries))
+    for name in ("v", "log_size"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(both, name)[part])
+    nothing = Entries(*(getattr(entries, name)[:0] for name in ("k", "v", "log_size", "pos")), np.array([0, 0]))
+    assert not len(matched(nothing, ask(layer, 30), layer).v)
+
+
 def test_one_of_two_alike_stands_for_both(monkeypatch):
     """Rows in pairs of the same key: the one that is kept comes to count for two, and to hold the mean of their
     values, where nothing holds it back."""

@@ -59,10 +59,14 @@ def ask(layer, n):
 
 def matched(entries, asked, layer):
     """Entries with sizes and values that are fitted to `asked`. layer: the Layer they are of."""
+    if not entries.lengths.any():
+        return entries
     ops, sizes, values, ends = layer.ops, [], [], np.cumsum(entries.lengths)[:-1].tolist()
     rows = ops.stored_rows(entries.k), ops.stored_rows(entries.v), np.exp(entries.log_size), entries.pos
     heads = zip(*(np.split(part, ends) for part in rows), strict=True)
     for head, (k, v, size, pos) in enumerate(heads):
+        if not len(k):
+            continue
         some = slice(None, None, _step(asked.q.shape[1], len(k)))
         share, output = asked.share[head][some, None], asked.output[head][some]
         had = _logits(asked.q[head][some], asked.pos[some], k, pos, layer)
