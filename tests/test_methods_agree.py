@@ -71,11 +71,12 @@ def test_identical_query_heads_are_the_model_without_groups(method):
             if compressor.due(cache):
                 model.recompress(cache, compressor)
         runs.append((np.concatenate(logits), kept_positions(cache), cache.read(1)))
+    atol = 1e-4 if compressor.config.options.get("match") else 2e-5  # least squares add up more
     for logits, kept, entries in runs[1:]:
         assert kept == runs[0][1]
         np.testing.assert_allclose(logits, runs[0][0], atol=2e-4)
         for name in ("k", "v", "log_size"):
-            np.testing.assert_allclose(getattr(entries, name), getattr(runs[0][2], name), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(getattr(entries, name), getattr(runs[0][2], name), rtol=1e-4, atol=atol)
 
 
 # backends
