@@ -10,13 +10,14 @@ from dataclasses import asdict
 import numpy as np
 
 from minillm import hub, ops
-from minillm.cache import KVCache, PagePool
+from minillm.cache import KVCache
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.config import read_config
 from minillm.errors import MinillmError, UsageError
 from minillm.gguf_file import read_gguf
 from minillm.model import MLP_ROWS, Model
+from minillm.page_pool import PagePool
 from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.profile.profile import find as find_profile
 from minillm.sampling import SamplingParams

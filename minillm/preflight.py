@@ -1,9 +1,8 @@
 """What memory something will take, computed before it is allocated; and the error where there is not so much."""
 
-from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.model import MLP_ROWS
-from minillm.ops.pages import page_bytes, stored_as
+from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
 
 
 def gib(n):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm import cache_state
 from minillm.errors import MinillmError
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
 from minillm.sampling import PENALTY_WINDOW, Sampler
 from minillm.stream import StreamDecoder
 
-SESSION_FORMAT = 2
+SESSION_FORMAT = 3
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
 
 
@@ -272,7 +273,7 @@ class Session:
         self._finish_turn()
         state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
         metadata = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
-        arrays = {name: np.array(a, order="C") for name, a in self.cache.state().items()}
+        arrays = {name: np.array(a, order="C") for name, a in cache_state.state(self.cache).items()}
         path = Path(path).expanduser()
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -307,7 +308,7 @@ class Session:
             unread, messages, rendered = self._checked(state)
             self.llm.encode(arrays["token_ids"].tolist())
             self.llm.compressor.check_left(arrays, self.llm.config.n_heads)
-            self.cache.restore(arrays)
+            cache_state.restore(self.cache, arrays)
         except (KeyError, TypeError, ValueError, MinillmError) as error:
             raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
         self.unread, self.messages, self.rendered, self.answer = unread, messages, rendered, None

@@ -5,11 +5,13 @@ import gc
 import numpy as np
 import pytest
 
-from minillm.cache import Entries, KVCache, PagePool
+from minillm import cache_state
+from minillm.cache import Entries, KVCache
 from minillm.errors import MinillmError
 from minillm.memory import resident_memory
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
+from minillm.page_pool import PagePool
 
 F32 = np.float32
 D, PAGE = 2, 4
@@ -211,7 +213,9 @@ def test_the_version_of_page_tables_says_whether_they_changed():
             case "advance" if cache.window:
                 cache.advance([1, 2])
             case "restore" if rng.random() < 0.3:
-                cache.restore(caches[0].state() | {"token_ids": np.arange(2000), "tail": np.array(0)})
+                cache_state.restore(
+                    cache, cache_state.state(caches[0]) | {"token_ids": np.arange(2000), "tail": np.array(0)}
+                )
         for other, version in zip(caches, before, strict=True):
             copied[what] += copies.setdefault(other, Tables(other)).follow()
             assert what != "room" or other.version == version
@@ -437,22 +441,35 @@ def saved(rng):
 
 def test_state_and_restore():
     cache = saved(np.random.default_rng(0))
-    state = {name: np.array(array) for name, array in cache.state().items()}
+    state = {name: np.array(array) for name, array in cache_state.state(cache).items()}
     other = KVCache(new_pool(0, 8), 2, 2)  # other pages, other slabs
-    other.restore(state)
+    cache_state.restore(other, state)
     assert other.seen == 40 and other.tail == 1 and other.token_ids == cache.token_ids
     for index in range(2):
         for head in range(2):
             assert rows_of(other.read(index), head) == rows_of(cache.read(index), head)
-    for name, array in other.state().items():
+    for name, array in cache_state.state(other).items():
         np.testing.assert_array_equal(array, state[name])
         assert array.dtype == state[name].dtype
+
+
+def test_the_state_is_the_words_of_the_pages():
+    cache = saved(np.random.default_rng(0))
+    state, rows = cache_state.state(cache), 0
+    for index in range(2):
+        for head in range(2):
+            for run in cache.layer(index).runs(head):
+                for name, words in run.fields().items():
+                    assert state[name].dtype == words.dtype
+                    np.testing.assert_array_equal(state[name][rows : rows + len(words)], words)
+                rows += len(run.pos)
+    assert rows == cache.entries == len(state["pos"])
 
 
 def test_the_state_is_a_copy():
     cache = KVCache(new_pool(), 1, 1)
     cache.write(0, random_entries(np.random.default_rng(0), [3]))
-    state = cache.state()
+    state = cache_state.state(cache)
     before = {name: array.copy() for name, array in state.items()}
     cache.write(0, random_entries(np.random.default_rng(1), [3]), [0])
     cache.advance([1])
@@ -488,36 +505,39 @@ DAMAGE = {
     "token ids as a table": replaced("token_ids", lambda t: t[:, None]),
     "a negative token id": replaced("token_ids", lambda t: -1 - t),
     "token ids that are no whole numbers": replaced("token_ids", lambda t: t + 0.5),
-    "keys that are not finite": replaced("k", lambda k: np.where(k == k.max(), np.nan, k)),
+    "keys that are not finite": lambda state: (
+        np.put(state["k_scale"], 3, 0x7F80) if "k_scale" in state else np.put(state["k"], 3, np.nan)
+    ),
     "sizes that are not finite": replaced("log_size", lambda s: s + np.inf),
-    "keys as whole numbers": replaced("k", lambda k: k.astype(np.int32)),
+    "keys of another type": replaced("k", lambda k: k.astype(np.int32)),
+    "sizes of another type": replaced("log_size", lambda s: s.astype(np.float64)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_state_is_refused(damage):
-    state = saved(np.random.default_rng(0)).state()
+    state = cache_state.state(saved(np.random.default_rng(0)))
     DAMAGE[damage](state)
     pool = new_pool()
     cache = KVCache(pool, 2, 2)
     with pytest.raises(MinillmError):
-        cache.restore(state)
+        cache_state.restore(cache, state)
     assert cache.entries == cache.seen == pool.bytes_in_use == 0
 
 
 def test_restore_replaces_what_is_stored_or_leaves_it():
-    state = saved(np.random.default_rng(0)).state()
+    state = cache_state.state(saved(np.random.default_rng(0)))
     pool, rng = new_pool(), np.random.default_rng(1)
     cache = KVCache(pool, 2, 2)
     for index in range(2):
         cache.write(index, random_entries(rng, [9, 3]))
     cache.advance([1, 2, 3])
-    before = {name: array.copy() for name, array in cache.state().items()}
+    before = {name: array.copy() for name, array in cache_state.state(cache).items()}
     with pytest.raises(MinillmError):
-        cache.restore(state | {"k": state["k"][:-1]})
-    for name, array in cache.state().items():
+        cache_state.restore(cache, state | {"k": state["k"][:-1]})
+    for name, array in cache_state.state(cache).items():
         np.testing.assert_array_equal(array, before[name])
-    cache.restore(state)
-    for name, array in cache.state().items():
+    cache_state.restore(cache, state)
+    for name, array in cache_state.state(cache).items():
         np.testing.assert_array_equal(array, state[name])
     check_pages(pool, [cache])

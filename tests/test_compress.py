@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from literal import NEEDS, FakeRope, attend, check_entries, chunks_between_delimiters, make_layer, semanticache
 
-from minillm.cache import KVCache, PagePool
+from minillm.cache import KVCache
 from minillm.compress.cluster import MAX_CHUNK
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
@@ -16,6 +16,7 @@ from minillm.compress.plan import SHORT, Budget, Plan, Queries
 from minillm.errors import UsageError
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
+from minillm.page_pool import PagePool
 from minillm.weights import Weight
 
 F32 = np.float32

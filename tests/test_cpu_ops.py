@@ -13,10 +13,11 @@ import pytest
 from compiled import PATHS, cpu_ops
 from literal import NEAREST, FakeRope, check_nearest
 
-from minillm.cache import Entries, KVCache, PagedLayer, PagePool
+from minillm.cache import Entries, KVCache, PagedLayer
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.pages import StoredRows, page_bytes, to_int8
+from minillm.page_pool import PagePool
 from minillm.weights import Weight
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]

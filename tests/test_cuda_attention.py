@@ -7,8 +7,8 @@ from emulator import Kernel, cases
 
 from minillm.ops import launch, numpy_ops
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.pages import PAGE_SIZE as PAGE
 
-PAGE = launch.PAGE_SIZE
 REALS = cases(list(REAL16), races=["half"])
 DTYPES = "float16", "int8"  # of pages: that of the 16-bit floats, whichever it is, and whole numbers
 

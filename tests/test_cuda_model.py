@@ -11,7 +11,8 @@ import pytest
 from cuda_words import from_words, to_words
 from model_files import CONFIG
 
-from minillm.cache import KVCache, PagePool
+from minillm import cache_state
+from minillm.cache import KVCache
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
@@ -20,6 +21,8 @@ from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.pages import WORDS
+from minillm.page_pool import PagePool
 from minillm.profile import worth
 from minillm.weights import Weight, tensor_shapes
 
@@ -205,7 +208,7 @@ def test_predicted_scores(device, ids, kind):
         twins.decode([token, 3], pairs)
     assert twins.models[0].runner.step.graph
     for pair, n in zip(pairs, (49, 16), strict=True):
-        noted = [cache.state()["predicted"] for cache in pair]
+        noted = [cache_state.state(cache)["predicted"] for cache in pair]
         assert noted[0].shape == (SMALL.n_layers, 3, n) and noted[0].dtype == np.float32
         twins.close(noted, 2)
         for cache in pair:
@@ -367,14 +370,14 @@ def test_a_session_is_saved_forked_trimmed_and_restored(device, ids, dtype):
     pair = twins.caches()
     cache, model = pair[0], twins.models[0]
     twins.extend(ids[:100], pair)
-    state = cache.state()
-    assert state["k"].dtype == np.float32
+    state = cache_state.state(cache)
+    assert state["k"].dtype == WORDS[cache.pool.dtype]
     fork = cache.fork()
     other = KVCache(cache.pool, SMALL.n_layers, SMALL.n_kv_heads)
     expected = model.decode([1], [cache])
     np.testing.assert_array_equal(model.decode([1], [fork]), expected)  # on pages of its own
     cache.clear()
-    other.restore(state)
+    cache_state.restore(other, state)
     fork.clear()
     cache.pool.trim()
     np.testing.assert_array_equal(model.decode([1], [other]), expected)

@@ -238,7 +238,7 @@ def change_identity(path, **change):
 @pytest.mark.parametrize(
     "change, flags, words",
     [
-        ({"version": 0}, [], "version 0 and this is 2"),
+        ({"version": 0}, [], "version 0 and this is 3"),
         ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
         ({}, ["--quantize", "q8_0"], "quantize None and this is 'q8_0'"),
         ({}, ["--kv-method", "streaming"], "method 'hindsight' and this is 'streaming'"),

@@ -8,7 +8,8 @@ import pytest
 from literal import attend, rotated
 from oracle import rms_norm
 
-from minillm.cache import KVCache, PagePool
+from minillm import cache_state
+from minillm.cache import KVCache
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.config import ModelConfig, RopeConfig
@@ -16,6 +17,7 @@ from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
+from minillm.page_pool import PagePool
 from minillm.weights import Weight
 
 VOCAB = 40
@@ -154,7 +156,7 @@ def test_decode_is_extend_by_one_token():
     for token in ids_of(12, 1):
         same(model.decode([token], [one]), model.logits(model.extend([token], other)), 5e-5)
     assert one.token_ids == other.token_ids and (one.lengths == other.lengths).all()
-    same(one.state()["k"], other.state()["k"], 5e-5)
+    same(cache_state.state(one)["k"], cache_state.state(other)["k"], 5e-5)
 
 
 def test_a_batch_is_its_sequences():
@@ -177,7 +179,7 @@ def test_a_batch_is_its_sequences():
             same(row, model.decode([token], [cache])[0], 5e-5)
     for one, two in zip(together, apart, strict=True):
         assert one.token_ids == two.token_ids
-        same(one.state()["v"], two.state()["v"], 5e-5)
+        same(cache_state.state(one)["v"], cache_state.state(two)["v"], 5e-5)
 
 
 def test_recompression_during_generation_keeps_to_the_budget():
@@ -216,7 +218,7 @@ def interrupting(at, name):
 
 
 def same_state(cache, state):
-    for name, array in cache.state().items():
+    for name, array in cache_state.state(cache).items():
         np.testing.assert_array_equal(array, state[name])
 
 
@@ -226,7 +228,7 @@ def test_an_interrupted_extend_clears_the_cache(at, name):
     cache = new_cache(model)
     model.extend(ids_of(150), cache, compressor_of(model, budget=0.5))
     fork = cache.fork()
-    state = {name: array.copy() for name, array in fork.state().items()}
+    state = {name: array.copy() for name, array in cache_state.state(fork).items()}
     model.ops = interrupting(at, name)
     with pytest.raises(Interrupted):
         model.extend(ids_of(20), cache, compressor_of(model, budget=0.5))
@@ -253,7 +255,7 @@ def test_an_interrupted_decode_leaves_the_caches_as_they_were(at, name):
     model.extend(ids_of(150), one, compressor_of(model, budget=0.5))
     model.extend(ids_of(8), two)  # full pages: the next token needs new ones
     three = two.fork()
-    states = [{name: array.copy() for name, array in cache.state().items()} for cache in (one, two, three)]
+    states = [{name: array.copy() for name, array in cache_state.state(cache).items()} for cache in (one, two, three)]
     in_use = one.pool.bytes_in_use
     model.ops = interrupting(at, name)
     with pytest.raises(Interrupted):
@@ -282,7 +284,7 @@ def test_pages_that_a_sliding_window_has_left_are_given_back():
         same(model.logits(model.extend(ids, gives)), model.logits(model.extend(ids, keeps)), 5e-5)
         check()
     for token in range(13):
-        state = {name: array.copy() for name, array in gives.state().items()}
+        state = {name: array.copy() for name, array in cache_state.state(gives).items()}
         model.ops = interrupting(14, "linear")
         with pytest.raises(Interrupted):
             model.decode([token], [gives])
@@ -292,7 +294,7 @@ def test_pages_that_a_sliding_window_has_left_are_given_back():
         same(logits[1], logits[0], 5e-5)
         check()
     fork, restored = gives.fork(), KVCache(keeps.pool, 2, 2, window=6)
-    restored.restore(gives.state())
+    cache_state.restore(restored, cache_state.state(gives))
     for token in range(9):
         logits = model.decode([token] * 4, [keeps, gives, fork, restored])
         same(logits, np.tile(logits[0], (4, 1)), 5e-5)

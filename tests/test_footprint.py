@@ -14,7 +14,8 @@ PROMPT = """
 import importlib, json, sys
 import numpy as np
 from minillm import CacheConfig
-from minillm.cache import KVCache, PagePool
+from minillm.cache import KVCache
+from minillm.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.config import ModelConfig, RopeConfig
 from minillm.memory import peak_memory, resident_memory

@@ -8,11 +8,12 @@ import tiny_chat
 from test_extend import compressor_of, config_of, ids_of, literal_extend, model_of, same
 
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
-from minillm.cache import KVCache, PagePool
+from minillm.cache import KVCache
 from minillm.errors import UsageError
 from minillm.evaluate.cli import main as evaluate
 from minillm.ops import cpu_lib
 from minillm.ops.pages import page_bytes
+from minillm.page_pool import PagePool
 from minillm.preflight import cache_bytes
 from minillm.run import main as run
 
@@ -34,11 +35,11 @@ def new_cache(model, dtype="int8"):
 
 
 def words(cache, layer, head):
-    """{position: (K, its scale, V, its scale)} of a head's entries, as they are stored."""
+    """{position: {field: what it is}} of a head's entries, as they are stored."""
     found = {}
     for run_ in cache.layer(layer).runs(head):
-        for k, ks, v, vs, pos in zip(run_.k, run_.k_scale, run_.v, run_.v_scale, run_.pos, strict=True):
-            found[int(pos)] = (k.tolist(), int(ks), v.tolist(), int(vs))
+        for i, pos in enumerate(run_.pos.tolist()):
+            found[pos] = {name: array[i].tolist() for name, array in run_.fields().items()}
     return found
 
 
@@ -112,14 +113,17 @@ def test_bytes(tiny_models):
     assert llm.pool.bytes_held == 0
 
 
-def test_a_session_is_saved_and_restored(tmp_path):
-    """The same words, the same next logits; a file of floats is refused."""
+@pytest.mark.parametrize("dtype, other_dtype", [("int8", "auto"), ("auto", "int8")])
+def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
+    """A file of the bytes of its entries; the same words, the same next logits; a file of the other kind is refused."""
     tiny = tiny_chat.make(tmp_path / "tiny")
-    with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype="int8")) as llm:
+    with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype=dtype)) as llm:
         session = llm.session()
         session.feed(list(range(3, 60)) * 4)
         session.read()
         session.save(tmp_path / "session")
+        stored = session.cache.entries * page_bytes(1, llm.config.head_dim, llm.pool.dtype)
+        assert 0 < (tmp_path / "session").stat().st_size - stored < 5000 < stored / 3
         other = llm.session()
         other.restore(tmp_path / "session")
         for layer in range(llm.config.n_layers):
@@ -127,8 +131,9 @@ def test_a_session_is_saved_and_restored(tmp_path):
                 assert words(other.cache, layer, head) == words(session.cache, layer, head)
         logits = [llm.model.decode([7], [one.cache]) for one in (session, other)]
         np.testing.assert_array_equal(*logits)
-    with LLM.load(tiny, cache=CacheConfig("snapkv", 140)) as llm:
-        with pytest.raises(MinillmError, match="cache dtype 'int8'"):
+        kept = llm.pool.dtype
+    with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype=other_dtype)) as llm:
+        with pytest.raises(MinillmError, match=f"cache dtype '{kept}'"):
             llm.session().restore(tmp_path / "session")
 
 

@@ -7,7 +7,7 @@ import pytest
 from literal import FakeRope, make_layer
 from test_compress import CLASSES, F32, Sequence, positions
 
-from minillm.cache import KVCache, PagePool
+from minillm.cache import KVCache
 from minillm.compress.allocate import leveled
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
@@ -16,6 +16,7 @@ from minillm.compress.plan import Queries
 from minillm.ops import numpy_ops
 from minillm.ops.numpy_ops import largest
 from minillm.ops.pages import page_bytes
+from minillm.page_pool import PagePool
 from minillm.weights import Weight
 
 D, SCALE = 6, 0.7

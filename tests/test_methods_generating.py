@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from test_compress import Sequence
 from test_extend import compressor_of, config_of, ids_of, model_of, new_cache
 
-from minillm import LLM, SamplingParams
+from minillm import LLM, SamplingParams, cache_state
 from minillm.compress.compression import Compression
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS, methods_table
@@ -175,14 +175,14 @@ def test_a_saved_or_forked_cache_goes_on_as_if_nothing_had_been(method):
     model.extend(ids_of(150), cache, compressor)
     run_on(model, cache, compressor, ids_of(70, 1))
     other, fork = new_cache(model), cache.fork()
-    arrays = cache.state()
+    arrays = cache_state.state(cache)
     compressor.check_left(arrays, 6)
-    other.restore(arrays)
+    cache_state.restore(other, arrays)
     expected = run_on(model, cache, compressor, ids_of(120, 2))
     for again in (other, fork):
         np.testing.assert_allclose(run_on(model, again, compressor, ids_of(120, 2)), expected, atol=1e-4)
-        for name, array in cache.state().items():
-            np.testing.assert_allclose(again.state()[name], array, rtol=1e-4, atol=1e-5)
+        for name, array in cache_state.state(cache).items():
+            np.testing.assert_allclose(cache_state.state(again)[name], array, rtol=1e-4, atol=1e-5)
 
 
 DAMAGE = {
@@ -210,7 +210,7 @@ def test_a_damaged_past_is_refused(damage):
     cache, compressor = new_cache(model), compressor_of(model, "d2o", 60, recompress=25)
     model.extend(ids_of(150), cache, compressor)
     run_on(model, cache, compressor, ids_of(30, 1))
-    arrays, (name, change) = cache.state(), DAMAGE[damage]
+    arrays, (name, change) = cache_state.state(cache), DAMAGE[damage]
     assert {"scores", "queries", "thresholds"} <= arrays.keys() and len(arrays["queries"]) > 3
     if change:
         arrays[name] = change(arrays[name])
@@ -219,7 +219,7 @@ def test_a_damaged_past_is_refused(damage):
     other = new_cache(model)
     with pytest.raises((MinillmError, ValueError)):
         compressor.check_left(arrays, 6)
-        other.restore(arrays)
+        cache_state.restore(other, arrays)
     assert other.entries == other.seen == 0
 
 

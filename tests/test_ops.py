@@ -11,7 +11,7 @@ from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random
 from minillm import ops
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib, numpy_ops
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import from_words, page_bytes, to_words
 from minillm.weights import Weight
 
 F32 = np.float32
@@ -322,6 +322,15 @@ def test_merge_copies_a_row_of_weight_one():
 def test_the_nearest_of_a_stretch(n_keys, n, m, d, monkeypatch):
     monkeypatch.setattr(numpy_ops, "NEAREST_ROWS", 16)
     check_nearest(numpy_ops, np.random.default_rng(n), n_keys, n, m, d, first_of_equals=False)
+
+
+@pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
+def test_all_words_of_16_bits_come_back(dtype, largest):
+    words = np.arange(1 << 16, dtype=np.uint16)
+    values = from_words(words, dtype)
+    finite = np.isfinite(values)
+    assert values.dtype == np.float32 and values[finite].max() == largest and values[words == 0] == 0
+    np.testing.assert_array_equal(to_words(values[finite], dtype), words[finite])
 
 
 def test_a_backend_has_all_of_the_contract():

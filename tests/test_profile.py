@@ -9,7 +9,7 @@ import tiny_chat
 from oracle import rms_norm
 from test_extend import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
 
-from minillm import LLM, CacheConfig, SamplingParams, cli
+from minillm import LLM, CacheConfig, SamplingParams, cache_state, cli
 from minillm.compress import compressor as compressor_module
 from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
@@ -423,8 +423,8 @@ def test_sessions_with_predictions_are_saved_and_taken_up(known, tmp_path):
             one.feed("and the lazy dog " * 20)
             one.read()
         assert (session.cache.lengths == other.cache.lengths).all()
-        for name, array in session.cache.state().items():
-            np.testing.assert_array_equal(other.cache.state()[name], array)
+        for name, array in cache_state.state(session.cache).items():
+            np.testing.assert_array_equal(cache_state.state(other.cache)[name], array)
 
 
 def test_flags_of_the_command_line():

@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from minillm import LLM, CacheConfig
-from minillm.cache import Entries, KVCache, PagePool
+from minillm.cache import Entries, KVCache
 from minillm.config import ModelConfig, RopeConfig
 from minillm.errors import MinillmError
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
 from minillm.ops.cuda_weights import FORMATS, CudaWeight
+from minillm.page_pool import PagePool
 from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 from minillm.weights import Weight

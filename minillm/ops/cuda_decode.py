@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.ops import launch, say_once
-from minillm.ops.cuda_weights import from_words
+from minillm.ops.pages import PAGE_SIZE, from_words
 from minillm.sampling import GREEDY, PENALTY_WINDOW
 
 FINE = 1 << 30  # "the first layer whose output is not finite", where there is none
@@ -84,7 +83,7 @@ class DecodeStep:
         bad, *tokens = self.control["results"].get().tolist()
         queries = scores = None
         if any(cache.queries is not None for cache in caches):
-            queries = from_words(self.q.get(), self.runner.real16)
+            queries = from_words(self.q.get(), self.runner.ops.CACHE_DTYPE)
         if self.foresees:
             scores = self.scores.get() + np.stack([block.b_score for block in self.runner.model.blocks])[:, None]
         return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, scores

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.cache import PAGE_SIZE
 from minillm.errors import MinillmError
 from minillm.ops import cuda_device, launch, numpy_ops, numpy_planning
 from minillm.ops.cuda_clusters import GreedyClusters, segments
 from minillm.ops.cuda_runner import Runner, product
-from minillm.ops.cuda_weights import CudaWeight, from_words, to_words
+from minillm.ops.cuda_weights import STORED, CudaWeight
 from minillm.ops.numpy_planning import joined
-from minillm.ops.pages import Slab, StoredRows, from_int8, page_bytes, slab_in
+from minillm.ops.pages import PAGE_SIZE, Slab, StoredRows, from_int8, from_words, page_bytes, slab_in, to_words
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -49,7 +48,7 @@ class CudaOps:
 
     @property
     def CACHE_DTYPE(self):
-        return {"half": "float16", "bf16": "bfloat16"}[self.real16 or "half"]
+        return STORED[self.real16 or "half"]
 
     @property
     def DEVICE(self):
@@ -214,9 +213,9 @@ class CudaOps:
 
     def _rows(self, rows):
         if not self.device.owns(rows):
-            return self.device.upload(to_words(rows, self.real16))
+            return self.device.upload(to_words(rows, self.CACHE_DTYPE))
         if rows.dtype == np.float32:
-            return to_words(rows, self.real16)
+            return to_words(rows, self.CACHE_DTYPE)
         if rows.flags.c_contiguous:
             return rows
         together = self.device.empty(rows.shape, rows.dtype)
@@ -225,7 +224,7 @@ class CudaOps:
 
     def stored_rows(self, rows, scale=None):
         """Rows of the device, with their scales (n,) where they are int8 -> float32 (n, d), there."""
-        return from_words(rows, self.real16) if scale is None else from_int8(rows, scale)
+        return from_words(rows, self.CACHE_DTYPE) if scale is None else from_int8(rows, scale)
 
     def concatenate(self, parts):
         """Rows of several arrays of one dtype, one after another."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.ops.pages import bf16_words, from_bf16
+from minillm.ops.pages import to_words
 from minillm.quants import BLOCK_BYTES, BLOCK_WEIGHTS
 
 
@@ -25,20 +25,7 @@ FORMATS = {
     "Q4_1": Format("Q4_1", 32, "half"),
 }
 DENSE = {"half": FORMATS["F16"], "bf16": FORMATS["BF16"]}  # real16 -> the format of plain 16-bit words
-
-
-def to_words(values, real16):
-    """float32 -> uint16 words of half or bf16, to nearest, ties to even."""
-    if real16 == "half":
-        return values.astype(np.float16).view(np.uint16)
-    return bf16_words(values)
-
-
-def from_words(words, real16):
-    """uint16 words of half or bf16 -> float32."""
-    if real16 == "half":
-        return words.view(np.float16).astype(np.float32)
-    return from_bf16(words)
+STORED = {"half": "float16", "bf16": "bfloat16"}  # real16 -> the type of K and V in pages, by name
 
 
 @dataclass
@@ -57,7 +44,7 @@ class CudaWeight:
         becomes 16-bit words of the type real16."""
         kept = FORMATS.get(weight.kind)
         if kept is None or kept.real16 != real16:
-            words, scales, kept = to_words(weight.rows(0, weight.shape[0]), real16), None, DENSE[real16]
+            words, scales, kept = to_words(weight.rows(0, weight.shape[0]), STORED[real16]), None, DENSE[real16]
         elif weight.kind in BLOCK_BYTES:
             words, scales = _apart(weight)
         else:

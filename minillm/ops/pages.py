@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+PAGE_SIZE = 32  # entries a page, as in pages.cuh, where nothing else is said
 LARGEST = 127  # of a row in 8 bits
 WORDS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "int8": np.int8}  # of K and V
 DTYPES = ("auto", "int8")  # what may be asked for
@@ -91,6 +92,21 @@ class StoredRows:
     @property
     def shape(self):
         return int(self.lengths.sum()), self.past.pool.head_dim
+
+
+def to_words(rows, dtype):
+    """Float32 values of any backend as words of float16 or bfloat16, to nearest, ties to even; as they are of
+    float32."""
+    if dtype == "float16":
+        return rows.astype(np.float16).view(np.uint16)
+    return bf16_words(rows) if dtype == "bfloat16" else rows
+
+
+def from_words(words, dtype):
+    """The other way: float32."""
+    if dtype == "float16":
+        return words.view(np.float16).astype(np.float32)
+    return from_bf16(words) if dtype == "bfloat16" else words
 
 
 def to_int8(rows):

@@ -16,7 +16,7 @@ One function a kernel or a few that belong together. Arrays are the device's, wi
 from minillm.ops.launch.attention import DecodeSpace, decode_attention, decode_plan, decode_space, prefill_attention
 from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swiglu
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
-from minillm.ops.launch.pages import PAGE_SIZE, Paged, last_pages, read_entries, write_entries
+from minillm.ops.launch.pages import Paged, last_pages, read_entries, write_entries
 from minillm.ops.launch.planning import (
     count_true,
     largest,

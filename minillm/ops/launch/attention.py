@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.ops.launch.pages import PAGE_SIZE
 from minillm.ops.launch.start import WARP, blocks, head_defines, page_defines, run
+from minillm.ops.pages import PAGE_SIZE
 
 
 @dataclass

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from minillm.ops.launch.start import blocks, page_defines, run
 
-PAGE_SIZE = 32  # entries a page, as in pages.cuh
-
 
 @dataclass
 class Paged:

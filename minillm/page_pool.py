@@ -1,0 +1,102 @@
+"""Pages of key-value memory, in slabs that the operating system lends and takes back, and who counts on which."""
+
+import weakref
+
+import numpy as np
+
+from minillm.memory import return_freed_memory
+from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
+
+SLAB_BYTES = 8 << 20
+
+
+class PagePool:
+    """Slabs of pages, counted references to each page, and exact numbers of bytes. dtype: of K and V, "int8" or "auto"
+    (the backend's own).
+
+    A page id is slab index x pages a slab + page within the slab. Pages are handed out lowest id first, so that the
+    pages of a head written at once are consecutive."""
+
+    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto"):
+        self.ops, self.head_dim, self.page_size, self.dtype = ops, head_dim, page_size, stored_as(dtype, ops)
+        self.page_bytes = page_bytes(page_size, head_dim, self.dtype)
+        self.float_page_bytes = page_bytes(page_size, head_dim, ops.CACHE_DTYPE)  # of the backend's own type
+        self.slab_pages = max(1, slab_bytes // self.page_bytes)
+        self.slabs = []
+        self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
+        self.first_free = 0  # no page before it is free
+        self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
+
+    @property
+    def slab_entries(self):
+        """Entries of a slab, which is what the operating system lends and takes back."""
+        return self.slab_pages * self.page_size
+
+    @property
+    def bytes_in_use(self):
+        return int(np.count_nonzero(self.refs)) * self.page_bytes
+
+    @property
+    def bytes_held(self):
+        return len(self.slabs) * self.slab_pages * self.page_bytes
+
+    def alloc(self, n):
+        """n page ids (n,) int32, each with one reference, in ascending order."""
+        free = self.first_free + np.flatnonzero(self.refs[self.first_free :] == 0)[:n]
+        if len(free) < n:
+            more, held = -(-(n - len(free)) // self.slab_pages), len(self.refs)
+            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim, self.dtype) for _ in range(more)]
+            self.slabs += new
+            self.refs = np.append(self.refs, np.zeros(more * self.slab_pages, np.int32))
+            free = np.append(free, held + np.arange(n - len(free)))
+        self.refs[free] = 1
+        if n:
+            self.first_free = int(free[-1]) + 1
+        return free.astype(np.int32)
+
+    def share(self, pages):
+        """One more page table holds each of `pages` (all different)."""
+        self.refs[pages] += 1
+
+    def release(self, pages):
+        """One page table fewer holds each of `pages` (all different)."""
+        assert (self.refs[pages] > 0).all()
+        self.refs[pages] -= 1
+        self.first_free = min(self.first_free, int(pages.min(initial=self.first_free)))
+
+    def copy_page(self, source, target):
+        (a, i), (b, j) = divmod(int(source), self.slab_pages), divmod(int(target), self.slab_pages)
+        copies, originals = self.slabs[b].fields(), self.slabs[a].fields()
+        for name in copies:
+            copies[name][j] = originals[name][i]
+
+    def runs(self, pages):
+        """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""
+        breaks = np.flatnonzero((np.diff(pages) != 1) | (pages[1:] % self.slab_pages == 0)) + 1
+        edges = [0, *breaks.tolist(), len(pages)]
+        for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+            slab, page = divmod(int(pages[lo]), self.slab_pages)
+            yield self.slabs[slab], page, page + hi - lo, lo
+
+    def trim(self):
+        """Move the last pages into holes and give slabs that are empty then, and what else was freed, back to the
+        operating system."""
+        used = np.flatnonzero(self.refs)
+        n_slabs = -(-len(used) // self.slab_pages)
+        if n_slabs < len(self.slabs):
+            self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0))
+            self.refs = self.refs[: n_slabs * self.slab_pages].copy()
+            self.first_free = 0
+            del self.slabs[n_slabs:]
+        self.ops.trim()
+        return_freed_memory()
+
+    def _move(self, sources, targets):
+        """Move pages to free ones, and tell every page table."""
+        moved_to = np.arange(len(self.refs), dtype=np.int32)
+        moved_to[sources] = targets
+        for source, target in zip(sources, targets, strict=True):
+            self.copy_page(source, target)
+        self.refs[targets], self.refs[sources] = self.refs[sources], 0
+        for cache in self.caches:
+            cache.pages_moved(moved_to)
