@@ -146,9 +146,9 @@ static void normalise(void *context, int64_t task, int thread)
         h->spread[at + i] = total[i] > 0 ? log2f(total[i]) : INFINITY;
 }
 
-/* Takes the products s (rows, KEYS) of a block of queries into `score` (KEYS,): logs of the largest probabilities, or sums; or, without
+/* Collects the products s (rows, KEYS) of a block of queries into `score` (KEYS,): logs of the largest probabilities, or sums; or, without
  * a reduction, leaves the probabilities in s. */
-INLINE void take(const Head *h, float *s, float *score, int64_t at, int64_t lo, int64_t rows, int64_t key, const int reduce, const int whole)
+INLINE void collect(const Head *h, float *s, float *score, int64_t at, int64_t lo, int64_t rows, int64_t key, const int reduce, const int whole)
 {
     const Scores *a = h->a;
     for (int64_t j = 0; j < KEYS; j += VW) {
@@ -185,15 +185,15 @@ static void columns(void *context, int64_t task, int thread)
         const int64_t lo = block * QUERIES, rows = least(QUERIES, a->n - lo), at = g * h->query_blocks * QUERIES + lo;
         FN(mm)(h->q + at * h->d, h->d, h->keys + key * h->d, PANEL * h->d, s, KEYS, rows, KEYS / PANEL, h->d, 0);
         if (a->reduce == REDUCE_SUM && whole)
-            take(h, s, score, at, lo, rows, key, REDUCE_SUM, 1);
+            collect(h, s, score, at, lo, rows, key, REDUCE_SUM, 1);
         else if (a->reduce == REDUCE_SUM)
-            take(h, s, score, at, lo, rows, key, REDUCE_SUM, 0);
+            collect(h, s, score, at, lo, rows, key, REDUCE_SUM, 0);
         else if (a->reduce == REDUCE_MAX && whole)
-            take(h, s, score, at, lo, rows, key, REDUCE_MAX, 1);
+            collect(h, s, score, at, lo, rows, key, REDUCE_MAX, 1);
         else if (a->reduce == REDUCE_MAX)
-            take(h, s, score, at, lo, rows, key, REDUCE_MAX, 0);
+            collect(h, s, score, at, lo, rows, key, REDUCE_MAX, 0);
         else
-            take(h, s, score, at, lo, rows, key, REDUCE_NONE, 0);
+            collect(h, s, score, at, lo, rows, key, REDUCE_NONE, 0);
         for (int64_t i = 0; a->reduce == REDUCE_NONE && i < rows; i++)
             memcpy(a->out + (g * a->n + lo + i) * a->n_rows + h->first + key, s + i * KEYS, bytes);
     }
