@@ -9,7 +9,7 @@ import tiny_chat
 
 from minillm import LLM
 from minillm.compress.config import CacheConfig
-from minillm.evaluate import cli, efficiency, longbench
+from minillm.evaluate import cli, commands, efficiency, longbench
 from minillm.evaluate.cli import main
 from minillm.evaluate.evaluator import ready_methods
 
@@ -168,7 +168,7 @@ def test_longbench_gives_a_right_answer_all_points(name, model, tmp_path):
 
 
 def test_the_suite_is_all_methods_on_all_small_tasks(run, monkeypatch):
-    monkeypatch.setattr(cli, "SUITE_LENGTH", 950)
+    monkeypatch.setattr(commands, "SUITE_LENGTH", 950)
     printed = run("suite", "-n", "2", "--kv-budget", "0.5", "--workers", "1")
     rows = run.rows()
     assert {r["task"] for r in rows} == {"needle", "fidelity"}
