@@ -27,27 +27,33 @@ def attend_and_sum(q, entries, scale, query_pos, window=None):
     logits = k @ np.float64(q) * scale + log_size
     if window is not None:
         logits[pos <= query_pos - window] = -np.inf
-    p = np.exp(logits - logits.max())
-    return p @ v / p.sum(), logits.max() + np.log(p.sum())
+    top = logits.max(initial=-np.inf)
+    if top == -np.inf:
+        return np.zeros(v.shape[1]), top
+    p = np.exp(logits - top)
+    return p @ v / p.sum(), top + np.log(p.sum())
 
 
-def prefill(q, k, v, past, seen, scale, window=None, rows=None):
-    """Causal attention of new tokens over stored entries `past` (one tuple as in `attend` a KV head) and themselves, of
-    all new tokens or of `rows` of them. -> (rows, Hq * d); (Hq, rows) logs of the sums of exponentials"""
+def prefill(q, k, v, past, seen, scale, window=None, rows=None, q_pos=None):
+    """Causal attention of queries at q_pos (None: of the new tokens) over stored entries `past` (one tuple as in
+    `attend` a KV head) and new tokens, of all queries or of `rows` of them. -> (rows, Hq * d); (Hq, rows) logs of the
+    sums of exponentials"""
     n_heads, n, d = q.shape
+    q_pos = range(seen, seen + n) if q_pos is None else q_pos
     rows = range(n) if rows is None else rows
     out, lse = np.zeros((len(rows), n_heads, d)), np.zeros((n_heads, len(rows)))
     for head in range(n_heads):
         kv_head = head * len(k) // n_heads
         k_past, v_past, log_size, pos = past[kv_head]
         for row, i in enumerate(rows):
+            new = [j for j in range(k.shape[1]) if seen + j <= q_pos[i]]
             entries = (
-                np.concatenate([k_past, k[kv_head, : i + 1]]),
-                np.concatenate([v_past, v[kv_head, : i + 1]]),
-                np.concatenate([log_size, np.zeros(i + 1)]),
-                np.concatenate([pos, np.arange(seen, seen + i + 1)]),
+                np.concatenate([k_past, k[kv_head, new]]),
+                np.concatenate([v_past, v[kv_head, new]]),
+                np.concatenate([log_size, np.zeros(len(new))]),
+                np.concatenate([pos, seen + np.array(new, int)]),
             )
-            out[row, head], lse[head, row] = attend_and_sum(q[head, i], entries, scale, seen + i, window)
+            out[row, head], lse[head, row] = attend_and_sum(q[head, i], entries, scale, q_pos[i], window)
     return out.reshape(len(rows), -1), lse
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compiled import PATHS, cpu_ops
-from literal import NEAREST, FakeRope, check_nearest
+from literal import NEAREST, FakeRope, check_nearest, prefill
 
 from minillm.cache import Entries, KVCache, PagedLayer
 from minillm.errors import UsageError
@@ -277,6 +277,24 @@ def test_prefill_attention(path, rng, store, d, group, lengths, n, window):
             close(got[i, head], attend(q[head, i], keys, values, log_size, visible, d**-0.5), tolerance)
             logits = (keys.astype(np.float64) @ q[head, i] * d**-0.5 + log_size)[visible]
             assert abs(lse[head, i] - np.log(np.exp(logits).sum())) <= tolerance
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("lengths, m", [((0, 130), 0), ((33, 0), 150), ((0, 0), 40), ((200, 64), 1)])
+@pytest.mark.parametrize("window", [None, 60])
+def test_queries_at_any_positions(path, rng, store, lengths, m, window):
+    """Before, among and after the new tokens, more than a task has; with a window some see nothing."""
+    d, group, seen = 64, 3, 300
+    layer = paged(rng, store, lengths, d, seen=seen)
+    q_pos = np.sort(rng.choice(np.arange(seen, seen + m + 90), 70, replace=False))
+    q, k, v = normal(rng, group * len(lengths), 70, d), normal(rng, len(lengths), m, d), normal(rng, len(lengths), m, d)
+    past = [entries(layer, head) for head in range(len(lengths))]
+    out, lse = prefill(q, k, v, past, seen, d**-0.5, window, q_pos=q_pos)
+    got, got_lse = cpu_ops.prefill_attention(q, k, v, layer, d**-0.5, window, q_pos)
+    tolerance = 2e-2 if path in ("avx512", "amx") else 1e-5
+    np.testing.assert_array_equal(np.isfinite(got_lse), np.isfinite(lse))
+    close(got, out, tolerance)
+    np.testing.assert_allclose(got_lse, lse, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("n, d, n_entries", [(0, 8, 0), (1, 64, 1), (5, 7, 3), (3000, 64, 900), (4000, 12, 1)])

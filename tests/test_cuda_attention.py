@@ -168,16 +168,19 @@ def test_decode_plan(device, rng):
     np.testing.assert_array_equal(starts.get(), np.concatenate([np.zeros((3, 1), int), pages.cumsum(axis=1)], axis=1))
 
 
-def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0, size=1.0):
-    """lengths: stored entries of each KV head. -> the words of the result"""
+def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0, size=1.0, at=None):
+    """lengths: stored entries of each KV head; at: how far behind the first of n new tokens the queries are, if they are
+    not those tokens'. -> the words of the result"""
     n_kv_heads, seen = len(lengths), 2 * max(lengths) + 3
+    q_pos = seen + np.arange(n, dtype=np.int32) if at is None else seen + np.array(at, np.int32)
     stored = Stored(device, rng, [lengths], head_dim, real16, [seen], size=size)
-    q = to_words(rng.normal(size=(n_kv_heads * group, n, head_dim)) * size, real16)
+    q = to_words(rng.normal(size=(n_kv_heads * group, len(q_pos), head_dim)) * size, real16)
     k, v = (to_words(rng.normal(size=(n_kv_heads, n, head_dim)) * s, real16) for s in (size, 1))
-    out, lse = device.empty((n, len(q), head_dim), np.uint16), device.empty((len(q), n), np.float32)
+    out, lse = device.empty((len(q_pos), len(q), head_dim), np.uint16), device.empty(q.shape[:2], np.float32)
     scale = head_dim**-0.5
-    upload = device.upload
-    launch.prefill_attention(device, upload(q), upload(k), upload(v), stored.paged, out, lse, scale, window, real16)
+    upload, given = device.upload, None if at is None else device.upload(q_pos)
+    new = upload(q), upload(k), upload(v)
+    launch.prefill_attention(device, *new, stored.paged, out, lse, scale, window, real16, given)
     found, found_lse = from_words(out.get(), real16), lse.get()
     wide, k, v = (from_words(x, real16).astype(np.float64) for x in (q, k, v))
     for head in range(len(q)):
@@ -185,13 +188,25 @@ def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0,
         keys, values = np.concatenate([old_k, k[head // group]]), np.concatenate([old_v, v[head // group]])
         pos = np.append(old_pos, np.arange(seen, seen + n))
         bias = np.append(log_size, np.zeros(n))
-        for i in range(n):
-            visible = (pos <= seen + i) & (pos > seen + i - (window or 1 << 30))
+        for i, place in enumerate(q_pos):
+            visible = (pos <= place) & (pos > place - (window or 1 << 30))
+            if not visible.any():
+                assert (found[i, head] == 0).all() and found_lse[head, i] == -np.inf
+                continue
             logits = np.where(visible, keys @ wide[head, i] * scale + bias, -np.inf)
             exact, exact_lse, allowed = softmax_values(logits, values, REAL16[real16])
             close(found[i, head], exact, allowed)
             np.testing.assert_allclose(found_lse[head, i], exact_lse, rtol=2e-6, atol=2e-5)
     return out.get()
+
+
+@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("window", cases([0, 60], races=[60]))
+@pytest.mark.parametrize("lengths, n", cases([([70, 3], 0), ([0, 0], 90), ([130, 0], 1)], races=[([70, 3], 0)]))
+def test_queries_at_any_positions(device, rng, lengths, n, window, real16):
+    """Among and after the new tokens, more than a block has; with a window some see nothing."""
+    at = np.sort(rng.choice(n + 190, 140, replace=False))
+    check_prefill(device, rng, lengths, n, 2, 64, real16, window=window, at=at)
 
 
 @pytest.mark.parametrize("real16", REALS)

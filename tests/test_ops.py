@@ -171,6 +171,24 @@ def test_prefill_over_stored_entries(group, row_block, monkeypatch):
             close_each(got, prefill(q, k, v, past, seen, scale, window))
 
 
+@pytest.mark.parametrize("m", [0, 1, 12])
+@pytest.mark.parametrize("row_block", [256, 3])
+def test_queries_at_any_positions(m, row_block, monkeypatch):
+    """Before, among and after the new tokens; with a window some see nothing."""
+    monkeypatch.setattr(numpy_ops, "ROW_BLOCK", row_block)
+    rng, seen, d = np.random.default_rng(m), 40, 6
+    past = [random_entries(rng, length, d, seen) for length in (0, 1, 30)]
+    q_pos = np.sort(rng.choice(np.arange(seen - 3, seen + 30), 10, replace=False))
+    _, k, v = new_tokens(rng, 6, 3, m, d)
+    q = rng.normal(size=(6, len(q_pos), d)).astype(F32)
+    for window in (None, 1, 4, 20, 60):
+        layer = paged_layer(past, seen, rng=rng)
+        with np.errstate(all="raise", under="ignore"):
+            got = numpy_ops.prefill_attention(q, k, v, layer, 0.3, window, q_pos)
+        close_each(got, prefill(q, k, v, past, seen, 0.3, window, q_pos=q_pos))
+    assert window is not None and not np.isfinite(numpy_ops.prefill_attention(q, k, v, layer, 0.3, 1, q_pos)[1]).all()
+
+
 def test_prefill_longer_than_a_block():
     rng = np.random.default_rng(0)
     assert numpy_ops.ROW_BLOCK < 300

@@ -68,13 +68,15 @@ typedef struct {
     int32_t slab_pages, page_size, kind, unused; /* kind: F32, BF16 or I8 */
 } Paged;
 
-/* n queries, keys and values of one layer over a past: q (Hq, n, d), k and v (H, n, d), out (n, Hq d). lse (Hq, n), or NULL: natural
- * log of each query's sum of exponentials. */
+/* n queries of one layer over a past and m new tokens at the positions from past.seen on: q (Hq, n, d), k and v (H, m, d), out (n, Hq d).
+ * q_pos (n,): positions of the queries, ascending, or NULL: they are the new tokens'. lse (Hq, n), or NULL: natural log of each query's
+ * sum of exponentials; zeros and -inf of a query that sees nothing. */
 typedef struct {
     const float *q, *k, *v;
     float *out, *lse;
+    const int32_t *q_pos;
     Paged past;
-    int32_t n, n_heads, n_kv_heads, head_dim, window, unused;
+    int32_t n, m, n_heads, n_kv_heads, head_dim, window;
     float scale;
 } PrefillAttention;
 

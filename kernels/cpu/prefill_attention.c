@@ -1,4 +1,4 @@
-/* Causal attention of n new tokens over stored entries and over one another: softmax(q.k scale + log s) v.
+/* Causal attention of n queries over stored entries and over m new tokens, mostly their own: softmax(q.k scale + log s) v.
  *
  * One KV head after another: its keys (stored ones, padded to 32, then the new ones) and values are packed as operands of mm.h, then 32
  * queries of one query head are a task: blocks of KEYS keys pass through the caches, the softmax is kept online (Milakov & Gimelshein
@@ -60,9 +60,9 @@ static void pack(void *context, int64_t block, int thread)
                 c->bias[key] = slab->log_size[entry] * LOG2E;
                 c->pos[key] = slab->pos[entry];
                 newest = (int32_t)most(newest, slab->pos[entry]);
-            } else if (key - c->past < a->n) {
-                k[i] = a->k + (c->head * a->n + key - c->past) * d;
-                v[i] = a->v + (c->head * a->n + key - c->past) * d;
+            } else if (key - c->past < a->m) {
+                k[i] = a->k + (c->head * a->m + key - c->past) * d;
+                v[i] = a->v + (c->head * a->m + key - c->past) * d;
                 newest = (int32_t)(past->seen + key - c->past);
             }
         }
@@ -73,20 +73,30 @@ static void pack(void *context, int64_t block, int thread)
     c->newest[block] = newest;
 }
 
-/* Logits s (n, QUERIES) of the keys lo .. lo + n - 1 and the queries at new positions first ...: the bias of stored keys, MASKED
- * where a query cannot see a key. */
+/* The position of query i, or of the last one. */
+static int32_t position(const PrefillAttention *a, int64_t i)
+{
+    i = least(i, a->n - 1);
+    return a->q_pos ? a->q_pos[i] : (int32_t)(a->past.seen + i);
+}
+
+/* New tokens that query i sees. */
+static int64_t visible(const PrefillAttention *a, int64_t i) { return most(0, least(a->m, position(a, i) - a->past.seen + 1)); }
+
+/* Logits s (n, QUERIES) of the keys lo .. lo + n - 1 and the queries first ...: the bias of stored keys, MASKED where a query cannot
+ * see a key. */
 static void mask(const Attention *c, float *s, int64_t first, int64_t lo, int64_t n)
 {
     const int32_t window = c->a->window, seen = (int32_t)c->a->past.seen;
-    int32_t numbers[QUERIES];
+    int32_t positions[QUERIES];
     for (int i = 0; i < QUERIES; i++)
-        numbers[i] = (int32_t)first + i;
+        positions[i] = position(c->a, first + i);
     for (int64_t j = 0; j < n; j++) {
         const int old = lo + j < c->past;
-        const int32_t key = old ? c->pos[lo + j] : seen + (int32_t)(lo + j - c->past); /* its position */
+        const int32_t number = (int32_t)(lo + j - c->past), key = old ? c->pos[lo + j] : number < c->a->m ? seen + number : INT32_MAX;
         const vf bias = splat(old ? c->bias[lo + j] : 0);
         for (int i = 0; i < QUERIES; i += VW) {
-            const vi query = load_i(numbers + i) + seen;
+            const vi query = load_i(positions + i);
             vi hidden = (vi)splat_u(0);
             if (!old)
                 hidden |= key > query;
@@ -175,12 +185,13 @@ static void queries(void *context, int64_t task, int thread)
     for (int64_t i = 0; i < QUERIES; i++)
         peak[i] = LOWEST, total[i] = 0;
     FN(mm_begin)();
-    for (int64_t key = 0; key < c->past + lo + rows; key += KEYS) {
-        if (a->window && c->newest[key / KEYS] <= a->past.seen + lo - a->window)
+    const int64_t all_see = c->past + visible(a, lo), end = c->past + visible(a, lo + rows - 1); /* of the keys */
+    for (int64_t key = 0; key < end; key += KEYS) {
+        if (a->window && c->newest[key / KEYS] <= position(a, lo) - a->window)
             continue;
-        const int64_t n = least(KEYS, round_up(c->past + lo + rows - key, 32));
+        const int64_t n = least(KEYS, round_up(end - key, 32));
         FN(mm)(c->keys + key * c->d_k, c->d_k, q, PANEL * c->d_k, s, QUERIES, n, QUERIES / PANEL, c->d_k, 0);
-        if (key < c->past || key + n - c->past > lo + 1 || a->window) /* not every query sees every key */
+        if (key < c->past || key + n > all_see || a->window) /* not every query sees every key */
             mask(c, s, lo, key, n);
         for (int i = 0; i < QUERIES; i += VW)
             soften(s + i, n, p + i / PANEL * PANEL * KEYS + i % PANEL, peak + i, total + i, out + i, c->d_v);
@@ -189,7 +200,7 @@ static void queries(void *context, int64_t task, int thread)
     FN(mm_end)();
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < d; j++)
-            a->out[((lo + i) * a->n_heads + head) * d + j] = out[j * QUERIES + i] / total[i];
+            a->out[((lo + i) * a->n_heads + head) * d + j] = total[i] > 0 ? out[j * QUERIES + i] / total[i] : 0;
         if (a->lse)
             a->lse[head * a->n + lo + i] = (peak[i] + log2f(total[i])) * LN2;
     }
@@ -202,7 +213,7 @@ void FN(prefill_attention)(const PrefillAttention *a)
     const int64_t group = a->n_heads / a->n_kv_heads;
     for (c.head = 0; c.head < a->n_kv_heads; c.head++) {
         c.past = round_up(a->past.lengths[c.head], 32);
-        c.total = round_up(c.past + a->n, KEYS);
+        c.total = round_up(c.past + a->m, KEYS);
         c.keys = scratch(SHARED, 2, sizeof(mm_t) * (size_t)(c.total * c.d_k));
         c.values = scratch(SHARED, 3, sizeof(mm_t) * (size_t)(c.total * c.v_rows));
         c.bias = scratch(SHARED, 4, 4 * (size_t)(2 * c.past + c.total / KEYS));

@@ -21,7 +21,8 @@ EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, i
     kernels->linear(products, score ? 4 : 3, x, n, block->attention_norm, m->eps);
     kernels->rope(q, cos, sin, q, m->n_heads, n, d);
     kernels->rope(k, cos, sin, k, m->n_kv_heads, n, d);
-    const PrefillAttention a = {q, k, v, mixed, lse, *past, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
+    const PrefillAttention a = {
+        q, k, v, mixed, lse, NULL, *past, (int32_t)n, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, m->scale};
     kernels->prefill_attention(&a);
 }
 

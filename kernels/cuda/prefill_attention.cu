@@ -1,8 +1,9 @@
-// Causal attention of n new tokens of one sequence over its stored entries and over one another (FlashAttention-2).
+// Causal attention of n queries of one sequence over its stored entries and over m new tokens, mostly their own
+// (FlashAttention-2).
 // Defines: real16 = half, bf16; HEAD_DIM = 64, 128
 //
 //   logit = q.k * scale + log s of stored entries; a query at position p sees positions > p - window (0: no window)
-//   out   = softmax(logit) v,  lse = natural log of the softmax's denominator
+//   out   = softmax(logit) v,  lse = natural log of the softmax's denominator; 0 and -inf where nothing is seen
 //
 // A block takes 128 queries of one query head, in 4 warps of 32 rows, and walks over tiles of 64 keys: first the pages,
 // all of which come before the new tokens, then the new keys up to the diagonal. While the warps multiply by K the copy
@@ -10,7 +11,8 @@
 // blocks fit on an SM, in registers too. Blocks with most keys start first; heads that share K and V run side by side
 // and meet in the L2 cache.
 //
-// q (Hq, n, d), k and v (H, n, d); pages (1, H, capacity), lengths (1, H), seen (1). out (n, Hq, d), lse (Hq, n).
+// q (Hq, n, d), k and v (H, m, d); q_pos (n) ascending, or null: the queries are the new tokens', n = m, which are at
+// the positions from seen on. pages (1, H, capacity), lengths (1, H), seen (1). out (n, Hq, d), lse (Hq, n).
 // Grid: (Hq, ceil(n / 128)) blocks of 4 warps; dynamic shared memory: 128 + 2 x 64 rows of HEAD_DIM values, 2 Biases.
 // scale > 0.
 #include "attention.cuh"
@@ -61,8 +63,8 @@ struct Past {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 prefill_attention(const real16* q, const real16* k, const real16* v, const unsigned long long* slabs, int slab_pages,
-                  const int* pages, int capacity, const int* lengths, const int* seen, real16* out, float* lse, int n,
-                  int group, float scale, int window) {
+                  const int* pages, int capacity, const int* lengths, const int* seen, const int* q_pos, real16* out,
+                  float* lse, int n, int m, int group, float scale, int window) {
     extern __shared__ __align__(16) unsigned char shared[];
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int head = blockIdx.x, kv = head / group, row0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
@@ -73,19 +75,23 @@ prefill_attention(const real16* q, const real16* k, const real16* v, const unsig
     real16* v_tile = k_tile + KEYS * HEAD_DIM;
     Bias* bias = reinterpret_cast<Bias*>(v_tile + KEYS * HEAD_DIM);  // [2]
     q += (size_t)head * n * HEAD_DIM;
-    k += (size_t)kv * n * HEAD_DIM;
-    v += (size_t)kv * n * HEAD_DIM;
+    k += (size_t)kv * m * HEAD_DIM;
+    v += (size_t)kv * m * HEAD_DIM;
+
+    // Where a query stands, counted from the first new token.
+    auto place = [&](int row) { return q_pos ? q_pos[min(row, n - 1)] - seen[0] : row; };
+    const int first_place = place(row0), visible = min(place(row0 + QUERIES - 1) + 1, m);
 
     // Tiles 0 .. n_past - 1 are stored entries, the others new keys from tile `first_new` on.
-    const bool sees_past = !window || row0 < window;
+    const bool sees_past = !window || first_place < window;
     const Past past = {slabs, pages + (size_t)kv * capacity, slab_pages, sees_past ? lengths[kv] : 0};
     const int n_past = (past.length + KEYS - 1) / KEYS;
-    const int first_new = window ? max(row0 - window + 1, 0) / KEYS : 0;
-    const int n_tiles = n_past + (min(row0 + QUERIES, n) + KEYS - 1) / KEYS - first_new;
+    const int first_new = window ? max(first_place - window + 1, 0) / KEYS : 0;
+    const int n_tiles = max(n_past + max((visible + KEYS - 1) / KEYS - first_new, 0), 1);
 
     auto fetch_new = [&](const real16* rows, int tile, real16* to) {
         const int first = (first_new + tile - n_past) * KEYS;
-        copy_rows<KEYS, THREADS>(to, rows + (size_t)first * HEAD_DIM, n - first, threadIdx.x);
+        copy_rows<KEYS, THREADS>(to, rows + (size_t)first * HEAD_DIM, m - first, threadIdx.x);
     };
     auto fetch_keys = [&](int tile) {
         if (tile < n_past) {
@@ -114,25 +120,27 @@ prefill_attention(const real16* q, const real16* k, const real16* v, const unsig
         cp_async_wait_all();
         __syncthreads();  // V is there, and every warp is done with K
 
-        // A key is visible to the rows first .. last; log s is added in the unit of the dot products.
+        // A key is visible from the places first .. last; log s is added in the unit of the dot products.
         const bool stored = tile < n_past;
         const int key0 = (stored ? tile : first_new + tile - n_past) * KEYS;
-        if (stored || key0 + KEYS > row0 + 1 || window) {
+        if (stored || key0 + KEYS > min(first_place + 1, m) || window) {
             const Bias& b = bias[tile & 1];
+            int places[M][2];
+#pragma unroll
+            for (int i = 0; i < 2 * M; ++i) places[i / 2][i % 2] = place(row0 + warp_row + 8 * i + g);
 #pragma unroll
             for (int i = 0; i < KEYS / 4; ++i) {
                 const int column = i / 2 * 8 + 2 * t + i % 2, key = key0 + column;
                 const int position = stored ? b.pos[column] - seen[0] : key;
-                const int first = !stored ? key : key < past.length ? 0 : INT_MAX;
+                const int first = key >= (stored ? past.length : m) ? INT_MAX : stored ? -INT_MAX : key;
                 const int last = window ? position + window - 1 : INT_MAX;
                 const float log_size = stored ? b.log_size[column] * inverse_scale : 0.f;
 #pragma unroll
-                for (int m = 0; m < M; ++m)
+                for (int j = 0; j < M; ++j)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const int row = row0 + warp_row + 16 * m + g + 8 * h;
-                        float& x = s[m][i / 2][2 * h + i % 2];
-                        x = first <= row && row <= last ? x + log_size : NEG_INF;
+                        float& x = s[j][i / 2][2 * h + i % 2];
+                        x = first <= places[j][h] && places[j][h] <= last ? x + log_size : NEG_INF;
                     }
             }
         }
@@ -145,17 +153,17 @@ prefill_attention(const real16* q, const real16* k, const real16* v, const unsig
     // Each warp writes its rows of the result over its rows of Q, which nobody else reads, and stores 16 bytes each.
     real16* mine = q_tile + warp_row * HEAD_DIM;
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+    for (int j = 0; j < M; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int row = 16 * m + g + 8 * h, query = row0 + warp_row + row;
+            const int row = 16 * j + g + 8 * h, query = row0 + warp_row + row;
             float factor, log_sum;
-            rows.finish(m, h, scale, factor, log_sum);
+            rows.finish(j, h, scale, factor, log_sum);
             if (t == 0 && query < n) lse[(size_t)head * n + query] = log_sum;
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c)
                 reinterpret_cast<unsigned*>(chunk_at(mine, row, c))[t] =
-                    pack<real16>(rows.o[m][c][2 * h] * factor, rows.o[m][c][2 * h + 1] * factor);
+                    pack<real16>(rows.o[j][c][2 * h] * factor, rows.o[j][c][2 * h + 1] * factor);
         }
     __syncwarp();
     for (int i = lane; i < 16 * M * (HEAD_DIM / 8); i += 32) {

@@ -7,7 +7,8 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     rms_norm(x, weight, eps)                             x / rms(x) * w
     rope(x, cos, sin)                                    half-split rotation
     swiglu(gate, up)                                     silu(gate) * up
-    prefill_attention(q, k, v, past, scale, window)      new tokens over stored entries and themselves; log of each sum
+    prefill_attention(q, k, v, past, scale, window, q_pos)
+                                                         queries over stored entries and new tokens; log of each sum
     decode_attention(q, past, scale, window)             one token of each sequence over its stored entries
     window_scores(q, keys, lengths, log_size, pos, q_pos, scale, window)
                                                          attention probabilities of a few queries over rows

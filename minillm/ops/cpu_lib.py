@@ -59,21 +59,23 @@ class Paged(Structure):
     ]
 
 
-_SHAPE = [(name, c_int32) for name in ("n_heads", "n_kv_heads", "head_dim", "window", "unused")]
 
 
 class PrefillAttention(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "lse")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "q_pos")),
         ("past", Paged),
-        ("n", c_int32),
-        *_SHAPE,
+        *((name, c_int32) for name in ("n", "m", "n_heads", "n_kv_heads", "head_dim", "window")),
         ("scale", c_float),
     ]
 
 
 class DecodeAttention(Structure):
-    _fields_ = [*((name, c_void_p) for name in ("q", "out", "past")), ("batch", c_int32), *_SHAPE, ("scale", c_float)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "out", "past")),
+        *((name, c_int32) for name in ("batch", "n_heads", "n_kv_heads", "head_dim", "window", "unused")),
+        ("scale", c_float),
+    ]
 
 
 class Scores(Structure):

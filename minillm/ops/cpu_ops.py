@@ -129,18 +129,19 @@ def swiglu(gate, up):
     return gate
 
 
-def prefill_attention(q, k, v, past, scale, window=None):
-    """Causal attention of n new tokens over stored entries and over one another.
+def prefill_attention(q, k, v, past, scale, window=None, q_pos=None):
+    """Causal attention of n queries over stored entries and m new tokens.
 
-    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer. -> (n, Hq * d); lse (Hq, n). See numpy_ops."""
+    q (Hq, n, d), k and v (H, m, d), rotated; past: PagedLayer; q_pos (n,), or None: the queries are the new tokens'. ->
+    (n, Hq * d); lse (Hq, n). See numpy_ops."""
     q, k, v, slabs = floats(q), floats(k), floats(v), slab_table(past.pool)
-    n_heads, n, d = q.shape
+    q_pos = None if q_pos is None else np.ascontiguousarray(q_pos, np.int32)
+    (n_heads, n, d), (n_kv_heads, m, _) = q.shape, k.shape
+    assert k.shape == v.shape and (n == m if q_pos is None else len(q_pos) == n)
     out, lse = np.empty((n, n_heads * d), np.float32), np.empty((n_heads, n), np.float32)
-    table = paged(past, slabs)
-    pointers = (pointer(a) for a in (q, k, v, out, lse))
-    _lib.prefill_attention(
-        byref(cpu_lib.PrefillAttention(*pointers, table, n, n_heads, len(k), d, window or 0, 0, scale))
-    )
+    pointers, table = (pointer(a) for a in (q, k, v, out, lse, q_pos)), paged(past, slabs)
+    shape = n, m, n_heads, n_kv_heads, d, window or 0
+    _lib.prefill_attention(byref(cpu_lib.PrefillAttention(*pointers, table, *shape, scale)))
     return out, lse
 
 

@@ -105,6 +105,18 @@ class CudaOps:
         launch.embed(self.device, table, self.device.upload(ids), out)
         return out
 
+    def prefill_attention(self, q, k, v, past, scale, window=None, q_pos=None):
+        """Causal attention of n queries over stored entries and m new tokens.
+
+        q (Hq, n, d), k and v (H, m, d), rotated; past: PagedLayer; q_pos (n,) on the host, or None: the queries are
+        the new tokens'. -> (n, Hq * d) words; lse (Hq, n) float32. See numpy_ops."""
+        (n_heads, n, d), device, real16 = q.shape, self.device, self.real16
+        out, lse = device.empty((n, n_heads, d), np.uint16), device.empty((n_heads, n), np.float32)
+        q_pos = None if q_pos is None else device.upload(np.asarray(q_pos, np.int32))
+        past = self.paged_floats(past)
+        launch.prefill_attention(device, q, k, v, past, out, lse, scale, window or 0, real16, q_pos)
+        return out.reshape(n, -1), lse
+
     # pages
 
     def new_slab(self, n_pages, page_size, head_dim, dtype):

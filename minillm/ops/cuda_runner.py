@@ -77,10 +77,8 @@ class Runner:
         k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
         launch.rope_split(device, qkv, layer.bqkv, cos, sin, q, k, v, self.real16)
         del qkv, normed
-        mixed, lse = device.empty((n, c.n_heads, c.head_dim), np.uint16), device.empty((c.n_heads, n), np.float32)
-        past, window = self.ops.paged_floats(past), c.sliding_window or 0
-        launch.prefill_attention(device, q, k, v, past, mixed, lse, self.model.scale, window, self.real16)
-        return q, lse, k, v, scores, mixed.reshape(n, -1)
+        mixed, lse = self.ops.prefill_attention(q, k, v, past, self.model.scale, c.sliding_window)
+        return q, lse, k, v, scores, mixed
 
     def _scores(self, layer, normed):
         scores = self.device.empty((len(normed), layer.w_score.shape[0]), np.float32)

@@ -71,30 +71,31 @@ def swiglu(gate, up):
 
 
 def _softmax_values(scores, v):
-    """softmax of scores (rows, m) times v (m, d), and the log of each row's sum of exponentials (rows,); overwrites
-    `scores`. Normalised after the product: d < m."""
-    top = scores.max(axis=1, keepdims=True)
+    """softmax of scores (rows, m) times v (m, d), and the log of each row's sum of exponentials (rows,); zeros and -inf
+    where all scores of a row are -inf. Overwrites `scores`. Normalised after the product: d < m."""
+    top = np.maximum(scores.max(axis=1, keepdims=True, initial=-np.inf), np.finfo(np.float32).min)
     scores -= top
     np.exp(scores, out=scores)
     total = scores.sum(axis=1, keepdims=True)
+    seen = total > 0
     out = scores @ v
-    out /= total
-    return out, (top + np.log(total))[:, 0]
+    np.divide(out, total, out=out, where=seen)
+    return out, (top + np.log(total, out=np.full_like(total, -np.inf), where=seen))[:, 0]
 
 
-def prefill_attention(q, k, v, past, scale, window=None):
-    """Causal attention of n new tokens over stored entries and over one another.
+def prefill_attention(q, k, v, past, scale, window=None, q_pos=None):
+    """Causal attention of n queries over stored entries and m new tokens.
 
-    q (Hq, n, d), k and v (H, n, d), rotated; past: PagedLayer, whose entries all come before the new tokens. The
+    q (Hq, n, d), k and v (H, m, d), rotated; past: PagedLayer, whose entries all come before the new tokens, at the
+    positions from past.seen on. q_pos (n,): those of the queries, ascending; None: they are the new tokens'. The
     logit of an entry is q.k * scale + log s (SemantiCache eq. 4). window: a query at position p sees positions > p -
-    window. -> (n, Hq * d); lse (Hq, n), the natural log of each query's sum of exponentials. No more than
-    G x ROW_BLOCK x (entries + n) scores exist at a time."""
-    n_heads, n, d = q.shape
-    n_kv_heads = k.shape[0]
+    window. -> (n, Hq * d); lse (Hq, n), the natural log of each query's sum of exponentials; zeros and -inf of a query
+    that sees nothing. No more than G x ROW_BLOCK x (entries + m) scores exist at a time."""
+    (n_heads, n, d), (n_kv_heads, m, _) = q.shape, k.shape
     group = n_heads // n_kv_heads
     out, lse = np.empty((n, n_heads, d), np.float32), np.empty((n_heads, n), np.float32)
-    new_pos = np.arange(past.seen, past.seen + n)
-    above_diagonal = np.triu(np.full((min(n, ROW_BLOCK),) * 2, -np.inf, np.float32), 1)
+    new_pos = np.arange(past.seen, past.seen + m)
+    q_pos = new_pos if q_pos is None else q_pos
     for head in range(n_kv_heads):
         keys, values, pos, stored = k[head], v[head], new_pos, 0
         if past.lengths[head]:
@@ -108,19 +109,20 @@ def prefill_attention(q, k, v, past, scale, window=None):
         query_heads = slice(head * group, (head + 1) * group)
         for lo in range(0, n, ROW_BLOCK):
             hi = min(lo + ROW_BLOCK, n)
-            left, right = 0, stored + hi  # the columns that some row of this block can see
+            # The columns that some row of this block can see are left .. right, and all see those before `causal`.
+            causal, right = stored + np.clip(q_pos[[lo, hi - 1]] - past.seen + 1, 0, m)
+            left = 0
             if window is not None:
-                left = int(np.argmax(pos > new_pos[lo] - window))
+                left = int(np.argmax(np.append(pos[:right] > q_pos[lo] - window, True)))
             rows = (q[query_heads, lo:hi] * np.float32(scale)).reshape(-1, d)
             scores = (rows @ keys[left:right].T).reshape(group, hi - lo, right - left)
             if left < stored:
                 scores[:, :, : stored - left] += log_size[left:]
-            scores[:, :, max(stored + lo - left, 0) :] += above_diagonal[
-                : hi - lo, max(left - stored - lo, 0) : hi - lo
-            ]
+            causal = max(causal, left)
+            np.copyto(scores[:, :, causal - left :], -np.inf, where=pos[causal:right] > q_pos[lo:hi, None])
             if window is not None:
-                np.copyto(scores, -np.inf, where=pos[left:right] <= new_pos[lo:hi, None] - window)
-            mixed, log_sums = _softmax_values(scores.reshape(-1, right - left), values[left:right])
+                np.copyto(scores, -np.inf, where=pos[left:right] <= q_pos[lo:hi, None] - window)
+            mixed, log_sums = _softmax_values(scores.reshape(len(rows), right - left), values[left:right])
             out[lo:hi, query_heads] = mixed.reshape(group, hi - lo, d).transpose(1, 0, 2)
             lse[query_heads, lo:hi] = log_sums.reshape(group, hi - lo)
     return out.reshape(n, n_heads * d), lse

@@ -56,14 +56,16 @@ def decode_attention(device, q, past, starts, space, out, scale, window, real16)
     run(device, "decode_attention", "decode_combine", (items, group), (8 * WARP,), arguments, defines=defines)
 
 
-def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16):
-    """out (n, Hq, d), lse (Hq, n) float32 = causal attention of n new tokens of one sequence, q (Hq, n, d), over its
-    stored entries and one another, k and v (H, n, d). past: Paged, of 16-bit floats; window: 0 for none."""
-    (n_heads, n, head_dim), n_kv_heads = q.shape, len(k)
-    assert past.dtype != "int8"
-    assert k.shape == v.shape == (n_kv_heads, n, head_dim) and past.lengths.shape == (1, n_kv_heads)
+def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16, q_pos=None):
+    """out (n, Hq, d), lse (Hq, n) float32 = causal attention of n queries of one sequence, q (Hq, n, d), over its
+    stored entries and m new tokens, k and v (H, m, d). past: Paged, of 16-bit floats; window: 0 for none; q_pos (n,)
+    int32: positions of the queries, ascending; None: they are the new tokens'."""
+    (n_heads, n, head_dim), (n_kv_heads, m, _) = q.shape, k.shape
+    assert past.dtype != "int8" and (m == n if q_pos is None else q_pos.shape == (n,))
+    assert k.shape == v.shape == (n_kv_heads, m, head_dim) and past.lengths.shape == (1, n_kv_heads)
     assert out.shape == (n, n_heads, head_dim) and lse.shape == (n_heads, n)
-    arguments = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "n": n, "group": n_heads // n_kv_heads}
+    arguments = {"q": q, "k": k, "v": v, "q_pos": q_pos, "out": out, "lse": lse}
+    arguments |= {"n": n, "m": m, "group": n_heads // n_kv_heads}
     arguments |= past.arguments() | {"seen": past.seen, "scale": scale, "window": window}
     shared = (128 + 2 * 64) * head_dim * 2 + 2 * 64 * 8
     grid, defines = (n_heads, blocks(n, 128)), head_defines(head_dim, real16)
