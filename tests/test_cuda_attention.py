@@ -169,7 +169,7 @@ def test_decode_plan(device, rng):
 
 
 def check_prefill(device, rng, lengths, n, group, head_dim, real16, *, window=0, size=1.0, at=None):
-    """lengths: stored entries of each KV head; at: how far behind the first of n new tokens the queries are, if they are
+    """lengths: stored entries of each KV head; at: how far behind the first of n new tokens queries are, if they are
     not those tokens'. -> the words of the result"""
     n_kv_heads, seen = len(lengths), 2 * max(lengths) + 3
     q_pos = seen + np.arange(n, dtype=np.int32) if at is None else seen + np.array(at, np.int32)

@@ -59,8 +59,6 @@ class Paged(Structure):
     ]
 
 
-
-
 class PrefillAttention(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "out", "lse", "q_pos")),
