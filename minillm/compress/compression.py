@@ -84,8 +84,9 @@ class Compression:
         labels = self._labels(index, 0 if k is None else k.shape[1])
         layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
         layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
-        if self.config.options.get("match"):
-            self.matching[index] = ask(layer, self.config.options["match"])
+        if n := self.config.options.get("match"):
+            past, compressor = self.cache.layer(index), self.compressor
+            self.matching[index] = ask(queries, n, k, v, past, compressor.scale, compressor.window)
         self._put(layer, self.config.scores(layer), k, v)
 
     def _put(self, layer, scores, k, v):

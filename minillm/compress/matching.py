@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 RIDGE = 0.1  # of the mean over entries of the squares that are summed
-LEAST, MOST = 0.05, 30.0  # tokens an entry may count for
+LEAST, MOST = 0.05, 30.0  # tokens an entry may count for; more where it did before
 WORK = 16e6  # products of a head's equations, at most: of the queries every so many-th is taken where entries are many
 
 
@@ -27,34 +27,29 @@ class Asked(NamedTuple):
     output: np.ndarray  # (H, Q, d) the mean of the values by the attention to the rows
 
 
-def ask(layer, n):
-    """What n tokens of the second reading (all, if it has fewer), which come after all rows, get from those of a
-    Layer."""
-    ops, n_heads, d = layer.ops, len(layer.lengths), layer.k.shape[1]
-    pos = np.concatenate([queries.pos for queries in layer.queries])
+def ask(queries, n, k, v, past, scale, window=None):
+    """What n tokens of the second reading (all, if it has fewer) get from a text, all of which comes before them: from
+    the entries of a layer, `past` (PagedLayer), and its new keys and values k, v (H, m, d). queries: a list of Queries;
+    scale, window: of the model's attention."""
+    ops, (n_heads, _, d) = past.pool.ops, k.shape
+    pos = np.concatenate([some.pos for some in queries])
     picked = np.unique(np.linspace(0, len(pos) - 1, min(n, len(pos))).round().astype(int))
     q, lse, first = [], [], 0
-    for queries in layer.queries:
-        here = ops.array(picked[(picked >= first) & (picked < first + len(queries.pos))] - first)
-        q.append(queries.q[:, here])
-        lse += [] if queries.lse is None else [queries.lse[:, here]]
-        first += len(queries.pos)
-    q = ops.stored_rows(np.concatenate(q, axis=1).reshape(-1, d)).reshape(n_heads, -1, d)
-    pos = np.tile(pos[picked], q.shape[1] // len(picked))
-    rows = [layer.of_heads(part) for part in (ops.stored_rows(layer.k), layer.values, np.log(layer.size), layer.pos)]
-    lse = np.concatenate(lse, axis=1).reshape(n_heads, -1) if lse else None
-    lses, shares, outputs = [], [], []
-    for head, (k, v, log_size, row_pos) in enumerate(zip(*rows, strict=True)):
-        weights = _logits(q[head], pos, k, row_pos, layer)
-        weights += log_size
-        most = weights.max(axis=1) if lse is None else lse[head]  # of which the rows have a part: none overflows
-        weights -= most[:, None]
-        np.exp(weights, out=weights)
-        total = np.maximum(weights.sum(axis=1), np.finfo(np.float32).tiny)
-        outputs.append(weights @ v / total[:, None])
-        lses.append(most + np.log(total) if lse is None else most)
-        shares.append(np.ones_like(total) if lse is None else total)
-    return Asked(q, pos, np.stack(lses), np.stack(shares), np.stack(outputs))
+    for some in queries:
+        here = ops.array(picked[(picked >= first) & (picked < first + len(some.pos))] - first)
+        q.append(some.q[:, here])
+        lse.append(some.lse[:, here])
+        first += len(some.pos)
+    q, lse, pos = np.concatenate(q, axis=1), np.concatenate(lse, axis=1), pos[picked]
+    output, of_rows = ops.prefill_attention(q, k, v, past, scale, window, pos)
+    output = ops.stored_rows(output.reshape(-1, d)).reshape(len(pos), -1, d).transpose(1, 0, 2)
+    return Asked(
+        q=ops.stored_rows(q.reshape(-1, d)).reshape(n_heads, -1, d),
+        pos=np.tile(pos, len(q) // n_heads),
+        lse=lse.reshape(n_heads, -1),
+        share=np.exp(of_rows - lse).reshape(n_heads, -1),
+        output=output.reshape(n_heads, -1, d),
+    )
 
 
 def matched(entries, asked, layer):
@@ -71,9 +66,9 @@ def matched(entries, asked, layer):
         share, output = asked.share[head][some, None], asked.output[head][some]
         had = _logits(asked.q[head][some], asked.pos[some], k, pos, layer)
         had -= asked.lse[head][some, None]
-        np.exp(np.minimum(had, np.float32(0), out=had), out=had)  # (Q, E) of the attention, were each of one token
+        np.exp(np.minimum(had, -np.log(size), out=had), out=had)  # (Q, E) of the attention, were each of one token
         more = _least_squares(had, share - had @ size[:, None])[:, 0]
-        size = np.minimum(np.maximum(size + more, np.float32(LEAST)), np.float32(MOST))
+        size = np.minimum(np.maximum(size + more, np.float32(LEAST)), np.maximum(size, np.float32(MOST)))
         had *= size
         had *= share / np.maximum(had.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         sizes.append(size)
