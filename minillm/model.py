@@ -245,12 +245,16 @@ class Model:
         return sample_each(self.logits(hidden), draws)
 
     def recompress(self, cache, compressor):
-        """Compress what was generated since the last time."""
-        compression = compressor.begin(cache, [], generated=True)
-        if compression:
-            for index, block in enumerate(self.blocks):
-                compression.store(index, wo=block.wo)
-            compression.finish()
+        """Compress what was generated since the last time. If anything is raised on the way the cache is cleared."""
+        try:
+            compression = compressor.begin(cache, [], generated=True)
+            if compression:
+                for index, block in enumerate(self.blocks):
+                    compression.store(index, wo=block.wo)
+                compression.finish()
+        except BaseException:
+            cache.clear()
+            raise
 
     def _qkv(self, block, x):
         """x (n, dim) -> q (Hq, n, d), k and v (H, n, d), not yet rotated."""

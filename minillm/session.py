@@ -101,8 +101,14 @@ def step(sessions, draws=None):
     result = llm.model.decode(unread, [session.cache for session in sessions], draws)
     for session in sessions:
         session.unread = []
+    for session in sessions:
         if llm.compressor.due(session.cache):
-            llm.model.recompress(session.cache, llm.compressor)
+            past = list(session.cache.token_ids)
+            try:
+                llm.model.recompress(session.cache, llm.compressor)
+            except BaseException:
+                session.unread = past  # the cache is empty now: all of it is read next time
+                raise
     return result
 
 

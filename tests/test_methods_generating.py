@@ -149,6 +149,37 @@ def test_what_is_generated_is_written_twice_at_most(method, monkeypatch):
     assert times
 
 
+# interruptions
+
+
+@pytest.mark.parametrize("method, at", [("h2o", 0), ("h2o", 1), ("semanticache", 1), ("streaming", 1), ("d2o", 1)])
+def test_an_interrupted_recompression_loses_no_token(method, at, tmp_path, monkeypatch):
+    """The cache is empty then, and what it had read is read anew with what comes next."""
+
+    class Interrupted(BaseException):
+        pass
+
+    params = SamplingParams(max_tokens=90, ignore_eos=True, temperature=0.0)
+    with LLM.load(tiny_chat.make(tmp_path / "tiny"), cache=CacheConfig(method, 60, recompress=25)) as llm:
+        session, store = llm.session(), Compression.store
+        session.feed("abcdefgh " * 30)
+        prompt = list(session.unread)
+
+        def interrupted(compression, index, *arguments, **options):
+            if compression.generated and index == at:
+                raise Interrupted
+            store(compression, index, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Compression, "store", interrupted)
+            with pytest.raises(Interrupted):
+                list(session.stream(params))
+        read = prompt + session.answer.token_ids
+        assert session.unread == read and len(read) > len(prompt) + 20
+        assert session.cache.seen == session.cache.bytes_in_use == 0
+        assert len(list(session.stream(params))) >= 90 and session.cache.token_ids[: len(read)] == read
+
+
 # sessions
 
 
