@@ -269,6 +269,10 @@ def test_the_global_cut_never_holds_more_than_its_budget_and_a_layer():
     assert sequence.cache.entries == total
     assert sequence.pool.slab_entries < a_layer / 6
     assert max(most) <= total + a_layer + sequence.pool.slab_entries < 8 * a_layer / 2
+    del most[:]
+    sequence.read(400)  # layers to come hold what the first turn left them
+    assert sequence.cache.entries == 2 * total
+    assert max(most) <= 2 * total + 7 / 8 * total + 1.4 * a_layer + sequence.pool.slab_entries
 
 
 def literal_composite(layer, own, *, agree="max", heads_agree=True, v_norm=False):

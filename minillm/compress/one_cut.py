@@ -13,7 +13,9 @@ class OneCut(Compression):
 
     Tokens wait in pages as they were read. Where more is held than the budget and `slack`, and at the end, all that is
     known is cut: what is not among the best of the rows known so far cannot be among the best of all, so the result is
-    that of one cut at the end. To the planning the layers that are cut are heads of one."""
+    that of one cut at the end. So no more is held than the budget, a layer and a slab, but in a later turn of a method
+    that reads again: what layers to come still hold of earlier turns is not scored yet, and comes to it. To the
+    planning the layers that are cut are heads of one."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
