@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny_chat
 from oracle import rms_norm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_extend import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, CacheConfig, SamplingParams, cache_state, cli
@@ -15,7 +17,7 @@ from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
 from minillm.ops import numpy_ops
 from minillm.profile import fit, make, worth
-from minillm.profile.profile import Profile, fingerprint, load, places
+from minillm.profile.profile import CURVE, Profile, fingerprint, load, places
 
 F32 = np.float32
 
@@ -324,6 +326,43 @@ def test_a_profile_of_another_model_or_none_at_all_is_refused(folder, tmp_path):
     for name in ("bad.profile", "absent.profile"):
         with pytest.raises(MinillmError, match=f"{name} is not a minillm profile .*python -m minillm.profile"):
             LLM.load(folder, profile=tmp_path / name)
+
+
+DAMAGE = {
+    "too few layers": ({"weight": lambda a: a[:1], "bias": lambda a: a[:1], "worth": lambda a: a[:1]}, "is damaged"),
+    "another dim": ({"weight": lambda a: a[:, :, :-1]}, r"its weight is \(2, 2, 31\), not \(2, 2, 32\)"),
+    "biases of other heads": ({"bias": lambda a: a[:, :1]}, r"bias \(2, 1\) and worth \(2, 2\) do not fit"),
+    "an empty curve": ({name: lambda a: a[:0] for name in CURVE}, "its curve is not threshold, kept, quality of"),
+    "fewer qualities": ({"quality": lambda a: a[:-1]}, "of as many thresholds each"),
+    "a table for a curve": ({name: lambda a: a.reshape(2, 2) for name in CURVE}, "of as many thresholds each"),
+    "thresholds that descend": ({"threshold": lambda a: a[::-1]}, "the thresholds of its curve do not ascend"),
+    "one threshold twice": ({"threshold": lambda a: a[[0, 1, 1, 2]]}, "the thresholds of its curve do not ascend"),
+    "no numbers": ({"worth": lambda a: a * np.nan}, "it holds NaN"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_profile_whose_parts_do_not_fit_is_refused(damage, folder, tmp_path):
+    with LLM.load(folder) as llm:
+        profile_of(llm).save(tmp_path / "a.profile")
+    changes, message = DAMAGE[damage]
+    arrays = load_file(tmp_path / "a.profile")
+    with safe_open(tmp_path / "a.profile", framework="numpy") as file:
+        metadata = file.metadata()
+    for name, change in changes.items():
+        arrays[name] = np.array(change(arrays[name]), order="C")
+    save_file(arrays, tmp_path / "a.profile", metadata)
+    with pytest.raises(MinillmError, match=f"a.profile .*{message}.*: make one with python -m minillm.profile"):
+        LLM.load(folder, profile=tmp_path / "a.profile")
+
+
+@pytest.mark.parametrize("about", ["[]", "null", '"a"', '{"format": 2}'])
+def test_a_profile_that_does_not_say_what_it_is_of_is_refused(about, folder, tmp_path):
+    with LLM.load(folder) as llm:
+        profile_of(llm).save(tmp_path / "a.profile")
+    save_file(load_file(tmp_path / "a.profile"), tmp_path / "a.profile", {"minillm_profile": about})
+    with pytest.raises(MinillmError, match="is not a minillm profile .it does not say "):
+        load(tmp_path / "a.profile")
 
 
 def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def make(llm, fitted, held_out, done=lambda: None):
         predicted.append(np.exp(foretold).ravel())
         done()
     about["correlation"] = round(float(np.mean(correlations)), 4)
-    thresholds = np.quantile(np.concatenate(predicted), 1 - np.array(SHARES)).astype(np.float32)
+    thresholds = np.unique(np.quantile(np.concatenate(predicted), 1 - np.array(SHARES)).astype(np.float32))
     kept, right = [], []
     for ids, _ in held_out:
         shares, counts = repeat(llm, ids, thresholds)

@@ -66,6 +66,10 @@ class Profile:
         save_file(arrays, path, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
 
 
+CURVE = ("threshold", "kept", "quality")
+REMEDY = "make one with python -m minillm.profile, or take that file away"
+
+
 def load(path):
     """The Profile of a file. Raises MinillmError for what is none."""
     from safetensors import SafetensorError, safe_open
@@ -74,20 +78,32 @@ def load(path):
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {})["minillm_profile"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if not isinstance(about, dict):
+            raise ValueError("it does not say what model it is of")
         if about.pop("format") != FORMAT:
             raise ValueError("another version of minillm wrote it")
         weight, bias, worth = arrays.pop("weight").astype(np.float32), arrays.pop("bias"), arrays.pop("worth")
-        curve = {name: arrays[name] for name in ("threshold", "kept", "quality")}
-        shapes = {bias.shape, worth.shape, weight.shape[:2]}
-        if weight.ndim != 3 or len(shapes) > 1 or not {"model", "fingerprint"} <= about.keys():
-            raise ValueError("its parts do not fit one another")
-        if not all(np.isfinite(array).all() for array in (weight, bias, worth, *curve.values())):
-            raise ValueError("it holds NaN or infinity")
+        profile = Profile(weight, bias, worth, {name: arrays[name] for name in CURVE}, about)
+        _check(profile)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MinillmError(
-            f"{path} is not a minillm profile ({error}): make one with python -m minillm.profile"
-        ) from None
-    return Profile(weight, bias, worth, curve, about)
+        raise MinillmError(f"{path} is not a minillm profile ({error}): {REMEDY}") from None
+    return profile
+
+
+def _check(profile):
+    """Raise ValueError where the parts of a Profile do not fit one another."""
+    weight, bias, worth, curve = profile.weight, profile.bias, profile.worth, profile.curve
+    if weight.ndim != 3 or len({bias.shape, worth.shape, weight.shape[:2]}) > 1:
+        raise ValueError(f"its weight {weight.shape}, bias {bias.shape} and worth {worth.shape} do not fit one another")
+    thresholds = curve["threshold"]
+    if thresholds.ndim != 1 or not len(thresholds) or any(part.shape != thresholds.shape for part in curve.values()):
+        raise ValueError(f"its curve is not {', '.join(CURVE)} of as many thresholds each, one at least")
+    if not all(np.isfinite(array).all() for array in (weight, bias, worth, *curve.values())):
+        raise ValueError("it holds NaN or infinity")
+    if (np.diff(thresholds) <= 0).any():
+        raise ValueError("the thresholds of its curve do not ascend")
+    if missing := {"model", "fingerprint"} - profile.about.keys():
+        raise ValueError(f"it does not say its {' and '.join(sorted(missing))}")
 
 
 def fingerprint(config, norms):
@@ -134,10 +150,14 @@ def find(config, weights, path, name=None):
     candidates = [Path(name).expanduser()] if name else [place for place in places(mark, path) if place.is_file()]
     if not candidates:
         return None
-    found = load(candidates[0])
+    return _load_for(candidates[0], config, mark)
+
+
+def _load_for(path, config, mark):
+    """`load` for the model of a config with the fingerprint `mark`."""
+    found, shape = load(path), (config.n_layers, config.n_kv_heads, config.dim)
     if found.about["fingerprint"] != mark:
-        raise MinillmError(
-            f"{candidates[0]} is the profile of {found.about['model']}, not of {config.name}: make one with python -m "
-            "minillm.profile, or take that file away"
-        )
+        raise MinillmError(f"{path} is the profile of {found.about['model']}, not of {config.name}: {REMEDY}")
+    if found.weight.shape != shape:
+        raise MinillmError(f"{path} is damaged (its weight is {found.weight.shape}, not {shape}): {REMEDY}")
     return found
