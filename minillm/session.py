@@ -4,18 +4,16 @@ A later turn reads only its own new tokens. A session can be saved to a file and
 """
 
 import json
-import os
 import time
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from minillm import cache_state
 from minillm.errors import MinillmError
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
+from minillm.safetensors_file import write
 from minillm.sampling import PENALTY_WINDOW, Sampler
 from minillm.stream import StreamDecoder
 
@@ -273,22 +271,10 @@ class Session:
 
     def save(self, path):
         """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
         self._finish_turn()
         state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
         metadata = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
-        arrays = {name: np.array(a, order="C") for name, a in cache_state.state(self.cache).items()}
-        path = Path(path).expanduser()
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(arrays, unfinished, metadata)
-            os.replace(unfinished, path)
-        except (OSError, SafetensorError) as error:
-            raise MinillmError(f"cannot write {path} ({error}): free some space there or name another file") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write(Path(path).expanduser(), cache_state.state(self.cache), metadata)
 
     def restore(self, path):
         """Take up a saved session. A file of another model, dtype, method or version raises MinillmError and changes

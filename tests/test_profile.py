@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_extend import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
 
-from minillm import LLM, CacheConfig, SamplingParams, cache_state, cli
+from minillm import LLM, CacheConfig, SamplingParams, cache_state, cli, run
 from minillm.compress import compressor as compressor_module
 from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
@@ -328,6 +328,49 @@ def test_a_profile_of_another_model_or_none_at_all_is_refused(folder, tmp_path):
             LLM.load(folder, profile=tmp_path / name)
 
 
+def test_a_profile_that_cannot_be_used_stops_nobody_who_did_not_ask_for_it(folder, tmp_path, monkeypatch, capfd):
+    """One of an older version beside the model: the line says so, and the next place is looked at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with LLM.load(folder) as llm:
+        profile, mark = profile_of(llm), fingerprint(llm.config, llm.model.norms)
+    beside, user, _ = places(mark, folder)
+    profile.save(beside)
+    old = {"minillm_profile": json.dumps({"format": 1} | profile.about)}
+    save_file(load_file(beside), beside, old)
+    flags = ["-m", str(folder), "-qn", "1", "x"]
+    assert run.main([*flags, "--kv-method", "full"]) == 0
+    said = capfd.readouterr().err
+    assert said == (
+        f"minillm: passed over: {beside} is not a minillm profile (another version of minillm wrote it): "
+        "make one with python -m minillm.profile, or take that file away\n"
+    )
+    profile.save(user)
+    with LLM.load(folder) as llm:
+        assert llm.profile.digest == load(user).digest
+    user.write_bytes(b"half of it")
+    assert run.main(flags) == 0 and f"passed over: {user} is not" in capfd.readouterr().err
+    assert run.main([*flags, "--profile", str(beside)]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith(f"minillm: error: {beside} is not a minillm profile") and said.count("\n") == 1
+
+
+def test_a_profile_is_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    with LLM.load(folder) as llm:
+        profile = profile_of(llm)
+    place = tmp_path / "a" / "a.profile"
+    profile.save(place)
+    before = place.read_bytes()
+
+    def fill_the_disk(arrays, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fill_the_disk)
+    with pytest.raises(MinillmError, match="cannot write .*a.profile .*No space left.*: free some space there or"):
+        profile.save(place)
+    assert place.read_bytes() == before and list(place.parent.iterdir()) == [place]
+
+
 DAMAGE = {
     "too few layers": ({"weight": lambda a: a[:1], "bias": lambda a: a[:1], "worth": lambda a: a[:1]}, "is damaged"),
     "another dim": ({"weight": lambda a: a[:, :, :-1]}, r"its weight is \(2, 2, 31\), not \(2, 2, 32\)"),
@@ -381,8 +424,9 @@ def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch
         assert llm.cache_config.method == "foresight"
     made = places(mark, folder)[1]
     made.write_bytes(b"of another version")  # does not stand in the way of a new one
-    with pytest.raises(MinillmError, match="make one with python -m minillm.profile"):
-        LLM.load(folder)
+    with LLM.load(folder) as llm:
+        assert llm.profile is None
+    capsys.readouterr()
     assert make.main(["-m", str(folder), "--texts", str(texts), "--length", "300"]) == 0 and load(made)
     (texts / "0.txt").unlink()
     assert make.main(["-m", str(folder), "--texts", str(texts)]) == 2
@@ -444,9 +488,7 @@ def test_a_quality_that_means_nothing_is_refused(options, message):
 def test_without_a_profile_foresight_is_refused_and_the_fix_is_said(folder, capsys):
     with pytest.raises(UsageError, match="needs a profile of model: make one with python -m minillm.profile"):
         LLM.load(folder, cache=CacheConfig("foresight"))
-    from minillm.run import main
-
-    assert main(["-m", str(folder), "-n", "2", "a word"]) == 0
+    assert run.main(["-m", str(folder), "-n", "2", "a word"]) == 0
     assert "has no profile, so prompts are read twice: python -m minillm.profile makes one" in capsys.readouterr().err
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from minillm.config import read_config
 from minillm.errors import MinillmError
+from minillm.ops import say_once
+from minillm.safetensors_file import write
 from minillm.weights import load_weights
 
 FORMAT = 2
@@ -56,14 +58,15 @@ class Profile:
         return float(reached[-1])
 
     def save(self, path):
-        """Write the file: the projections in 16 bits, which is more than their fit knows."""
-        from safetensors.numpy import save_file
-
+        """Write the file, all of it or nothing: the projections in 16 bits, which is more than their fit knows. Raises
+        MinillmError."""
         arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias, "worth": self.worth} | self.curve
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.array(array, order="C") for name, array in arrays.items()}  # it writes memory as it lies
-        save_file(arrays, path, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MinillmError(f"cannot write {path} ({error}): name another file") from error
+        write(path, arrays, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
 
 
 CURVE = ("threshold", "kept", "quality")
@@ -145,12 +148,18 @@ def norm_names(config):
 
 def find(config, weights, path, name=None):
     """The Profile of a model, or None where there is none. weights: name -> Weight, its norms among them; path: of its
-    files; name: of a file that was asked for. A profile of another model raises MinillmError."""
+    files; name: of a file that was asked for: MinillmError where it is no profile of this model. Where none was asked
+    for, such a file is passed over with a line on stderr: it must not stop what can do without it."""
     mark = fingerprint(config, [weights[norm].data for norm in norm_names(config)])
-    candidates = [Path(name).expanduser()] if name else [place for place in places(mark, path) if place.is_file()]
-    if not candidates:
-        return None
-    return _load_for(candidates[0], config, mark)
+    if name:
+        return _load_for(Path(name).expanduser(), config, mark)
+    for place in places(mark, path):
+        if place.is_file():
+            try:
+                return _load_for(place, config, mark)
+            except MinillmError as error:
+                say_once(f"minillm: passed over: {error}")
+    return None
 
 
 def _load_for(path, config, mark):
