@@ -258,6 +258,7 @@ class LLM:
             "model": f"{self.config.name} {digest.hexdigest()[:12]}",
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
             "cache dtype": self.pool.dtype,
+            "profile": self.profile.digest if self.profile and self.cache_config.profiled else None,
             **self.cache_config.as_dict(),
         }
 

@@ -508,6 +508,39 @@ def test_sessions_with_predictions_are_saved_and_taken_up(known, tmp_path):
             np.testing.assert_array_equal(cache_state.state(other.cache)[name], array)
 
 
+@pytest.mark.parametrize("method, options", [("foresight", {}), ("hindsight", {}), ("kvzip", {"worth": True})])
+def test_a_session_of_another_profile_is_refused_where_the_method_uses_it(method, options, known, tmp_path):
+    """Scores of two scales would share one cut: with hindsight's worth as well, and where one has no profile."""
+    with LLM.load(known, cache=CacheConfig(method, 0.3, **options)) as llm:
+        session = llm.session()
+        session.feed("the quick brown fox " * 20)
+        session.read()
+        session.save(tmp_path / "s.kv")
+        first, other = llm.profile.digest, profile_of(llm, seed=5)
+        llm.session().restore(tmp_path / "s.kv")
+        llm.set_profile(other)
+        with pytest.raises(MinillmError, match=f"was saved with profile '{first}' and this is '{other.digest}': name"):
+            llm.session().restore(tmp_path / "s.kv")
+    if method != "foresight":
+        with LLM.load(known, cache=CacheConfig(method, 0.3, **options), profile=False) as llm:
+            with pytest.raises(MinillmError, match=f"was saved with profile '{first}' and this is None"):
+                llm.session().restore(tmp_path / "s.kv")
+
+
+UNAWARE = [("full", {}), ("hindsight", {"budget": "full"}), ("kvzip", {}), ("hindsight", {"worth": False})]
+
+
+@pytest.mark.parametrize("method, options", UNAWARE)
+def test_a_session_is_taken_up_with_any_profile_where_the_method_uses_none(method, options, known, tmp_path):
+    with LLM.load(known, cache=CacheConfig(method, **options)) as llm:
+        session = llm.session()
+        session.feed("the quick brown fox " * 20)
+        session.read()
+        session.save(tmp_path / "s.kv")
+        llm.set_profile(profile_of(llm, seed=5))
+        llm.session().restore(tmp_path / "s.kv")
+
+
 def test_flags_of_the_command_line():
     args = cli.parse(["--kv-budget", "auto", "-p", "x"])
     assert args.cache.method is None and args.cache.quality == 0.99

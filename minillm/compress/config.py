@@ -56,7 +56,7 @@ class CacheConfig:
             raise UsageError(f"a cache's dtype is {' or '.join(DTYPES)}, not {dtype!r}")
         self.dtype = dtype
         self.method = method if budget != "full" else "full"
-        method = method or WITH_PROFILE  # has the options of the other one, too
+        method = method or WITH_PROFILE  # whose options the other one has, too
         self.spec = spec = find_method(method)
         self.chosen = {part: options.pop(part) for part in TABLES if part in options}
         for part, name in self.chosen.items():
@@ -148,6 +148,11 @@ class CacheConfig:
     def foresees(self):
         """Whether what is kept of a token is decided by what a profile predicts when it is read."""
         return self.reads == "predicted"
+
+    @property
+    def profiled(self):
+        """Whether scores hang on a profile: on what it predicts, or on what it says that entries are worth."""
+        return self.foresees or (self.reads == "again" and self.options.get("worth", False))
 
     @property
     def remembers(self):
