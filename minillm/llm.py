@@ -44,14 +44,20 @@ class LLM:
         self.set_cache(cache)
 
     def set_profile(self, profile):
-        """Predict scores by another Profile of this model from now on."""
-        self.profile = profile
+        """Predict scores by another Profile of this model from now on, which decides anew what the cache asked for
+        comes to. MinillmError where that is a quality that the profile does not know; then nothing is changed."""
+        before, self.profile = self.profile, profile
+        try:
+            self.set_cache(self._asked)
+        except MinillmError:
+            self.profile = before
+            raise
         self.model.foresee(*profile.projection)
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
         self.compressor = self.compressor_for(cache)
-        self.cache_config = self.compressor.config
+        self._asked, self.cache_config = cache, self.compressor.config
 
     def compressor_for(self, cache):
         """The Compressor of a CacheConfig and this model."""

@@ -463,6 +463,26 @@ def test_a_quality_is_a_threshold_of_the_profile(known):
         assert 0 < session.cache.kept < 1
 
 
+def test_another_profile_decides_anew(known):
+    """The threshold of a quality, what entries are worth, and the method where none was named."""
+    with LLM.load(known, cache=CacheConfig(quality=0.99)) as llm:
+        other = profile_of(llm, seed=5)
+        other.curve["threshold"] *= 2
+        llm.set_profile(other)
+        assert llm.cache_config.options["threshold"] == pytest.approx(0.2)
+        np.testing.assert_array_equal(llm.compressor.worth, np.exp(other.worth))
+        worse = profile_of(llm, seed=6)
+        worse.curve["quality"][:] = 0.5
+        with pytest.raises(MinillmError, match="knows no threshold that leaves 0.99 of the quality"):
+            llm.set_profile(worse)
+        assert llm.profile is other and llm.cache_config.options["threshold"] == pytest.approx(0.2)
+        np.testing.assert_array_equal(llm.model.blocks[0].b_score, other.projection[1][0])
+    with LLM.load(known, profile=False) as llm:
+        assert llm.cache_config.method == "hindsight" and llm.compressor.worth is None
+        llm.set_profile(other)
+        assert llm.cache_config.method == "foresight" and llm.compressor.worth is not None
+
+
 def test_a_quality_that_was_never_reached_is_refused(known):
     llm = LLM.load(known)
     llm.profile.curve["quality"][:] = 0.5
