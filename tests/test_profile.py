@@ -2,6 +2,7 @@
 threshold against budget, files and where they are found, and the default that hangs on them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -431,6 +432,64 @@ def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch
     (texts / "0.txt").unlink()
     assert make.main(["-m", str(folder), "--texts", str(texts)]) == 2
     assert "4 .txt files, and 5 at least are needed" in capsys.readouterr().err
+
+
+def write_texts(folder, **lengths):
+    """Random words, so many characters of each text: as many tokens of the tiny model, which adds 49 in a chat."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name, n in lengths.items():
+        (folder / f"{name}.txt").write_text("".join(rng.choice(list("abcdef "), n)))
+    return str(folder)
+
+
+def test_texts_that_are_too_short_are_left_out_and_that_is_said(folder, tmp_path, monkeypatch, capsys):
+    """And the profile says what it was made from."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    texts = write_texts(tmp_path / "texts", a=300, b=40, c=256, d=400, e=255, f=300, g=700, h=10)
+    flags = ["-m", str(folder), "--texts", texts]
+    assert make.main([*flags, "--length", "500", "--out", "~/a.profile"]) == 0
+    assert "minillm: left out, as shorter than 256 tokens: b, e, h\n" in capsys.readouterr().err
+    about = load(tmp_path / "a.profile").about
+    assert (about["texts"], about["length"]) == (["a", "c", "d", "f", "g"], 500)
+    for name in "beh":
+        (tmp_path / "texts" / f"{name}.txt").unlink()
+    assert make.main([*flags, "--length", "256", "--out", str(tmp_path / "b.profile")]) == 0
+    again = load(tmp_path / "b.profile").about
+    assert (again["texts"], again["digest"]) == (about["texts"], about["digest"])
+
+
+@pytest.mark.parametrize("context, status", [(280, 0), (200, 2)])
+def test_texts_are_no_longer_than_the_context(context, status, tmp_path, capsys):
+    model = tiny_chat.make(tmp_path / "narrow", max_position_embeddings=context)
+    texts = write_texts(tmp_path / "texts", a=300, b=300, c=300, d=300, e=300)
+    assert make.main(["-m", str(model), "--texts", texts, "--out", str(tmp_path / "a.profile")]) == status
+    if status:
+        assert "narrow has a context of 200 tokens, and a profile takes 256 at least" in capsys.readouterr().err
+    else:
+        assert load(tmp_path / "a.profile").about["length"] == 280
+
+
+@pytest.mark.parametrize(
+    "lengths, said",
+    [
+        (dict.fromkeys("abcdef", 30), "0 of 6 texts are long enough, and 5 at least are needed"),
+        (dict.fromkeys("abcd", 300) | {"e": 30}, r"4 of 5 texts .* longer ones \(shorter than 256 tokens: e\)"),
+    ],
+)
+def test_too_few_texts_that_are_long_enough_are_one_sentence(lengths, said, folder, tmp_path, capsys):
+    assert make.main(["-m", str(folder), "--texts", write_texts(tmp_path / "texts", **lengths)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("minillm: error: ") and err.count("\n") == 1
+    assert re.search(said, err)
+
+
+@pytest.mark.parametrize("length, said", [("20", "must be at least 256, not 20"), ("x", "invalid whole number value")])
+def test_a_length_at_which_nothing_is_compressed_is_refused(length, said, folder, monkeypatch, capsys):
+    monkeypatch.setattr(LLM, "load", None)
+    assert make.main(["-m", str(folder), "--length", length]) == 2
+    err = capsys.readouterr().err
+    assert f"--length: {said}" in err and err.count("\n") == 1
 
 
 # the default

@@ -86,7 +86,7 @@ def main():
     parser.add_argument("-t", "--threads", type=int)
     args = parser.parse_args()
     with LLM.load(args.model, cache=CacheConfig("full"), threads=args.threads) as llm:
-        readings = make.encode(llm, make.read_texts(), args.length)
+        readings = list(make.encode(llm, make.read_texts(), args.length).values())
         hidden, scores, begins = collect(llm, readings)
     lengths = [len(ids) for ids, _ in readings]
     number = np.repeat(np.arange(len(readings)), lengths)

@@ -1,8 +1,10 @@
 """python -m minillm.profile: texts are read twice, and what the second reading attends to is fitted. Some of the texts
 are held out, and say how well the fit foretells it and what is left of a text at each threshold."""
 
+import argparse
 import datetime
 import hashlib
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from minillm.profile.worth import log_worth, try_heads
 from minillm.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"
-LENGTH, SHORTEST = 4096, 256  # tokens of a text
+LENGTH, SHORTEST = 4096, 256  # tokens of a text: at most, where nothing else is said, and at least
 HELD_OUT = 5  # every so many-th text
 TRIALS = 2  # of the others every so many-th says what entries are worth
 QUESTION = "\n\nWhat does it say after this?"
@@ -43,13 +45,17 @@ def _run(argv):
     args = _parser().parse_args(argv)
     texts = read_texts(args.texts)
     llm = LLM.load(args.model, cache=CacheConfig("full"), profile=False, progress=True, **cli.machine(args))
-    readings = encode(llm, texts, min(args.length, llm.context))
-    fitted, held_out = split(readings)
+    length = min(args.length, llm.context)
+    if length < SHORTEST:
+        raise UsageError(f"{llm.config.name} has a context of {length} tokens, and a profile takes {SHORTEST} at least")
+    readings = enough(encode(llm, texts, length), texts)
+    texts = {name: texts[name] for name in readings}
+    fitted, held_out = split(list(readings.values()))
     total = len(fitted) + len(fitted[::TRIALS]) + 2 * len(held_out)
     with tqdm(total=total, unit="text", disable=None) as bar:
         profile = make(llm, fitted, held_out, bar.update)
-    profile.about |= {"texts": sorted(texts), "digest": digest(texts), "length": args.length}
-    path = args.out
+    profile.about |= {"texts": sorted(texts), "digest": digest(texts), "length": length}
+    path = args.out and args.out.expanduser()
     if path is None:
         path = places(profile.about["fingerprint"], resolve(args.model, offline=True).path)[1]
     profile.save(path)
@@ -66,11 +72,20 @@ def _parser():
     add = parser.add_argument
     add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
     add("--texts", type=Path, metavar="FOLDER", help="of .txt files in place of minillm's own: such as yours will be")
-    add("--length", type=cli.positive, default=LENGTH, metavar="N", help=f"tokens of a text (default {LENGTH})")
+    add("--length", type=_length, default=LENGTH, metavar="N", help=f"most tokens of a text (default {LENGTH})")
     add("--out", type=Path, metavar="FILE", help="the profile (default: where it is found, in the user's cache)")
     cli.machine_flags(add)
     add("-v", "--verbose", action="store_true", help="show where an error came from")
     return parser
+
+
+def _length(text):
+    if (value := int(text)) < SHORTEST:
+        raise argparse.ArgumentTypeError(f"must be at least {SHORTEST}, not {value}")
+    return value
+
+
+_length.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
 
 
 def read_texts(folder=None):
@@ -101,18 +116,31 @@ class Reading(NamedTuple):
 
 
 def encode(llm, texts, length):
-    """A Reading of each text, `length` tokens at most; every other text is what a user says in a chat, where the model
-    has a template for that. Texts that are too short to be compressed are left out."""
+    """name -> Reading of each text, `length` tokens at most; every other text is what a user says in a chat, where the
+    model has a template for that. Texts of fewer than SHORTEST tokens are left out: they are hardly compressed."""
     chats, asks = bool(llm.tokenizer and llm.tokenizer.has_chat_template), []
     if chats:
         one, other = (llm.encode([{"role": "user", "content": word + QUESTION}]) for word in ("one", "two"))
         asks = one[next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b) + 1 :]
-    readings = []
+    readings = {}
     for number, name in enumerate(sorted(texts)):
         chat = number % 2 and chats
-        ids = llm.encode([{"role": "user", "content": texts[name]}] if chat else texts[name])[:length]
-        if len(ids) >= min(SHORTEST, length):
-            readings.append(Reading(ids, asks if chat else []))
+        ids = llm.encode([{"role": "user", "content": texts[name]}] if chat else texts[name])
+        if len(ids) >= SHORTEST:
+            readings[name] = Reading(ids[:length], asks if chat else [])
+    return readings
+
+
+def enough(readings, texts):
+    """The readings, where they are enough to fit some and hold some out; which texts are not among them is said."""
+    short = f"shorter than {SHORTEST} tokens: {', '.join(sorted(texts.keys() - readings.keys()))}"
+    if len(readings) < HELD_OUT:
+        raise UsageError(
+            f"{len(readings)} of {len(texts)} texts are long enough, and {HELD_OUT} at least are needed, of many "
+            f"kinds: give more, or longer ones ({short})"
+        )
+    if len(readings) < len(texts):
+        print(f"minillm: left out, as {short}", file=sys.stderr)
     return readings
 
 
