@@ -28,7 +28,8 @@ def profile_of(llm, seed=0, **about):
     rng, c = np.random.default_rng(seed), llm.config
     weight = rng.normal(0, 0.2, (c.n_layers, c.n_kv_heads, c.dim)).astype(np.float16).astype(F32)
     curve = {"threshold": [0.01, 0.1, 0.3, 0.8], "kept": [0.9, 0.6, 0.3, 0.1], "quality": [1.0, 0.99, 0.9, 0.95]}
-    about = {"model": c.name, "fingerprint": fingerprint(llm.config, llm.model.norms)} | about
+    repeated = {"texts": 8, "tokens": 2048, "foretold_full": 1000}
+    about = {"model": c.name, "fingerprint": fingerprint(llm.config, llm.model.norms), "repeated": repeated} | about
     bias, worth = (rng.normal(mean, spread, weight.shape[:2]).astype(F32) for mean, spread in ((-2, 1), (0, 0.5)))
     return Profile(weight, bias, worth, {name: np.array(values, F32) for name, values in curve.items()}, about)
 
@@ -400,7 +401,10 @@ def test_a_profile_whose_parts_do_not_fit_is_refused(damage, folder, tmp_path):
         LLM.load(folder, profile=tmp_path / "a.profile")
 
 
-@pytest.mark.parametrize("about", ["[]", "null", '"a"', '{"format": 2}'])
+NAMED = '{"format": 2, "model": "a", "fingerprint": "b", "repeated": '
+
+
+@pytest.mark.parametrize("about", ["[]", "null", '"a"', '{"format": 2}', NAMED + "3}", NAMED + '{"tokens": 9}}'])
 def test_a_profile_that_does_not_say_what_it_is_of_is_refused(about, folder, tmp_path):
     with LLM.load(folder) as llm:
         profile_of(llm).save(tmp_path / "a.profile")
@@ -520,6 +524,32 @@ def test_a_quality_is_a_threshold_of_the_profile(known):
         session.feed("some words to read " * 20)
         session.read()
         assert 0 < session.cache.kept < 1
+
+
+def test_a_quality_of_which_little_was_measured_is_refused_and_a_budget_is_not(known):
+    with LLM.load(known, cache=CacheConfig(budget=0.3)) as llm:
+        llm.profile.about["repeated"]["foretold_full"] = 999
+        with pytest.raises(MinillmError, match="was measured on 999 tokens, .* 1000 at least: name a budget, or make"):
+            llm.set_cache(CacheConfig(budget="auto"))
+        llm.set_cache(CacheConfig(budget=0.2))
+        llm.profile.about["repeated"]["foretold_full"] = 1000
+        llm.set_cache(CacheConfig(quality=0.5))
+
+
+def test_a_model_that_repeats_nothing_leaves_a_curve_that_is_not_asked(folder, tmp_path, monkeypatch, capsys):
+    def nothing(llm, ids, thresholds):
+        return np.linspace(1, 0, len(thresholds)), np.zeros(len(thresholds) + 1, int)
+
+    monkeypatch.setattr(make, "repeat", nothing)
+    texts = write_texts(tmp_path / "texts", **dict.fromkeys("abcde", 300))
+    place = tmp_path / "a.profile"
+    assert make.main(["-m", str(folder), "--texts", texts, "--out", str(place)]) == 0
+    assert "Fewer than 1000: with this profile name a budget" in capsys.readouterr().out
+    profile = load(place)
+    assert not profile.curve["quality"].any()
+    assert profile.about["repeated"] == {"texts": 1, "tokens": 256, "foretold_full": 0}
+    with pytest.raises(MinillmError, match="was measured on 0 tokens"):
+        profile.threshold(0.9)
 
 
 def test_another_profile_decides_anew(known):

@@ -19,7 +19,7 @@ from minillm.hub import DEFAULT_MODEL, resolve
 from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
-from minillm.profile.profile import Profile, fingerprint, places
+from minillm.profile.profile import EVIDENCE, Profile, fingerprint, places
 from minillm.profile.worth import log_worth, try_heads
 from minillm.run import guarded
 
@@ -190,9 +190,10 @@ def make(llm, fitted, held_out, done=lambda: None):
     profile.curve = {
         "threshold": thresholds,
         "kept": np.mean(kept, axis=0).astype(np.float32),
-        "quality": (right[:-1] / right[-1]).astype(np.float32),
+        "quality": (right[:-1] / max(right[-1], 1)).astype(np.float32),
     }
-    about["repeated"] = {"tokens": len(held_out) * STRETCHES * REPEATED, "foretold_full": int(right[-1])}
+    tokens = len(held_out) * STRETCHES * REPEATED
+    about["repeated"] = {"texts": len(held_out), "tokens": tokens, "foretold_full": int(right[-1])}
     return profile
 
 
@@ -208,4 +209,6 @@ def report(profile):
     ]
     for threshold, kept, quality in zip(curve["threshold"], curve["kept"], curve["quality"], strict=True):
         lines.append(f"| {threshold:.2e} | {kept:.1%} | {quality:.3f} |")
+    if about["repeated"]["foretold_full"] < EVIDENCE:
+        lines += ["", f"Fewer than {EVIDENCE}: with this profile name a budget; a quality (or auto) is refused"]
     return "\n".join(lines)

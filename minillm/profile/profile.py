@@ -20,6 +20,7 @@ from minillm.weights import load_weights
 
 FORMAT = 2
 SUFFIX = ".profile"
+EVIDENCE = 1000  # tokens that a curve is measured on: were each for itself, these know a quality of .99 to .003
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Profile:
     """weight (L, H, dim), bias and worth (L, H) float32. curve: name -> (m,) float32 for m thresholds, ascending:
     "threshold", a score; "kept", the share of the entries that reach it; "quality", the share of the full cache's token
     accuracy that is left then when held-out texts are repeated from memory. about: plain values: model, fingerprint,
-    date, versions, texts, held-out rank correlation."""
+    date, versions, texts, held-out rank correlation, and of what was repeated how many texts and tokens, and how many
+    of those the full cache foretold ("foretold_full"), which is what "quality" is a share of."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -46,7 +48,13 @@ class Profile:
         return hashlib.sha256(b"".join(part.tobytes() for part in self.projection)).hexdigest()[:16]
 
     def threshold(self, quality):
-        """The highest threshold at which, and at all below which, at least `quality` was left."""
+        """The highest threshold at which, and at all below which, at least `quality` was left. MinillmError where there
+        is none, or where fewer than EVIDENCE tokens would have to say that: a budget needs no curve."""
+        if (measured := self.about["repeated"]["foretold_full"]) < EVIDENCE:
+            raise MinillmError(
+                f"the profile of {self.about['model']} was measured on {measured} tokens, and to keep a quality takes "
+                f"{EVIDENCE} at least: name a budget, or make one of more texts by python -m minillm.profile --texts"
+            )
         short = np.flatnonzero(self.curve["quality"] < quality)
         reached = self.curve["threshold"][: short[0] if len(short) else None]
         if not len(reached):
@@ -107,6 +115,9 @@ def _check(profile):
         raise ValueError("the thresholds of its curve do not ascend")
     if missing := {"model", "fingerprint"} - profile.about.keys():
         raise ValueError(f"it does not say its {' and '.join(sorted(missing))}")
+    repeated = profile.about.get("repeated")
+    if not isinstance(repeated, dict) or not isinstance(repeated.get("foretold_full"), int):
+        raise ValueError("it does not say how many tokens its curve was measured on")
 
 
 def fingerprint(config, norms):
@@ -121,7 +132,8 @@ def fingerprint(config, norms):
 
 def places(mark, path):
     """Where the profile of the model with the fingerprint `mark` and the files at `path` may lie, first choice first:
-    beside the model, in the user's cache, in this package."""
+    beside the model, in the user's cache, in this package. The first is taken, whatever the others were made from: who
+    made it for a model meant it. (How much it knows of a quality is asked where one is: Profile.threshold.)"""
     from platformdirs import user_cache_path
 
     name = mark + SUFFIX
