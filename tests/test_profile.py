@@ -3,6 +3,7 @@ threshold against budget, files and where they are found, and the default that h
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -436,6 +437,15 @@ def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch
     (texts / "0.txt").unlink()
     assert make.main(["-m", str(folder), "--texts", str(texts)]) == 2
     assert "4 .txt files, and 5 at least are needed" in capsys.readouterr().err
+
+
+def test_help_and_readme_say_the_same_of_the_time_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        make.main(["--help"])
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (capsys.readouterr().out, readme):
+        text = " ".join(text.split())
+        assert "takes forty minutes of CPU time" in text and "once in minutes" not in text
 
 
 def write_texts(folder, **lengths):
