@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minillm import ops
 from minillm.chat_template import ChatTemplate, find_template
-from minillm.compress.config import TABLES, WITH_PROFILE, WITHOUT, CacheConfig
+from minillm.compress.config import TABLES, CacheConfig
 from minillm.errors import UsageError
 from minillm.hub import DEFAULT_MODEL
 from minillm.llm import DTYPES
@@ -247,9 +247,7 @@ def cache_config(args):
         table = CacheConfig.option_table(method, **chosen)
         for name in texts.keys() - chosen.keys():
             if name not in table:
-                valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
-                method = method or f"{WITH_PROFILE}' or '{WITHOUT}"
-                raise UsageError(f"--kv-set {name}: cache method '{method}' has these options: {valid}")
+                raise UsageError(f"--kv-set {name}: {CacheConfig.lacks(method, name, **chosen)}")
             options[name] = _option(table[name], texts[name])
     if args.tau is not None:
         if "tau" in options:

@@ -260,6 +260,7 @@ class Session:
                 "bytes": self.cache.bytes_in_use,
                 "full_bytes": self.cache.full_bytes,
                 "tau": llm.cache_config.options.get("tau") if self.cache.tau is None else self.cache.tau,
+                "threshold": llm.cache_config.options.get("threshold"),
             },
         }
 

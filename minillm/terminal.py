@@ -149,6 +149,7 @@ def _kept(cache, n_tokens):
     asked = [] if cache["budget"] is None else [_asked(cache["budget"])]
     asked += [] if cache["quality"] is None else [f"quality {cache['quality']:g}"]
     asked += [] if cache["tau"] is None else [f"tau {cache['tau']:.2f}"]
+    asked += [] if cache["threshold"] is None else [f"threshold {cache['threshold']:.3g}"]
     short = f"; up to {SHORT} tokens are left whole" if n_tokens <= SHORT else ""
     return f"kept {cache['kept']:.3f} of the prompt ({', '.join(asked)}{short})"
 

@@ -227,7 +227,7 @@ def test_caches(flags, expected):
         ("--kv-budget 2.5", 2, "budget 2.5 is neither"),
         ("--kv-method nothing", 2, "'nothing' is unknown"),
         ("--kv-method full --kv-budget 0.2", 2, "leave the budget out"),
-        ("--kv-set color=red", 2, "has these options"),
+        ("--kv-set color=red", 2, "neither has an option 'color'"),
         ("--device tpu", 2, "it is auto, cpu, cuda or cuda:1"),
         ("-p 4000 -n 0 -d 100", 2, "reads 4096 tokens, and -d with -p or -n comes to 4100"),
         ("-p 3000 -n 0", 2, "has 2240 tokens, and 3000 are to be read"),

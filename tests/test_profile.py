@@ -605,7 +605,7 @@ def test_a_quality_that_means_nothing_is_refused(options, message):
 
 
 def test_without_a_profile_foresight_is_refused_and_the_fix_is_said(folder, capsys):
-    with pytest.raises(UsageError, match="needs a profile of model: make one with python -m minillm.profile"):
+    with pytest.raises(UsageError, match="needs a profile, and model has none: make one with python -m"):
         LLM.load(folder, cache=CacheConfig("foresight"))
     assert run.main(["-m", str(folder), "-n", "2", "a word"]) == 0
     assert "has no profile, so prompts are read twice: python -m minillm.profile makes one" in capsys.readouterr().err

@@ -150,7 +150,14 @@ BAD_VALUES = {
     "--kv-set rope": "write OPTION=VALUE",
     "--kv-method semanticache --kv-set rope=half": "rope: 'half' is not one of unrotated, cached",
     "--kv-set reach=8 --kv-set reach=8": "given twice",
-    "--kv-set window=3": "'foresight' or 'hindsight' has these options: threshold, reach",
+    "--kv-set window=3": "and neither has an option 'window'; the options of both: threshold, reach, counts,",
+    "--kv-set match=64": "foresight or hindsight is taken, and only hindsight has an option 'match': name that method",
+    "--kv-method foresight --kv-set worth=true": "'foresight' has no option 'worth'; its options: threshold, reach,",
+    "--kv-method kvzip --kv-set reach=8": "no option 'reach'; its options: group, worth, threshold, positions, match,",
+    "--kv-method full --kv-set reach=8": "'full' has no option 'reach'; its options: none",
+    "--kv-budget full --quality 0.9": "a cache budget and quality exclude each other: both say what is kept",
+    "--kv-method full --quality 0.9": "cache method 'full' keeps everything: leave the quality out",
+    "--kv-method kvzip --quality 0.9": "a quality is kept by method foresight alone",
     "--kv-method semanticache --kv-set delimiters=abc": "delimiters 'abc'",
     "--kv-method semanticache --kv-set chunking=fixed:0": "fixed:N",
     "--dtype int8": "'float32'",
@@ -333,7 +340,7 @@ def test_json(minillm, llm):
     n = len(llm.encode(user("tell me")))
     assert (record["prompt_tokens"], record["model"], record["device"]) == (n, "tiny", "cpu")
     cache = record["cache"]
-    assert set(cache) == set("method budget quality kept entries bytes full_bytes tau".split())
+    assert set(cache) == set("method budget quality kept entries bytes full_bytes tau threshold".split())
     assert (cache["method"], cache["budget"], cache["kept"], cache["tau"]) == ("full", None, 1.0, None)
     assert cache["quality"] is None
     assert cache["entries"] == 2 * 2 * (n + 11) and cache["bytes"] == cache["full_bytes"] > 0
@@ -363,6 +370,25 @@ def test_tau_decides_what_is_kept(minillm, tmp_path):
         kept.append(cache["kept"])
         assert (cache["tau"], cache["budget"]) == (tau, None) and f"(tau {tau:.2f})" in err
     assert 0 < kept[0] < kept[1] < 1
+
+
+def test_a_threshold_decides_what_is_kept(minillm, tmp_path):
+    document = tmp_path / "d.txt"
+    document.write_text(ALICE.read_text()[:800])
+    kept = []
+    for threshold in (0.05, 0.02):
+        status, out, err = minillm("-f", document, "--json", "-n", 1, "--kv-set", f"threshold={threshold}")
+        cache = json.loads(out)["cache"]
+        kept.append(cache["kept"])
+        assert (cache["threshold"], cache["budget"]) == (threshold, None) and f"(threshold {threshold:g})" in err
+    assert 0 < kept[0] < kept[1] < 1
+
+
+@pytest.mark.parametrize("flags", [["--kv-budget", "auto"], ["--quality", "0.9"]])
+def test_a_quality_without_a_profile_says_how_to_make_one(flags, minillm):
+    status, _, err = minillm("x", "-q", *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "needs a profile, and tiny has none: make one with python -m minillm.profile, or name a budget" in err
 
 
 def test_verbose_shows_where_an_error_came_from(minillm, tmp_path):

@@ -56,7 +56,7 @@ class CacheConfig:
             raise UsageError(f"a cache's dtype is {' or '.join(DTYPES)}, not {dtype!r}")
         self.dtype = dtype
         self.method = method if budget != "full" else "full"
-        method = method or WITH_PROFILE  # whose options the other one has, too
+        asked, method = method, method or WITH_PROFILE  # whose options the other one has, too
         self.spec = spec = find_method(method)
         self.chosen = {part: options.pop(part) for part in TABLES if part in options}
         for part, name in self.chosen.items():
@@ -68,8 +68,7 @@ class CacheConfig:
         table = self.option_table(method, **self.chosen)
         for name in options:
             if name not in table:
-                valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
-                raise UsageError(f"cache method {method!r} has no option {name!r}; its options: {valid}")
+                raise UsageError(self.lacks(asked, name, **self.chosen))
         defaults = {"budget": BUDGET, "window": WINDOW, "sinks": SINKS} | spec.defaults
         common = {"window": window, "sinks": sinks, "recompress": recompress}
         for name, value in common.items():
@@ -91,15 +90,15 @@ class CacheConfig:
                 raise UsageError(f"budget auto is quality {QUALITY}: leave one of them out")
             budget, quality = None, QUALITY
         self.quality = None if quality is None else self._checked("quality", quality, number(0.01, 1))
-        if quality is not None and not (self.foresees and "threshold" in self.options):
-            raise UsageError(f"a quality is kept by method {WITH_PROFILE} alone, whose profile knows what that takes")
         given = self.options | {"budget": budget, "quality": quality}
         named = [name for name in ("budget", *OUTCOMES) if given.get(name) is not None]
         if len(named) > 1:
             raise UsageError(f"a cache {named[0]} and {named[1]} exclude each other: both say what is kept")
         fixed = named != ["budget"] and named
-        if method == "full" and budget not in (None, "full", 1, 1.0):
-            raise UsageError("cache method 'full' keeps everything: leave the budget out, or name another method")
+        if method == "full" and (fixed or budget not in (None, "full", 1, 1.0)):
+            raise UsageError(f"cache method 'full' keeps everything: leave the {named[0]} out, or name another method")
+        if quality is not None and not (self.foresees and "threshold" in self.options):
+            raise UsageError(f"a quality is kept by method {WITH_PROFILE} alone, whose profile knows what that takes")
         self.budget = (
             None if fixed or self.method == "full" else self._budget(defaults["budget"] if budget is None else budget)
         )
@@ -107,14 +106,14 @@ class CacheConfig:
     def for_profile(self, profile, model):
         """The same for one model, by name, and its Profile (None: it has none): with a method, and with the threshold
         that the quality takes. Raises MinillmError."""
+        needs = f"needs a profile, and {model} has none: make one with python -m minillm.profile, or name"
+        if self.quality is not None and profile is None:
+            raise UsageError(f"a quality (budget auto is one) {needs} a budget, such as 0.3")
         if self.method is None:
             named = CacheConfig(**self.as_dict() | {"method": WITH_PROFILE if profile else WITHOUT})
             return named.for_profile(profile, model)
         if self.foresees and profile is None:
-            raise UsageError(
-                f"cache method {self.method!r} needs a profile of {model}: make one with python -m minillm.profile, or "
-                f"name another method, such as {WITHOUT}"
-            )
+            raise UsageError(f"cache method {self.method!r} {needs} another method, such as {WITHOUT}")
         if self.quality is None:
             return self
         found = copy.copy(self)
@@ -130,6 +129,18 @@ class CacheConfig:
         spec = find_method(method)
         table = options_of(spec, *parts(spec, **chosen))
         return table | {"delimiters": DELIMITERS} if "chunking" in table else table
+
+    @staticmethod
+    def lacks(method, name, **chosen):
+        """What is said of an option that `option_table` does not have."""
+        table = CacheConfig.option_table(method, **chosen)
+        valid = ", ".join([*table, *TABLES]) if method != "full" else "none"
+        if method is not None:
+            return f"cache method {method!r} has no option {name!r}; its options: {valid}"
+        taken = f"without a method {WITH_PROFILE} or {WITHOUT} is taken, and"
+        if name in CacheConfig.option_table(WITHOUT, **chosen):
+            return f"{taken} only {WITHOUT} has an option {name!r}: name that method"
+        return f"{taken} neither has an option {name!r}; the options of both: {valid}"
 
     @property
     def reads(self):
