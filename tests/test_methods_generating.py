@@ -365,3 +365,17 @@ def test_retrieval_heads_are_found_and_can_be_used(tmp_path):
     tool["main"]([str(out), "--model", str(model), "--share", "0.5", "--tokens", "40"])
     config = CacheConfig("razor", 0.6, retrieval_heads=str(out))
     assert re.fullmatch(r"\d:\d(,\d:\d)*", config.options["retrieval_heads"])
+
+
+def test_the_table_of_long_answers(tmp_path, monkeypatch, capsys):
+    """Every method that compresses what it generates, but those that need a profile or a file."""
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "generate_long.py"))
+    methods = [name for name, method in METHODS.items() if method.generates and name not in ("foresight", "razor")]
+    model = str(tiny_chat.make(tmp_path / "tiny"))
+    flags = ["-m", model, "--entries", "40", "--tokens", "9", "--kv-recompress", "4"]
+    monkeypatch.setattr(sys, "argv", ["generate_long.py", *flags, "--methods", "full", *methods])
+    tool["main"]()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| {name}" for name in ("full", *methods) for _ in range(4)]
+    entries = {row[0]: int(row[2]) for row in rows}
+    assert all(entries[f"| {name}"] < entries["| full"] / 2 for name in methods)

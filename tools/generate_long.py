@@ -67,8 +67,8 @@ def config_of(method, args):
         return CacheConfig("full")
     options = CacheConfig.option_table(method)
     settings = [text for text in args.kv_set if text.partition("=")[0] in options]
-    named = vars(args) | {"kv_method": method, "kv_budget": args.entries, "kv_set": settings, "tau": None}
-    return cli.cache_config(argparse.Namespace(**named))
+    named = {"kv_method": method, "kv_budget": args.entries, "kv_set": settings, "tau": None, "quality": None}
+    return cli.cache_config(argparse.Namespace(**vars(args) | named))
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ def ask(queries, n, k, v, past, scale, window=None):
     for some in queries:
         here = ops.array(picked[(picked >= first) & (picked < first + len(some.pos))] - first)
         q.append(some.q[:, here])
-        lse.append(some.lse[:, here])
+        lse += [] if some.lse is None else [some.lse[:, here]]
         first += len(some.pos)
-    q, lse, pos = np.concatenate(q, axis=1), np.concatenate(lse, axis=1), pos[picked]
+    q, pos = np.concatenate(q, axis=1), pos[picked]
     output, of_rows = ops.prefill_attention(q, k, v, past, scale, window, pos)
+    lse = np.concatenate(lse, axis=1) if lse else of_rows
     output = ops.stored_rows(output.reshape(-1, d)).reshape(len(pos), -1, d).transpose(1, 0, 2)
     return Asked(
         q=ops.stored_rows(q.reshape(-1, d)).reshape(n_heads, -1, d),
