@@ -20,7 +20,7 @@ def plan_at(layer, tau, rope="unrotated", chunking="delimiter", log_size=True):
 
 
 def entries_of(layer, **options):
-    return CacheConfig("semanticache", **options).plan(layer, None, None)[0].apply(layer)
+    return CacheConfig("semanticache", **options).plan(layer, None, None).apply(layer)
 
 
 # greedy seed-based clustering
@@ -280,7 +280,7 @@ def test_without_log_size_a_core_counts_once():
 
 
 def budget_plan(layer, target, **options):
-    return CacheConfig("semanticache", 0.5, **options).plan(layer, None, target)[0]
+    return CacheConfig("semanticache", 0.5, **options).plan(layer, None, target)
 
 
 def rows_at(entries, h, positions):

@@ -226,7 +226,7 @@ def test_merging_equal_tokens_changes_nothing_if_they_are_counted(log_size):
     copies = rng.integers(0, 12, 90)
     layer.k_rows, layer.v_rows = layer.k_rows[copies], layer.v_rows[copies]
     config = CacheConfig("semanticache", tau=0.9999, rope="cached", log_size=log_size)
-    entries = config.plan(layer, None, None)[0].apply(layer)
+    entries = config.plan(layer, None, None).apply(layer)
     assert len(entries.pos) == len(set(copies))
     worst = 0.0
     for _ in range(20):

@@ -110,7 +110,7 @@ def random_rows(rng, group, lengths, sinks, window, n_queries, *, ties=False):
 
 def kept_rows(config, layer, target):
     """Which of the rows of each head that compete stay."""
-    stays = config.plan(layer, config.scores(layer), target)[1]
+    stays = config.plan(layer, config.scores(layer), target).rows
     assert len(stays) == max(target, np.count_nonzero(layer.protected))
     assert set(np.flatnonzero(layer.protected)) <= set(stays)
     is_kept = np.isin(layer.free, stays)

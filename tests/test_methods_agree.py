@@ -97,7 +97,7 @@ def check_kept(name, layer, other, error):
         assert abs(scores[0] - scores[1]).max() <= error * abs(scores[0]).max()
         for target in (len(layer.pos) // 5, len(layer.pos) // 2):
             target = max(target, np.count_nonzero(layer.protected))
-            kept = [one.ops.host(config.plan(one, s, target)[1]) for one, s in zip((layer, other), made, strict=True)]
+            kept = [one.ops.host(config.plan(one, s, target).rows) for one, s in zip((layer, other), made, strict=True)]
             assert len(kept[0]) == len(kept[1])
             for rows in (layer.heads == head for head in range(len(layer.lengths))) if allocate == "even" else [...]:
                 mine, others = (set(np.arange(len(layer.pos))[rows]) & set(k) for k in kept)

@@ -83,7 +83,7 @@ class Compression:
             self.compressor.outputs[index] = Output(wo, heads, d, self.ops)
         labels = self._labels(index, 0 if k is None else k.shape[1])
         layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
-        layer.history, layer.predicted = self._history(index, labels), self._predicted(index, labels)
+        layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
         if n := self.config.options.get("match"):
             past, compressor = self.cache.layer(index), self.compressor
             self.matching[index] = ask(queries, n, k, v, past, compressor.scale, compressor.window)
@@ -122,13 +122,13 @@ class Compression:
             cache.shift = self.seen - max(self.next_pos.values())
 
     def _write(self, layer, scores, target):
-        plan, stays = self.config.plan(layer, scores, target)
+        plan = self.config.plan(layer, scores, target)
         self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
         self.labels[layer.index] = Labels(plan.size, plan.pos, plan.lengths)
         if self.ledger is not None:
             self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
-            self.scores[layer.index] = scores[stays]
+            self.scores[layer.index] = scores[plan.rows]
         self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
         if plan.next_pos is not None:
             self.next_pos[layer.index] = plan.next_pos
@@ -180,8 +180,9 @@ class Compression:
         n_new = (len(labels.pos) - len(self.scores[index])) // n_heads
         return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32, like=self.classes))
 
-    def _predicted(self, index, labels):
-        """(R,) what the profile predicted of each row when its token was read; None where the method does not ask."""
+    def _take_predicted(self, index, labels):
+        """(R,) what the profile predicted of each row when its token was read, which the cache notes no more then; None
+        where the method does not ask."""
         if not self.config.foresees:
             return None
         noted = np.exp(self.cache.noted(index))  # (H, tokens since the last compression)

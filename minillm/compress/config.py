@@ -33,12 +33,12 @@ class CacheConfig:
     method: None: foresight where the model has a profile, else hindsight. budget: a share of the tokens seen (float in
     (0, 1]), a number of entries a head (int), "auto", or "full"; default: the method's, 0.5 or 0.3. quality: the share
     of what the model recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
-    window, sinks: the newest and the first tokens, kept as they are and counted in the budget (window < 1: a share of
-    it); their defaults are the method's. recompress: during generation, what was generated is compressed every so many
-    tokens (0: never) by methods that do that. dtype: of the keys and values in memory: "int8", 8 bits and a scale a
-    row, or "auto", the backend's own floats. score, allocate, merge: a part in place of the method's own, by its name
-    in SCORES, ALLOCATIONS, MERGES. Other options are those of the parts; unknown or contradictory ones raise
-    UsageError."""
+    window, sinks: the newest and the first tokens, which stay (nothing joins them; what `match` fits it fits of them,
+    too) and count in the budget (window < 1: a share of it); their defaults are the method's. recompress: during
+    generation, what was generated is compressed every so many tokens (0: never) by methods that do that. dtype: of the
+    keys and values in memory: "int8", 8 bits and a scale a row, or "auto", the backend's own floats. score, allocate,
+    merge: a part in place of the method's own, by its name in SCORES, ALLOCATIONS, MERGES. Other options are those of
+    the parts; unknown or contradictory ones raise UsageError."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class CacheConfig:
         )
 
     def protect(self, seen):
-        """(sinks, window) tokens that stay as they are after `seen` tokens."""
+        """(sinks, window) tokens that stay after `seen` tokens."""
         if self.budget is None:
             return self.sinks, self.window
         window = self.window if isinstance(self.window, int) else round(self.window * self.budget.per_head(seen))
@@ -229,7 +229,8 @@ class CacheConfig:
         return self.allocation.layers(ledger, layer, scores, options=self.options)
 
     def plan(self, layer, scores, target):
-        """(Plan, the row that each of its entries goes back to). target: entries to make; None: the method decides."""
+        """The Plan of a layer, with the rows that its entries go back to. target: entries to make; None: the method
+        decides."""
         return self.merged(layer, scores, self.into(layer, scores, target))
 
     def into(self, layer, scores, target):
@@ -241,7 +242,7 @@ class CacheConfig:
         plan = self.merge(layer, scores, into, options=self.options)
         if plan.rows is None:
             plan.rows = layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))
-        return plan, plan.rows
+        return plan
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""

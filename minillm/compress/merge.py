@@ -1,6 +1,6 @@
 """What becomes of the rows that do not stay: a Merge(layer, scores, into, **options) -> Plan. into (R,): see allocate.
 
-Protected rows stay as they are: nothing is merged into them."""
+Protected rows stay, and nothing is merged into them."""
 
 from dataclasses import dataclass
 

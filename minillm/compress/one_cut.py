@@ -21,7 +21,7 @@ class OneCut(Compression):
         super().__init__(*arguments)
         for index in range(len(self.scores)) if self.config.foresees and self.cache.entries else ():
             self.labels[index] = self._stored_labels(index)  # layers to come are known as well: their scores stay
-            self.scores[index] = self._predicted(index, self.labels[index])
+            self.scores[index] = self._take_predicted(index, self.labels[index])
         self.held = self._count()  # entries of the layers that are known
         self.wanted = self.held if self.ledger is None else self.ledger.total
 
@@ -91,9 +91,9 @@ class OneCut(Compression):
         """Merge what the layers `first` .. `end` - 1 hold, of which so many rows are kept, and write it."""
         layers, labels = slice(first, end), self._joined(range(first, end))
         layer = self._layer(first, labels, *self._rows(layers))
-        plan, stays = self.config.merged(layer, scores, stay(kept))
+        plan = self.config.merged(layer, scores, stay(kept))
         plan.write(layer, self.cache, layers, self.settled[layers].ravel())
-        scores, lengths = scores[stays], plan.lengths.reshape(end - first, -1)
+        scores, lengths = scores[plan.rows], plan.lengths.reshape(end - first, -1)
         ends = np.cumsum(lengths.sum(axis=1)).tolist()
         for i, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False), first):
             self.labels[i] = Labels(plan.size[lo:hi], plan.pos[lo:hi], lengths[i - first])

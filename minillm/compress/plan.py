@@ -40,7 +40,7 @@ class Layer:
     size: np.ndarray  # (R,) float32, tokens each row stands for
     pos: np.ndarray  # (R,) int32
     find_classes: Callable  # () -> (R,) uint8 DelimiterClass of each row's token
-    protected: np.ndarray  # (R,) bool: sinks and window; they stay as they are
+    protected: np.ndarray  # (R,) bool: sinks and window; they stay, and nothing joins them
     lengths: np.ndarray  # (H,) rows of each head, on the host
     cos: np.ndarray  # (seen, d/2) rotation of every position, on the host
     sin: np.ndarray
@@ -165,7 +165,7 @@ class Plan:
     key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
     v: np.ndarray | None = None  # (R, d) values in place of the layer's
     next_pos: int | None = None  # position of the token that comes next, where it is not the number of tokens seen
-    rows: np.ndarray | None = None  # (E,) the row that each entry goes back to, where that is known
+    rows: np.ndarray | None = None  # (E,) the row that each entry goes back to; CacheConfig.plan finds it
 
     @classmethod
     def keep(cls, layer, kept):
@@ -189,6 +189,7 @@ class Plan:
         """Into the pages of a KVCache, after the first `start` (H,) of each head of `layers` (a slice), which hold the
         layer's rows there."""
         if self.unrotate or self.v is not None:
+            assert layers.stop == layers.start + 1
             cache.write(layers.start, self.apply(layer), start)
         else:
             weights = self.weight if self.key_weight is None else self.key_weight, self.weight

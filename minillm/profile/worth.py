@@ -67,7 +67,7 @@ class Trial:
 
     def _store(self, layer, scores):
         """Compress a layer's rows by their scores. -> (H,) entries"""
-        plan = self.config.plan(layer, layer.ops.array(scores), None)[0]
+        plan = self.config.plan(layer, layer.ops.array(scores), None)
         self.cache.write(layer.index, plan.apply(layer), np.zeros(len(layer.lengths), np.int64))
         return plan.lengths
 
