@@ -7,14 +7,14 @@ import numpy as np
 
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
-from minillm.compress.methods import find_method, options_of, parts
+from minillm.compress.methods import METHODS, find_method, options_of, parts
 from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 from minillm.ops.pages import DTYPES
 
-BUDGET, WINDOW, SINKS = 0.5, 32, 4  # a share; tokens
+DEFAULTS = {"budget": 0.5, "window": 32, "sinks": 4, "recompress": 256}  # of methods that have none of their own
 QUALITY = 0.99  # that budget "auto" means
 WITH_PROFILE, WITHOUT = "foresight", "hindsight"  # the methods taken for a model where none is named
 COMMON = {
@@ -48,7 +48,7 @@ class CacheConfig:
         quality=None,
         window=None,
         sinks=None,
-        recompress=256,
+        recompress=None,
         dtype="auto",
         **options,
     ):
@@ -56,35 +56,44 @@ class CacheConfig:
             raise UsageError(f"a cache's dtype is {' or '.join(DTYPES)}, not {dtype!r}")
         self.dtype = dtype
         self.method = method if budget != "full" else "full"
-        asked, method = method, method or WITH_PROFILE  # whose options the other one has, too
-        self.spec = spec = find_method(method)
+        self.spec = find_method(method or WITH_PROFILE)  # whose options WITHOUT has, too
         self.chosen = {part: options.pop(part) for part in TABLES if part in options}
+        self._take_parts()
+        self._take_options(method, options, {"window": window, "sinks": sinks, "recompress": recompress})
+        if self.method != "full" and (reason := self._contradiction()):
+            named = {part: getattr(self.spec, part) for part in TABLES} | self.chosen
+            shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
+            raise UsageError(f"cache method {method or WITH_PROFILE!r} with {shown} makes no sense: {reason}")
+        self._take_outcome(method, budget, quality)
+
+    def _take_parts(self):
+        """The score, the allocation and the merge: those chosen, or the method's own."""
         for part, name in self.chosen.items():
             if name not in TABLES[part]:
                 raise UsageError(f"{part}: {name!r} is not one of {', '.join(TABLES[part])}")
-        if method == "full" and self.chosen:
+        if self.spec is METHODS["full"] and self.chosen:
             raise UsageError(f"cache method 'full' keeps everything: leave {', '.join(self.chosen)} out")
-        self.score, self.allocation, self.merge = parts(spec, **self.chosen)
+        self.score, self.allocation, self.merge = parts(self.spec, **self.chosen)
+
+    def _take_options(self, method, options, common):
+        """Those of the parts, and those that all methods have in `common` (None: not given)."""
+        for name, value in common.items():
+            value = self._default(name) if value is None else value
+            setattr(self, name, self._checked(name, value, COMMON[name]))
         table = self.option_table(method, **self.chosen)
         for name in options:
             if name not in table:
-                raise UsageError(self.lacks(asked, name, **self.chosen))
-        defaults = {"budget": BUDGET, "window": WINDOW, "sinks": SINKS} | spec.defaults
-        common = {"window": window, "sinks": sinks, "recompress": recompress}
-        for name, value in common.items():
-            value = defaults[name] if value is None else value
-            setattr(self, name, self._checked(name, value, COMMON[name]))
-        self.options = {name: spec.defaults.get(name, option.default) for name, option in table.items()}
+                raise UsageError(self.lacks(method, name, **self.chosen))
+        self.options = {name: self.spec.defaults.get(name, option.default) for name, option in table.items()}
         for name, value in options.items():
             if value != self.options[name]:
                 self.options[name] = self._checked(name, value, table[name].check)
         for name, option in table.items():
             if option.needed and self.options[name] is None:
                 raise UsageError(f"cache method {method!r} needs {name}: {option.meaning}")
-        if self.method != "full" and (reason := self._contradiction()):
-            named = {"score": spec.score, "allocate": spec.allocate, "merge": spec.merge} | self.chosen
-            shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
-            raise UsageError(f"cache method {method!r} with {shown} makes no sense: {reason}")
+
+    def _take_outcome(self, method, budget, quality):
+        """What says how much is kept: a budget, a quality, or an option that does."""
         if budget == "auto":
             if quality is not None:
                 raise UsageError(f"budget auto is quality {QUALITY}: leave one of them out")
@@ -94,14 +103,17 @@ class CacheConfig:
         named = [name for name in ("budget", *OUTCOMES) if given.get(name) is not None]
         if len(named) > 1:
             raise UsageError(f"a cache {named[0]} and {named[1]} exclude each other: both say what is kept")
-        fixed = named != ["budget"] and named
+        fixed = named and named != ["budget"]
         if method == "full" and (fixed or budget not in (None, "full", 1, 1.0)):
             raise UsageError(f"cache method 'full' keeps everything: leave the {named[0]} out, or name another method")
         if quality is not None and not (self.foresees and "threshold" in self.options):
             raise UsageError(f"a quality is kept by method {WITH_PROFILE} alone, whose profile knows what that takes")
-        self.budget = (
-            None if fixed or self.method == "full" else self._budget(defaults["budget"] if budget is None else budget)
-        )
+        self.budget = None
+        if not fixed and self.method != "full":
+            self.budget = self._budget(self._default("budget") if budget is None else budget)
+
+    def _default(self, name):
+        return (DEFAULTS | self.spec.defaults)[name]
 
     def for_profile(self, profile, model):
         """The same for one model, by name, and its Profile (None: it has none): with a method, and with the threshold
