@@ -116,11 +116,14 @@ def test_a_prompt_in_blocks_never_holds_more_than_its_budget_and_a_block(monkeyp
     monkeypatch.setattr(compressor_module, "BLOCK_TOKENS", 100)
     model, most = blind_model(), []
     cache = new_cache(model)
-    compressor = compressor_of(model, "foresight", 0.1, merge="drop")
+    compressor = compressor_of(model, "foresight", 0.1)
     model.extend(ids_of(2000), cache, compressor, lambda done, layers: most.append(cache.entries))
-    n = cache.lengths.size
+    n, pool = cache.lengths.size, cache.pool
     assert len(most) == 20 * 3 and max(most) <= n * 200 + 2 * 100 * 2  # the budget, and a layer's block or two
     assert cache.entries == n * 200
+    a_layer = 2 * (200 + 100)  # what it keeps, and a block
+    pages = (n * 200 + a_layer) / pool.page_size + n  # a page of each head is not full
+    assert pool.bytes_held <= (pages + 2 * pool.slab_pages) * pool.page_bytes  # slabs come and go whole
 
 
 @pytest.mark.parametrize("merge", ["fold", "drop"])
