@@ -19,7 +19,7 @@ from minillm.gguf_file import read_gguf
 from minillm.model import MLP_ROWS, Model
 from minillm.page_pool import PagePool
 from minillm.preflight import cache_bytes, require, workspace_bytes
-from minillm.profile.profile import find as find_profile
+from minillm.profile_file import find as find_profile
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
 from minillm.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from minillm.compress.compressor import Compressor
 from minillm.errors import MinillmError, UsageError
 from minillm.ops import numpy_ops
 from minillm.profile import fit, make, worth
-from minillm.profile.profile import CURVE, Profile, fingerprint, load, places
+from minillm.profile_file import CURVE, Profile, fingerprint, load, places
 
 F32 = np.float32
 

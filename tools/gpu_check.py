@@ -34,7 +34,7 @@ from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
 from minillm.ops.cuda_weights import FORMATS, CudaWeight
 from minillm.page_pool import PagePool
-from minillm.profile.profile import Profile
+from minillm.profile_file import Profile
 from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 from minillm.weights import Weight

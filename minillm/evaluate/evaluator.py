@@ -18,7 +18,7 @@ from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_haystack, read_text
 from minillm.llm import LLM
-from minillm.profile.profile import of_files
+from minillm.profile_file import of_files
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of each file of weights
 

@@ -19,8 +19,8 @@ from minillm.hub import DEFAULT_MODEL, resolve
 from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
-from minillm.profile.profile import EVIDENCE, Profile, fingerprint, places
 from minillm.profile.worth import log_worth, try_heads
+from minillm.profile_file import EVIDENCE, Profile, fingerprint, places
 from minillm.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"

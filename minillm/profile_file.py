@@ -141,7 +141,7 @@ def places(mark, path):
     return [
         beside,
         user_cache_path("minillm", appauthor=False) / "profiles" / name,
-        Path(__file__).parent / "data" / name,
+        Path(__file__).parent / "profile" / "data" / name,
     ]
 
 
