@@ -162,10 +162,19 @@ def cache_flags(add, several=lambda kind: kind):
 # Values
 
 
-def positive(text):
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def at_least(least):
+    """The type of a flag that is a whole number, of `least` or more."""
+
+    def convert(text):
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    convert.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+    return convert
+
+
+positive = at_least(1)
 
 
 def _length(text):
@@ -185,9 +194,6 @@ def _sampling(name, kind):
 
     convert.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid whole number value: 'x'"
     return convert
-
-
-positive.__name__ = "whole number"
 
 
 def kv_dtype(text):

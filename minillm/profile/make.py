@@ -1,7 +1,6 @@
 """python -m minillm.profile: texts are read twice, and what the second reading attends to is fitted. Some of the texts
 are held out, and say how well the fit foretells it and what is left of a text at each threshold."""
 
-import argparse
 import datetime
 import hashlib
 import sys
@@ -73,20 +72,17 @@ def _parser():
     add = parser.add_argument
     add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
     add("--texts", type=Path, metavar="FOLDER", help="of .txt files in place of minillm's own: such as yours will be")
-    add("--length", type=_length, default=LENGTH, metavar="N", help=f"most tokens of a text (default {LENGTH})")
+    add(
+        "--length",
+        type=cli.at_least(SHORTEST),
+        default=LENGTH,
+        metavar="N",
+        help=f"most tokens of a text (default {LENGTH})",
+    )
     add("--out", type=Path, metavar="FILE", help="the profile (default: where it is found, in the user's cache)")
     cli.machine_flags(add)
     add("-v", "--verbose", action="store_true", help="show where an error came from")
     return parser
-
-
-def _length(text):
-    if (value := int(text)) < SHORTEST:
-        raise argparse.ArgumentTypeError(f"must be at least {SHORTEST}, not {value}")
-    return value
-
-
-_length.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
 
 
 def read_texts(folder=None):
