@@ -96,8 +96,9 @@ def _fits(cache, arrays):
     total, seen = int(lengths.sum()), len(token_ids)
     if any(arrays[name].shape != ((total, cache.pool.head_dim) if name in "kv" else (total,)) for name in types):
         return False
-    finite = [arrays[name] for name in left - {"thresholds"}]
-    if not all(np.isfinite(a).all() for a in (*finite, arrays["log_size"], *(_floats(cache, arrays, x) for x in "kv"))):
+    if not all(np.isfinite(arrays[name]).all() for name in ("log_size", *(left - {"thresholds"}))):
+        return False
+    if not all(np.isfinite(_floats(cache, arrays, name)).all() for name in ("k", "v")):
         return False
     if not (0 <= tail <= min(lengths.min(), seen) and 0 <= shift <= seen and (token_ids >= 0).all()):
         return False
