@@ -1,7 +1,6 @@
 """Attention matching: sizes and values of entries by least squares, against a literal version in float64."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +55,11 @@ def ask_layer(layer, tokens, new=0):
     k, v = (part[coming].reshape(len(layer.lengths), new, d) for part in rows[:2])
     past = replace(cache.layer(0), seen=seen)
     return ask(layer.queries, tokens, k, v, past, layer.scale, layer.attention_window)
+
+
+def match_layer(entries, asked, layer):
+    """`matched` with what a layer says of the model."""
+    return matched(entries, asked, layer.ops, layer.scale, layer.attention_window)
 
 
 def least_squares(a, b):
@@ -125,7 +129,7 @@ def test_literal(n, tokens, work, window, monkeypatch):
         for name, expected in (("lse", lse), ("share", share), ("output", output)):
             np.testing.assert_allclose(getattr(asked, name)[head], expected, rtol=1e-4, atol=1e-5, err_msg=name)
     entries = entries_of(layer, 0.5, rng)
-    made = matched(entries, asked, layer)
+    made = match_layer(entries, asked, layer)
     log_size, v = literal_matched(entries, literal, layer)
     np.testing.assert_allclose(made.log_size, log_size, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(made.v, v, rtol=1e-3, atol=2e-3)
@@ -155,7 +159,7 @@ def test_all_rows_stay_as_they_are(size):
     layer, _ = layer_of(rng, [50, 20], group=2, again=True, d=8, n_queries=30)
     layer = with_sizes(layer, np.full(len(layer.size), size))
     entries = entries_of(layer, 1, rng)
-    made = matched(entries, ask_layer(layer, 30), layer)
+    made = match_layer(entries, ask_layer(layer, 30), layer)
     np.testing.assert_allclose(made.log_size, entries.log_size, atol=1e-4)
     np.testing.assert_allclose(made.v, entries.v, atol=1e-4)
 
@@ -166,11 +170,11 @@ def test_a_head_may_hold_nothing():
     entries = entries_of(layer, 0.5, rng)
     part = slice(15, None)
     alone = Entries(*(getattr(entries, name)[part] for name in ("k", "v", "log_size", "pos")), np.array([0, 15]))
-    made, both = (matched(some, ask_layer(layer, 30), layer) for some in (alone, entries))
+    made, both = (match_layer(some, ask_layer(layer, 30), layer) for some in (alone, entries))
     for name in ("v", "log_size"):
         np.testing.assert_array_equal(getattr(made, name), getattr(both, name)[part])
     nothing = Entries(*(getattr(entries, name)[:0] for name in ("k", "v", "log_size", "pos")), np.array([0, 0]))
-    assert not len(matched(nothing, ask_layer(layer, 30), layer).v)
+    assert not len(match_layer(nothing, ask_layer(layer, 30), layer).v)
 
 
 def test_one_of_two_alike_stands_for_both(monkeypatch):
@@ -183,7 +187,7 @@ def test_one_of_two_alike_stands_for_both(monkeypatch):
     k[1::2] = k[::2]
     layer = replace(layer, k_rows=k, v_rows=v, scale=0.5)
     entries = Entries(k[::2], v[::2], np.zeros(20, F32), layer.pos[::2], np.array([20]))
-    made = matched(entries, ask_layer(layer, 200), layer)
+    made = match_layer(entries, ask_layer(layer, 200), layer)
     assert abs(np.exp(made.log_size) - 2).max() < 0.3
     mean = (v[::2] + v[1::2]) / 2
     assert np.linalg.norm(made.v - mean) < 0.15 * np.linalg.norm(entries.v - mean)
@@ -205,7 +209,7 @@ def test_other_queries_get_more_of_what_they_got():
     rng = np.random.default_rng(3)
     layer, _ = layer_of(rng, [80, 80], group=3, again=True, d=16, n_queries=300)
     entries, others = entries_of(layer, 0.2, rng), ask_layer(layer, 300)
-    made = matched(entries, ask_layer(layer, 150), layer)
+    made = match_layer(entries, ask_layer(layer, 150), layer)
     assert error(made, others, layer) < 0.6 * error(entries, others, layer)
 
 
@@ -231,8 +235,8 @@ def test_a_gpu_makes_what_numpy_makes(device):
         entries.lengths,
     )
     made, made_there = (
-        matched(entries, ask_layer(layer, 16), layer),
-        matched(entries_there, ask_layer(there, 16), there),
+        match_layer(entries, ask_layer(layer, 16), layer),
+        match_layer(entries_there, ask_layer(there, 16), there),
     )
     for name, atol in (("log_size", 1e-3), ("v", 0.02)):  # what was got is bf16 there
         np.testing.assert_allclose(ops.host(getattr(made_there, name)), getattr(made, name), rtol=1e-3, atol=atol)
@@ -252,8 +256,10 @@ def test_a_prompt_and_a_later_turn_are_fitted(budget, monkeypatch):
         model.extend(ids_of(n, turn), cache, fitted)
         assert len(asked) == before + 2
         for index in range(2):
-            layer = SimpleNamespace(ops=model.ops, scale=model.scale, attention_window=None)
-            expected, stored = matched(other.read(index), asked[before + index], layer), cache.read(index)
+            expected, stored = (
+                matched(other.read(index), asked[before + index], model.ops, model.scale),
+                cache.read(index),
+            )
             for name in ("k", "pos", "lengths", "v", "log_size"):
                 np.testing.assert_allclose(getattr(stored, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
             assert np.abs(stored.v - other.read(index).v).max() > 0.05

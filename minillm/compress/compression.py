@@ -135,10 +135,9 @@ class Compression:
 
     def _match(self, index, asked):
         """Fit the entries of a layer to what it was asked."""
-        start = self.settled[index]
-        entries = self.cache.read(index, start)
-        labels = Labels(np.exp(entries.log_size), entries.pos, entries.lengths)
-        self.cache.write(index, matched(entries, asked, self._layer(index, labels, None, None)), start)
+        start, compressor = self.settled[index], self.compressor
+        entries = matched(self.cache.read(index, start), asked, self.ops, compressor.scale, compressor.window)
+        self.cache.write(index, entries, start)
 
     def _labels(self, index, n):
         """The Labels of a layer's rows: its entries after those that are settled and, after those of each head, n new

@@ -53,11 +53,11 @@ def ask(queries, n, k, v, past, scale, window=None):
     )
 
 
-def matched(entries, asked, layer):
-    """Entries with sizes and values that are fitted to `asked`. layer: the Layer they are of."""
+def matched(entries, asked, ops, scale, window=None):
+    """Entries of a layer with sizes and values that are fitted to `asked`. scale, window: of the model's attention."""
     if not entries.lengths.any():
         return entries
-    ops, sizes, values, ends = layer.ops, [], [], np.cumsum(entries.lengths)[:-1].tolist()
+    sizes, values, ends = [], [], np.cumsum(entries.lengths)[:-1].tolist()
     rows = ops.stored_rows(entries.k), ops.stored_rows(entries.v), np.exp(entries.log_size), entries.pos
     heads = zip(*(np.split(part, ends) for part in rows), strict=True)
     for head, (k, v, size, pos) in enumerate(heads):
@@ -65,7 +65,10 @@ def matched(entries, asked, layer):
             continue
         some = slice(None, None, _step(asked.q.shape[1], len(k)))
         share, output = asked.share[head][some, None], asked.output[head][some]
-        had = _logits(asked.q[head][some], asked.pos[some], k, pos, layer)
+        had = (asked.q[head][some] * np.float32(scale)) @ k.T
+        if window is not None:
+            near = ops.array(asked.pos[some])[:, None] - pos < window
+            had = np.where(near, had, np.float32(-1e30))
         had -= asked.lse[head][some, None]
         np.exp(np.minimum(had, -np.log(size), out=had), out=had)  # (Q, E) of the attention, were each of one token
         more = _least_squares(had, share - had @ size[:, None])[:, 0]
@@ -75,16 +78,6 @@ def matched(entries, asked, layer):
         sizes.append(size)
         values.append(v + _least_squares(had, share * output - had @ v))
     return replace(entries, v=np.concatenate(values), log_size=np.log(np.concatenate(sizes)))
-
-
-def _logits(q, q_pos, k, pos, layer):
-    """(Q, n) float32: what queries q (Q, d) at q_pos make of keys k (n, d) at pos; none where the model's window
-    ends."""
-    logits = (q * np.float32(layer.scale)) @ k.T
-    if layer.attention_window is None:
-        return logits
-    near = layer.ops.array(q_pos)[:, None] - pos < layer.attention_window
-    return np.where(near, logits, np.float32(-1e30))
 
 
 def _step(n_queries, n_entries):
