@@ -19,6 +19,8 @@ SHARES = (0.05, 0.1, 0.2)
 VARIANTS = {  # label -> keywords of `fit`
     "hidden state": {},
     "and that of the token before": {"before": True},
+    "and the token's position": {"position": True},
+    "and delimiters: its class, and the log of how far back the last is": {"delimiters": True},
     "and 256 random nonlinear ones": {"nonlinear": 256},
     "ridge 1": {"ridge": 1.0},
     "ridge 1000": {"ridge": 1000.0},
@@ -30,30 +32,37 @@ VARIANTS = {  # label -> keywords of `fit`
 
 
 def collect(llm, readings):
-    """(h [(N, dim)] and scores [(N, H)] of each layer, (N,) whether a row begins a text)."""
+    """(h [(N, dim)] and scores [(N, H)] of each layer, (N, F) by name of what else is known of each token)."""
+    classes, known = llm.tokenizer.delimiter_classes("default"), {"begins": [], "position": [], "delimiters": []}
     hidden, scores = ([[] for _ in range(llm.config.n_layers)] for _ in "hs")
     for ids, _ in tqdm(readings, unit="text", disable=None):
         for layer, (h, y) in enumerate(second_reading(llm, ids)):
             hidden[layer].append(np.array(h))
             scores[layer].append(np.exp(y.T) - np.float32(FLOOR))
-    begins = np.concatenate([np.arange(len(ids)) == 0 for ids, _ in readings])
-    return [np.concatenate(parts) for parts in hidden], [np.concatenate(parts) for parts in scores], begins
+        pos, of_token = np.arange(len(ids)), classes[ids]
+        last = np.maximum.accumulate(np.where(of_token > 0, pos, 0))
+        known["begins"].append(pos[:, None] == 0)
+        known["position"].append(np.column_stack([pos / len(ids), np.log1p(pos)]))
+        known["delimiters"].append(np.column_stack([np.eye(classes.max() + 1)[of_token], np.log1p(pos - last)]))
+    known = {name: np.concatenate(parts) for name, parts in known.items()}
+    return [np.concatenate(parts) for parts in hidden], [np.concatenate(parts) for parts in scores], known
 
 
-def features(h, begins, before=False, nonlinear=0):
+def features(h, known, before=False, nonlinear=0, position=False, delimiters=False):
     """(N, features), the last one constant."""
     parts = [h]
     if before:
-        parts.append(np.where(begins[:, None], 0, np.roll(h, 1, axis=0)))
+        parts.append(np.where(known["begins"], 0, np.roll(h, 1, axis=0)))
     if nonlinear:
         mixing = np.random.default_rng(0).normal(size=(h.shape[1], nonlinear)).astype(np.float32)
         parts.append(np.maximum(h @ mixing / np.sqrt(np.square(h).sum(axis=1, keepdims=True)), 0))
+    parts += [known[name].astype(np.float32) for name in ("position",) * position + ("delimiters",) * delimiters]
     return np.column_stack([*parts, np.ones(len(h), np.float32)])
 
 
-def fit(h, scores, begins, fitted, *, floor=FLOOR, ridge=100.0, power=0.0, **kinds):
+def fit(h, scores, known, fitted, *, floor=FLOOR, ridge=100.0, power=0.0, **kinds):
     """Predictions (M, H) for the M rows that are not `fitted` (N,); floor None: of scores, not of their logs."""
-    x = features(h, begins, **kinds)
+    x = features(h, known, **kinds)
     y = scores if floor is None else np.log(scores + np.float32(floor))
     penalty = np.full(x.shape[1], ridge)
     penalty[-1] = 0
@@ -87,7 +96,7 @@ def main():
     args = parser.parse_args()
     with LLM.load(args.model, cache=CacheConfig("full"), threads=args.threads) as llm:
         readings = list(make.encode(llm, make.read_texts(), args.length).values())
-        hidden, scores, begins = collect(llm, readings)
+        hidden, scores, known = collect(llm, readings)
     lengths = [len(ids) for ids, _ in readings]
     number = np.repeat(np.arange(len(readings)), lengths)
     fitted = (number + 1) % make.HELD_OUT != 0
@@ -96,7 +105,7 @@ def main():
     print(f"| {' | '.join(['predicted from', 'R2', *(f'found / worth at {share:.0%}' for share in SHARES)])} |")
     print("|---" * (2 + len(SHARES)) + "|")
     for label, options in VARIANTS.items():
-        predicted = np.stack([fit(h, s, begins, fitted, **options) for h, s in zip(hidden, scores, strict=True)])
+        predicted = np.stack([fit(h, s, known, fitted, **options) for h, s in zip(hidden, scores, strict=True)])
         cells = measures(predicted, shown, options.get("floor", FLOOR) is not None)
         print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
