@@ -672,3 +672,16 @@ def test_flags_of_the_command_line():
     assert cli.parse(["--quality", "0.95", "-p", "x"]).cache.quality == 0.95
     assert json.loads(json.dumps(args.cache.as_dict()))["quality"] == 0.99
     assert isinstance(Compressor(args.cache, None, numpy_ops, CLASSES).block_tokens, int)
+
+
+def test_no_eight_words_of_the_profiles_texts_are_in_the_evaluations():
+    def runs(file):
+        words = re.findall(r"\w+", file.read_text(encoding="utf-8").lower())
+        return set(zip(*(words[i:] for i in range(8)), strict=False))
+
+    package = Path(make.__file__).parents[1]
+    ours, theirs = (sorted(package.glob(f"{folder}/*.txt")) for folder in ("profile/texts", "evaluate/data"))
+    assert len(ours) > 50 and len(theirs) > 5
+    of_evaluation = set().union(*map(runs, theirs))
+    assert len(of_evaluation) > 50_000
+    assert not [file.name for file in ours if runs(file) & of_evaluation]
