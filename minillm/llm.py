@@ -9,21 +9,22 @@ from dataclasses import asdict
 
 import numpy as np
 
-from minillm import hub, ops
-from minillm.cache import KVCache
+from minillm import ops
+from minillm.cache.kv_cache import KVCache
+from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
-from minillm.config import read_config
 from minillm.errors import MinillmError, UsageError
-from minillm.gguf_file import read_gguf
+from minillm.files import hub
+from minillm.files.config import read_config
+from minillm.files.gguf_file import read_gguf
+from minillm.files.profile_file import find as find_profile
+from minillm.files.weights import QUANTIZED, Weight, load_weights, tensor_shapes, weight_bytes
 from minillm.model import MLP_ROWS, Model
-from minillm.page_pool import PagePool
 from minillm.preflight import cache_bytes, require, workspace_bytes
-from minillm.profile_file import find as find_profile
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
-from minillm.tokenizer import Tokenizer
-from minillm.weights import QUANTIZED, Weight, load_weights, tensor_shapes, weight_bytes
+from minillm.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "stored")
 

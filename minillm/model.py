@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minillm.cache import KVCache
+from minillm.cache.kv_cache import KVCache
 from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
+from minillm.files.weights import Weight
 from minillm.rope import Rope
 from minillm.sampling import sample_each
-from minillm.weights import Weight
 
 MLP_ROWS = 1024  # rows of the wide middle of the MLP, and of logits, that exist at a time
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from minillm.config import ModelConfig, RopeConfig
+from minillm.files.config import ModelConfig, RopeConfig
 
 
 class Rope:

@@ -9,13 +9,13 @@ import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minillm import cache_state
+from minillm.cache import state as cache_state
 from minillm.errors import MinillmError
+from minillm.files.safetensors_file import write
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
-from minillm.safetensors_file import write
 from minillm.sampling import PENALTY_WINDOW, Sampler
-from minillm.stream import StreamDecoder
+from minillm.text.stream import StreamDecoder
 
 SESSION_FORMAT = 3
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it

@@ -8,7 +8,7 @@ import emulator
 import pytest
 
 from minillm.errors import MinillmError
-from minillm.hub import resolve
+from minillm.files.hub import resolve
 from minillm.ops import launch
 
 # The suite's tolerances are those of the specification; tests/test_cpu_*.py choose the compiled paths themselves.

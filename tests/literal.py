@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.cache import PagedLayer
+from minillm.cache.kv_cache import PagedLayer
+from minillm.cache.page_pool import PagePool
 from minillm.compress.plan import Layer
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
-from minillm.page_pool import PagePool
 
 NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by method
 

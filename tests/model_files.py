@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
-from minillm.config import ModelConfig, RopeConfig
-from minillm.weights import tensor_shapes
+from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.weights import tensor_shapes
 
 CONFIG = ModelConfig(
     name="tiny",

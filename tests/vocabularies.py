@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from minillm.sentencepiece_file import read_sentencepiece
+from minillm.text.sentencepiece_file import read_sentencepiece
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

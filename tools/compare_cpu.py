@@ -388,7 +388,7 @@ def table(head):
 
 
 def machine(args, load, bandwidth, abouts):
-    from minillm.bench import cpu_name, n_cores
+    from minillm.programs.bench import cpu_name, n_cores
 
     flags = Path("/proc/cpuinfo").read_text()
     extensions = [
@@ -431,7 +431,9 @@ def main():
     args = parser.parse_args()
     if args.write:
         around_marks(args.write)  # what is wrong with the file is said before the run, not after it
-    from minillm import bench, hub, ops
+    from minillm import ops
+    from minillm.files import hub
+    from minillm.programs import bench
 
     files, notes = hub.resolve(args.model), []
     text, source = bench._text(None)

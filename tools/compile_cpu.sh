@@ -22,4 +22,4 @@ rm -f tree/minillm/ops/_cpu.*
 CC="$clang -target $(uname -m)-linux-gnu" LDSHARED="$clang -target $(uname -m)-linux-gnu -shared" CFLAGS=-Werror \
     "$python" -m pip install -q --no-deps --target site ./tree
 ls site/minillm/ops/_cpu.* >/dev/null
-PYTHONPATH=site "$python" -m pytest -x -p no:cacheprovider "$root/tests/test_cpu_ops.py" "$root/tests/test_scores.py"
+PYTHONPATH=site "$python" -m pytest -x -p no:cacheprovider "$root/tests/ops/test_cpu_ops.py" "$root/tests/compress/test_scores.py"

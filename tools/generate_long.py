@@ -16,8 +16,9 @@ from itertools import pairwise
 import numpy as np
 from tqdm import tqdm
 
-from minillm import LLM, CacheConfig, SamplingParams, UsageError, cli
+from minillm import LLM, CacheConfig, SamplingParams, UsageError
 from minillm.compress.methods import METHODS
+from minillm.programs import cli
 
 PROMPT = "Once upon a time, in a village by the sea, there lived an old woman who told stories. " * 10
 QUARTERS = 4

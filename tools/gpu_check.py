@@ -27,17 +27,17 @@ from pathlib import Path
 import numpy as np
 
 from minillm import LLM, CacheConfig
-from minillm.cache import Entries, KVCache
-from minillm.config import ModelConfig, RopeConfig
+from minillm.cache.kv_cache import Entries, KVCache
+from minillm.cache.page_pool import PagePool
 from minillm.errors import MinillmError
+from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.profile_file import Profile
+from minillm.files.weights import Weight
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
 from minillm.ops.cuda_weights import FORMATS, CudaWeight
-from minillm.page_pool import PagePool
-from minillm.profile_file import Profile
 from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
-from minillm.weights import Weight
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_3_8B = ModelConfig(

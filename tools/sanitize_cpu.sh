@@ -23,4 +23,4 @@ esac
 export OPENBLAS_NUM_THREADS=1
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 LD_PRELOAD=$preload PYTHONPATH=site \
     "$python" -m pytest -s -x -p no:cacheprovider -k "not greedy_text" \
-    "$root/tests/test_cpu_ops.py" "$root/tests/test_scores.py" "$root/tests/test_cpu_model.py"
+    "$root/tests/ops/test_cpu_ops.py" "$root/tests/compress/test_scores.py" "$root/tests/model/test_cpu_model.py"

@@ -21,5 +21,5 @@ for part in $parts; do
     esac
     echo "== $part"
     MINILLM_EMULATOR=$part LD_PRELOAD=$preload "$python" -m pytest -x -s -p no:cacheprovider -k "$chosen" --durations=10 \
-        tests/test_cuda_kernels.py tests/test_cuda_attention.py tests/test_cuda_sampling.py
+        tests/cuda/test_cuda_kernels.py tests/cuda/test_cuda_attention.py tests/cuda/test_cuda_sampling.py
 done

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from minillm.delimiters import classify
+from minillm.text.delimiters import classify
 
 
 @dataclass(frozen=True)

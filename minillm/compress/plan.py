@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minillm.cache import Entries
+from minillm.cache.kv_cache import Entries
 from minillm.compress.output import Output
 
 SHORT = 128  # sequences up to this length are left whole: there is nothing to gain, and much to lose

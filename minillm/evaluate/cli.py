@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minillm import cli, ops
-from minillm.bench import n_cores
+from minillm import ops
 from minillm.compress.config import TABLES, CacheConfig
 from minillm.compress.methods import find_method, methods_table
 from minillm.errors import UsageError
@@ -20,8 +19,10 @@ from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import KEY, Store, read_rows
 from minillm.evaluate.workers import here, on_ray, processes
-from minillm.hub import DEFAULT_MODEL
-from minillm.run import guarded
+from minillm.files.hub import DEFAULT_MODEL
+from minillm.programs import cli
+from minillm.programs.bench import n_cores
+from minillm.programs.run import guarded
 
 DESCRIPTION = """\
 How much of what a model has read survives in a compressed key-value cache.

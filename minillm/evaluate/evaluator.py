@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm import hub
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
 from minillm.errors import UsageError
 from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_haystack, read_text
+from minillm.files import hub
+from minillm.files.profile_file import of_files
 from minillm.llm import LLM
-from minillm.profile_file import of_files
 
 HASHED = 1 << 20  # bytes of the beginning and of the end of each file of weights
 

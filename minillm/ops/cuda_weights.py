@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.files.quants import BLOCK_BYTES, BLOCK_WEIGHTS
 from minillm.ops.pages import to_words
-from minillm.quants import BLOCK_BYTES, BLOCK_WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from minillm import cli
 from minillm.compress.config import CacheConfig
 from minillm.errors import UsageError
-from minillm.hub import DEFAULT_MODEL, resolve
+from minillm.files.hub import DEFAULT_MODEL, resolve
+from minillm.files.profile_file import EVIDENCE, Profile, fingerprint, places
 from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
 from minillm.profile.worth import log_worth, try_heads
-from minillm.profile_file import EVIDENCE, Profile, fingerprint, places
-from minillm.run import guarded
+from minillm.programs import cli
+from minillm.programs.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"
 LENGTH, SHORTEST = 4096, 256  # tokens of a text: at most, where nothing else is said, and at least

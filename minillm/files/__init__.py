@@ -1,0 +1,1 @@
+"""From a name to the files of a model, and from files to its config, weights and profile."""

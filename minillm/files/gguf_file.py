@@ -1,0 +1,197 @@
+"""Reads the header of a GGUF file (versions 2 and 3, little-endian): metadata, and where each tensor lies.
+
+gguf.GGUFReader takes seconds for a vocabulary, one NumPy slice a string; this takes a tenth of one. Every count and
+length is checked against the bytes that are left before it is believed.
+"""
+
+import math
+import struct
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm.files.mapped_file import MappedFile, StoredTensor, check_layout
+
+# ggml type number -> (name, elements a block, bytes a block): the types minillm keeps as they are. The rest are looked
+# up in the gguf package, which takes 0.1 s to import.
+_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
+# metadata value type -> struct code
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_U64 = struct.Struct("<Q")
+_MAX_DIMS, _MAX_NESTING = 4, 4
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """Metadata by key (numbers, booleans, strings, lists of them) and tensors by name, in the file's order."""
+
+    metadata: dict
+    tensors: dict[str, StoredTensor]
+
+
+# Files that somebody still holds: the config, tokenizer and weights of a model need one parse between them.
+_open: "weakref.WeakValueDictionary[tuple, GGUFFile]" = weakref.WeakValueDictionary()
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Metadata and tensors; the same object again while somebody holds it and the file is unchanged.
+
+    Raises MinillmError naming the file, the tensor or key at fault, and what is wrong with it.
+    """
+    file = MappedFile(path)
+    gguf = _open.get(file.identity)
+    if gguf is None:
+        gguf = _open[file.identity] = _parse(file)
+    return gguf
+
+
+def _parse(file: MappedFile) -> GGUFFile:
+    reader = _Reader(file)
+    if file.map[:4] != b"GGUF":
+        raise file.error("is no GGUF file: it does not begin with the letters GGUF")
+    reader.at = 4
+    version = reader.number("I", "version")
+    if version & 0xFFFF == 0:
+        raise file.error("is a big-endian GGUF file; minillm reads little-endian ones, convert it again")
+    if version not in (2, 3):
+        raise file.error(f"is of GGUF version {version}; minillm reads 2 and 3, convert it again")
+    n_tensors, n_keys = reader.number("Q", "tensor count"), reader.number("Q", "key count")
+    metadata: dict = {}
+    for _ in range(n_keys):
+        key = reader.string("a metadata key")
+        if key in metadata:
+            raise file.error(f"has the metadata key {key} twice; convert or download it again")
+        metadata[key] = reader.value(reader.number("I", key), key)
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise file.error("is one part of a split model; join the parts with `llama-gguf-split --merge`")
+    return GGUFFile(metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32)))
+
+
+def _read_tensors(reader: "_Reader", count: int, alignment) -> dict[str, StoredTensor]:
+    file, infos = reader.file, {}
+    for _ in range(count):
+        name = reader.string("a tensor name")
+        if name in infos:
+            raise file.error(f"has tensor {name} twice; convert or download it again")
+        n_dims = reader.number("I", name)
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise file.error(f"is damaged: tensor {name} has {n_dims} dimensions; download it again")
+        dims = [reader.number("Q", name) for _ in range(n_dims)]
+        infos[name] = (dims, reader.number("I", name), reader.number("Q", name))
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise file.error(f"is damaged: general.alignment = {alignment} is no power of two; download it again")
+    start = reader.at + -reader.at % alignment
+    tensors = {}
+    for name, (dims, type_number, offset) in infos.items():
+        kind, block, block_bytes = _type(type_number)
+        if kind is None or dims[0] % block or offset % alignment:
+            what = f"type number {type_number}, dimensions {dims}, offset {offset}"
+            raise file.error(f"is damaged or too new: tensor {name} has {what}; download it again")
+        nbytes = math.prod(dims) // block * block_bytes
+        tensors[name] = StoredTensor(file, name, kind, tuple(reversed(dims)), start + offset, nbytes)
+    check_layout(list(tensors.values()), start, holes=True)
+    return tensors
+
+
+def _type(number: int) -> tuple[str | None, int, int]:
+    if number in _TYPES:
+        return _TYPES[number]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        return None, 1, 1
+    return kind.name, *GGML_QUANT_SIZES[kind]
+
+
+def dequantize_other(tensor: StoredTensor, run=map) -> np.ndarray:
+    """tensor.shape float32 of a ggml type that minillm does not keep, by gguf.quants. `run`: a thread pool's map."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType[tensor.kind]
+    out = np.empty(tensor.shape, np.float32)
+    rows = out.reshape(-1, tensor.shape[-1])
+    raw = tensor.file.bytes_at(tensor.offset, tensor.nbytes).reshape(len(rows), -1)
+
+    def dequantize_rows(lo: int) -> None:
+        rows[lo : lo + step] = dequantize(raw[lo : lo + step], kind)
+
+    step = max(1, 2**18 // rows.shape[1])  # rows at a time: the library's temporaries are several times its input
+    try:
+        for _ in run(dequantize_rows, range(0, len(rows), step)):
+            pass
+    except NotImplementedError:
+        raise tensor.error(f"is of type {tensor.kind}, which minillm cannot read; take another quantisation") from None
+    return out
+
+
+class _Reader:
+    """A cursor over the header that never passes the end of the file."""
+
+    def __init__(self, file: MappedFile):
+        self.file, self.map, self.size, self.at = file, file.map, file.size, 0
+
+    def take(self, nbytes: int, what: str) -> int:
+        """Moves past `nbytes` and returns where they begin."""
+        at = self.at
+        if nbytes > self.size - at:
+            raise self.file.error(f"is truncated or damaged: {what} runs past the end of the file; download it again")
+        self.at = at + nbytes
+        return at
+
+    def number(self, code: str, what: str):
+        code = "<" + code
+        return struct.unpack_from(code, self.map, self.take(struct.calcsize(code), what))[0]
+
+    def string(self, what: str) -> str:
+        return self.strings(1, what)[0]
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """`count` strings, each 8 bytes of length and its UTF-8 bytes; one tight loop, as there may be 100,000."""
+        if count > (self.size - self.at) // 8:
+            raise self.file.error(f"is damaged: {what} claims {count} strings, more than fit; download it again")
+        data, size, at, out = self.map, self.size, self.at, []
+        unpack = _U64.unpack_from
+        try:
+            for _ in range(count):
+                begin = at + 8
+                at = begin + unpack(data, at)[0]
+                if at > size:
+                    raise struct.error
+                out.append(data[begin:at].decode())
+        except struct.error:
+            raise self.file.error(f"is truncated or damaged: a string of {what} runs past its end") from None
+        except UnicodeDecodeError:
+            raise self.file.error(f"is damaged: a string of {what} is not UTF-8; download it again") from None
+        self.at = at
+        return out
+
+    def value(self, kind: int, what: str, depth: int = 0):
+        """A metadata value: a number, a boolean, a string or a list of values of one kind."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], what)
+        if kind == _STRING:
+            return self.string(what)
+        if kind != _ARRAY or depth == _MAX_NESTING:
+            raise self.file.error(
+                f"is damaged: {what} is of metadata type {kind}, nested {depth} deep; download it again"
+            )
+        item, count = self.number("I", what), self.number("Q", what)
+        if item == _STRING:
+            return self.strings(count, what)
+        if item in _SCALARS:
+            dtype = np.dtype("<" + _SCALARS[item])
+            at = self.take(count * dtype.itemsize, what)
+            return np.frombuffer(self.map, dtype, count, at).tolist()
+        return [self.value(item, what, depth + 1) for _ in range(count)]

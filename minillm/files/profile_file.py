@@ -1,0 +1,184 @@
+"""Profile: the map of one model, its file, and where files are looked for.
+
+In every layer the score of a token in a head is w . h + b: h is the normalised hidden state that the head's query, key
+and value are made from, and the score is the log of the largest attention that the token gets from that head when the
+text is read a second time. So a profile is a fourth projection beside W_Q, W_K and W_V, one number a head. To it comes
+the log of what an entry of the head is worth beside those of others (minillm.profile.worth)."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm.errors import MinillmError
+from minillm.files.config import read_config
+from minillm.files.safetensors_file import write
+from minillm.files.weights import load_weights
+from minillm.ops import say_once
+
+FORMAT = 2
+SUFFIX = ".profile"
+EVIDENCE = 1000  # tokens that a curve is measured on: were each for itself, these know a quality of .99 to .003
+
+
+@dataclass
+class Profile:
+    """weight (L, H, dim), bias and worth (L, H) float32. curve: name -> (m,) float32 for m thresholds, ascending:
+    "threshold", a score; "kept", the share of the entries that reach it; "quality", the share of the full cache's token
+    accuracy that is left then when held-out texts are repeated from memory. about: plain values: model, fingerprint,
+    date, versions, texts, held-out rank correlation, and of what was repeated how many texts and tokens, and how many
+    of those the full cache foretold ("foretold_full"), which is what "quality" is a share of."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    worth: np.ndarray
+    curve: dict[str, np.ndarray]
+    about: dict
+
+    @property
+    def projection(self):
+        """(weight, bias) of what is predicted, what entries are worth included."""
+        return self.weight, self.bias + self.worth
+
+    @property
+    def digest(self):
+        """Of what it predicts."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in self.projection)).hexdigest()[:16]
+
+    def threshold(self, quality):
+        """The highest threshold at which, and at all below which, at least `quality` was left. MinillmError where there
+        is none, or where fewer than EVIDENCE tokens would have to say that: a budget needs no curve."""
+        if (measured := self.about["repeated"]["foretold_full"]) < EVIDENCE:
+            raise MinillmError(
+                f"the profile of {self.about['model']} was measured on {measured} tokens, and to keep a quality takes "
+                f"{EVIDENCE} at least: name a budget, or make one of more texts by python -m minillm.profile --texts"
+            )
+        short = np.flatnonzero(self.curve["quality"] < quality)
+        reached = self.curve["threshold"][: short[0] if len(short) else None]
+        if not len(reached):
+            best = float(self.curve["quality"].max())
+            raise MinillmError(
+                f"the profile of {self.about['model']} knows no threshold that leaves {quality:g} of the quality (the "
+                f"best leaves {best:.3f}): ask for less, or name a budget"
+            )
+        return float(reached[-1])
+
+    def save(self, path):
+        """Write the file, all of it or nothing: the projections in 16 bits, which is more than their fit knows. Raises
+        MinillmError."""
+        arrays = {"weight": self.weight.astype(np.float16), "bias": self.bias, "worth": self.worth} | self.curve
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MinillmError(f"cannot write {path} ({error}): name another file") from error
+        write(path, arrays, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
+
+
+CURVE = ("threshold", "kept", "quality")
+REMEDY = "make one with python -m minillm.profile, or take that file away"
+
+
+def load(path):
+    """The Profile of a file. Raises MinillmError for what is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["minillm_profile"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        if not isinstance(about, dict):
+            raise ValueError("it does not say what model it is of")
+        if about.pop("format") != FORMAT:
+            raise ValueError("another version of minillm wrote it")
+        weight, bias, worth = arrays.pop("weight").astype(np.float32), arrays.pop("bias"), arrays.pop("worth")
+        profile = Profile(weight, bias, worth, {name: arrays[name] for name in CURVE}, about)
+        _check(profile)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MinillmError(f"{path} is not a minillm profile ({error}): {REMEDY}") from None
+    return profile
+
+
+def _check(profile):
+    """Raise ValueError where the parts of a Profile do not fit one another."""
+    weight, bias, worth, curve = profile.weight, profile.bias, profile.worth, profile.curve
+    if weight.ndim != 3 or len({bias.shape, worth.shape, weight.shape[:2]}) > 1:
+        raise ValueError(f"its weight {weight.shape}, bias {bias.shape} and worth {worth.shape} do not fit one another")
+    thresholds = curve["threshold"]
+    if thresholds.ndim != 1 or not len(thresholds) or any(part.shape != thresholds.shape for part in curve.values()):
+        raise ValueError(f"its curve is not {', '.join(CURVE)} of as many thresholds each, one at least")
+    if not all(np.isfinite(array).all() for array in (weight, bias, worth, *curve.values())):
+        raise ValueError("it holds NaN or infinity")
+    if (np.diff(thresholds) <= 0).any():
+        raise ValueError("the thresholds of its curve do not ascend")
+    if missing := {"model", "fingerprint"} - profile.about.keys():
+        raise ValueError(f"it does not say its {' and '.join(sorted(missing))}")
+    repeated = profile.about.get("repeated")
+    if not isinstance(repeated, dict) or not isinstance(repeated.get("foretold_full"), int):
+        raise ValueError("it does not say how many tokens its curve was measured on")
+
+
+def fingerprint(config, norms):
+    """Of a model by its shape and the weights of its norms (2 L, dim) float32, each layer's before the attention and
+    before the MLP: the same in every file format and every quantisation."""
+    c = config
+    digest = hashlib.sha256(repr((c.n_layers, c.dim, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim)).encode())
+    for norm in norms:
+        digest.update(np.ascontiguousarray(norm, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def places(mark, path):
+    """Where the profile of the model with the fingerprint `mark` and the files at `path` may lie, first choice first:
+    beside the model, in the user's cache, in this package. The first is taken, whatever the others were made from: who
+    made it for a model meant it. (How much it knows of a quality is asked where one is: Profile.threshold.)"""
+    from platformdirs import user_cache_path
+
+    name = mark + SUFFIX
+    beside = path / f"minillm{SUFFIX}" if path.is_dir() else path.with_name(path.name + SUFFIX)
+    return [
+        beside,
+        user_cache_path("minillm", appauthor=False) / "profiles" / name,
+        Path(__file__).parents[1] / "profile" / "data" / name,
+    ]
+
+
+def of_files(files):
+    """The Profile of the model of ModelFiles, or None."""
+    config = read_config(files.path, files.name)
+    weights = load_weights(files.path, config, dtype="stored", only=norm_names(config).__contains__)
+    return find(config, weights, files.path)
+
+
+def norm_names(config):
+    """Of the weights that `fingerprint` takes, in its order."""
+    layers = range(config.n_layers)
+    return [f"model.layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
+
+
+def find(config, weights, path, name=None):
+    """The Profile of a model, or None where there is none. weights: name -> Weight, its norms among them; path: of its
+    files; name: of a file that was asked for: MinillmError where it is no profile of this model. Where none was asked
+    for, such a file is passed over with a line on stderr: it must not stop what can do without it."""
+    mark = fingerprint(config, [weights[norm].data for norm in norm_names(config)])
+    if name:
+        return _load_for(Path(name).expanduser(), config, mark)
+    for place in places(mark, path):
+        if place.is_file():
+            try:
+                return _load_for(place, config, mark)
+            except MinillmError as error:
+                say_once(f"minillm: passed over: {error}")
+    return None
+
+
+def _load_for(path, config, mark):
+    """`load` for the model of a config with the fingerprint `mark`."""
+    found, shape = load(path), (config.n_layers, config.n_kv_heads, config.dim)
+    if found.about["fingerprint"] != mark:
+        raise MinillmError(f"{path} is the profile of {found.about['model']}, not of {config.name}: {REMEDY}")
+    if found.weight.shape != shape:
+        raise MinillmError(f"{path} is damaged (its weight is {found.weight.shape}, not {shape}): {REMEDY}")
+    return found

@@ -1,0 +1,188 @@
+"""A cache of 8 bits, whole models and sessions: what is stored, how far that is from floats, and what it takes."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_chat
+from small_models import compressor_of, config_of, ids_of, literal_extend, model_of, same
+
+from minillm import LLM, CacheConfig, MinillmError, SamplingParams
+from minillm.cache.kv_cache import KVCache
+from minillm.cache.page_pool import PagePool
+from minillm.errors import UsageError
+from minillm.evaluate.cli import main as evaluate
+from minillm.ops import cpu_lib
+from minillm.ops.pages import page_bytes
+from minillm.preflight import cache_bytes
+from minillm.programs.run import main as run
+
+CLOSE = 0.03  # of the root mean square of logits: a tiny random model makes much of a rounding
+SETTINGS = {
+    "full": (None, {}),
+    "semanticache": (0.3, {}),
+    "streaming": (0.4, {}),
+    "snapkv": (60, {}),
+    "hindsight": (0.4, {}),
+    "foresight": (0.4, {}),
+}
+
+
+def new_cache(model, dtype="int8"):
+    c = model.config
+    pool = PagePool(model.ops, c.head_dim, 4, 5 * page_bytes(4, c.head_dim, "float32"), dtype)
+    return KVCache(pool, c.n_layers, c.n_kv_heads)
+
+
+def words(cache, layer, head):
+    """{position: {field: what it is}} of a head's entries, as they are stored."""
+    found = {}
+    for run_ in cache.layer(layer).runs(head):
+        for i, pos in enumerate(run_.pos.tolist()):
+            found[pos] = {name: array[i].tolist() for name, array in run_.fields().items()}
+    return found
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_turn_reads_what_is_stored(method):
+    """Its logits are those of attention in float64 over exactly the rounded rows that the turn before left."""
+    budget, options = SETTINGS[method]
+    model = model_of(config_of())
+    cache, compressor = new_cache(model), compressor_of(model, method, budget, **options)
+    for turn, n in enumerate((150, 9, 12)):
+        expected = literal_extend(model, ids_of(n, turn), cache) if turn else None
+        logits = model.logits(model.extend(ids_of(n, turn), cache, compressor))
+        if turn:
+            same(logits, expected)
+            assert (cache.kept < 0.9) == (method != "full")
+    assert all(run_.k.dtype == np.int8 for run_ in cache.layer(0).runs(0))
+
+
+@pytest.mark.parametrize("method", ["streaming", "snapkv", "foresight"])
+def test_entries_that_stay_are_the_same_words(method):
+    """However often their layer is compressed again."""
+    model = model_of(config_of())
+    cache, compressor = new_cache(model), compressor_of(model, method, 60, merge="drop", recompress=20)
+    model.extend(ids_of(150), cache, compressor)
+    before = [[words(cache, layer, head) for head in range(2)] for layer in range(2)]
+    for token in ids_of(45, 1):
+        model.decode([token], [cache])
+        if compressor.due(cache):
+            model.recompress(cache, compressor)
+    n = 0
+    for layer in range(2):
+        for head in range(2):
+            after = words(cache, layer, head)
+            stayed = before[layer][head].keys() & after.keys()
+            n += len(stayed)
+            assert all(before[layer][head][pos] == after[pos] for pos in stayed)
+    assert n > 20
+
+
+@pytest.mark.parametrize("path", ["numpy", *cpu_lib.available_paths()])
+def test_logits_are_near_those_of_floats(path, tiny_models, monkeypatch):
+    """Prompt, turn and generation, on every path."""
+    monkeypatch.setenv("MINILLM_CPU", path)
+    logits = {}
+    for dtype in ("auto", "int8"):
+        with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype=dtype)) as llm:
+            session = llm.session()
+            rows = []
+            for ids in (list(range(5, 60)), list(range(3, 20))):
+                session.feed(ids)
+                rows.append(session.read())
+            rows += [llm.model.decode([token], [session.cache])[0] for token in range(30)]
+            logits[dtype] = np.array(rows)
+    difference = logits["int8"] - logits["auto"]
+    assert 0 < np.sqrt((difference**2).mean()) <= CLOSE * np.sqrt((logits["auto"] ** 2).mean())
+
+
+def test_bytes(tiny_models):
+    """Of an entry d numbers twice, two scales, log s and its position; what is promised is what is held."""
+    with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype="int8")) as llm:
+        d, heads = llm.config.head_dim, llm.config.n_layers * llm.config.n_kv_heads
+        session = llm.session()
+        session.feed(list(range(64)))
+        session.read()
+        cache = session.cache
+        assert cache.bytes_in_use == 64 * heads * (2 * d + 2 * 2 + 4 + 4)
+        assert cache.full_bytes == heads * 2 * page_bytes(32, d, llm.model.ops.CACHE_DTYPE) > 1.3 * cache.bytes_in_use
+        promised = cache_bytes(llm.config, llm.cache_config, llm.model.ops, 64)
+        assert cache.bytes_in_use <= promised < cache.full_bytes
+        assert llm.pool.bytes_in_use == cache.bytes_in_use
+    assert llm.pool.bytes_held == 0
+
+
+@pytest.mark.parametrize("dtype, other_dtype", [("int8", "auto"), ("auto", "int8")])
+def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
+    """A file of the bytes of its entries; the same words, the same next logits; a file of the other kind is refused."""
+    tiny = tiny_chat.make(tmp_path / "tiny")
+    with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype=dtype)) as llm:
+        session = llm.session()
+        session.feed(list(range(3, 60)) * 4)
+        session.read()
+        session.save(tmp_path / "session")
+        stored = session.cache.entries * page_bytes(1, llm.config.head_dim, llm.pool.dtype)
+        assert 0 < (tmp_path / "session").stat().st_size - stored < 5000 < stored / 3
+        other = llm.session()
+        other.restore(tmp_path / "session")
+        for layer in range(llm.config.n_layers):
+            for head in range(llm.config.n_kv_heads):
+                assert words(other.cache, layer, head) == words(session.cache, layer, head)
+        logits = [llm.model.decode([7], [one.cache]) for one in (session, other)]
+        np.testing.assert_array_equal(*logits)
+        kept = llm.pool.dtype
+    with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype=other_dtype)) as llm:
+        with pytest.raises(MinillmError, match=f"cache dtype '{kept}'"):
+            llm.session().restore(tmp_path / "session")
+
+
+def test_one_model_has_caches_of_both_kinds(tmp_path):
+    with LLM.load(tiny_chat.make(tmp_path / "tiny")) as llm:
+        one = llm.session()
+        llm.set_cache(CacheConfig("full", dtype="int8"))
+        other = llm.session()
+        for session in (one, other):
+            session.feed(list(range(40)))
+            session.read()
+        assert other.cache.bytes_in_use < one.cache.bytes_in_use == one.cache.full_bytes
+        llm.generate_batch(["abc", "de"], SamplingParams(3))
+        llm.trim()
+        one.close()
+        other.close()
+        assert all(pool.bytes_held == 0 for pool in llm.pools.values())
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(UsageError, match="a cache's dtype is auto or int8, not 'int4'"):
+        CacheConfig("foresight", 0.2, dtype="int4")
+    assert CacheConfig("foresight", 0.2).as_dict() == CacheConfig("foresight", 0.2, dtype="auto").as_dict()
+
+
+def test_the_command_line(tmp_path, capsys):
+    tiny = str(tiny_chat.make(tmp_path / "tiny"))
+    shared = ["-m", tiny, "-n", "3", "-p", "what is it? " * 90, "--json"]
+    found = {}
+    for dtype in ("auto", "int8"):
+        assert run([*shared, "--kv-method", "streaming", "--kv-budget", "0.5", "--kv-dtype", dtype]) == 0
+        found[dtype] = json.loads(capsys.readouterr().out)["cache"]
+    assert found["int8"]["entries"] == found["auto"]["entries"]
+    assert found["int8"]["full_bytes"] == found["auto"]["full_bytes"]
+    assert found["int8"]["bytes"] < 0.8 * found["auto"]["bytes"]
+    assert run([*shared, "--kv-dtype", "int4"]) == 2
+    assert "'int4' is not one of auto, int8" in capsys.readouterr().err
+
+
+def test_an_evaluation_has_both(tmp_path, capsys):
+    """A line each, the full cache of 8 bits among them."""
+    tiny = str(tiny_chat.make(tmp_path / "tiny"))
+    out = tmp_path / "results.jsonl"
+    flags = f"-m {tiny} --length 150 --following 20 -n 2 --kv-dtype auto,int8 --out {out}".split()
+    assert evaluate(["perplexity", *flags, "--kv-method", "streaming", "--kv-budget", "0.5"]) == 0
+    table = capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    kinds = [(row["cache"]["method"], row["cache"].get("dtype", "auto")) for row in rows]
+    assert sorted(set(kinds)) == [(method, dtype) for method in ("full", "streaming") for dtype in ("auto", "int8")]
+    assert "| full int8 | all |" in table and "| streaming int8 | 50 % |" in table
+    scores = {kind: row["scores"]["nll"] for kind, row in zip(kinds, rows, strict=True)}
+    assert scores["full", "int8"] != scores["full", "auto"]

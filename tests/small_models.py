@@ -1,0 +1,91 @@
+"""Small random models, their caches and compressors, and a literal float64 pass over the entries that are stored."""
+
+import numpy as np
+from literal import attend, rotated
+from oracle import rms_norm
+
+from minillm.cache.kv_cache import KVCache
+from minillm.cache.page_pool import PagePool
+from minillm.compress.compressor import Compressor
+from minillm.compress.config import CacheConfig
+from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.weights import Weight
+from minillm.model import Model
+from minillm.ops import numpy_ops
+from minillm.ops.pages import page_bytes
+
+VOCAB = 40
+
+
+CLASSES = np.array([0] * 34 + [1, 1, 2, 2, 3, 4], np.uint8)
+
+
+def config_of(**changes):
+    sizes = dict(name="tiny", architecture="LlamaForCausalLM", n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8)
+    sizes |= dict(dim=24, ffn_dim=40, vocab_size=VOCAB, context=4096, rms_eps=1e-5, rope=RopeConfig(theta=500.0))
+    return ModelConfig(**sizes | changes)
+
+
+def model_of(config, ops=numpy_ops, seed=0):
+    rng = np.random.default_rng(seed)
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes = {"model.embed_tokens": (VOCAB, config.dim), "model.norm": (config.dim,), "lm_head": (VOCAB, config.dim)}
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + "input_layernorm": (config.dim,), layer + "post_attention_layernorm": (config.dim,)}
+        shapes |= {layer + f"self_attn.{x}_proj": (rows, config.dim) for x, rows in (("q", q), ("k", kv), ("v", kv))}
+        shapes |= {layer + "self_attn.o_proj": (config.dim, q), layer + "mlp.down_proj": (config.dim, config.ffn_dim)}
+        shapes |= {layer + f"mlp.{x}_proj": (config.ffn_dim, config.dim) for x in ("gate", "up")}
+    values = {name: rng.normal(len(shape) == 1, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+    model = Model(config, {f"{name}.weight": Weight("F32", x, x.shape) for name, x in values.items()}, ops)
+    score = rng.normal(0, 0.3, (config.n_layers, config.n_kv_heads, config.dim + 1)).astype(np.float32)
+    model.foresee(np.ascontiguousarray(score[:, :, 1:]), np.ascontiguousarray(score[:, :, 0]))
+    return model
+
+
+def new_cache(model, page_size=4):
+    c = model.config
+    pool = PagePool(numpy_ops, c.head_dim, page_size, 5 * page_bytes(page_size, c.head_dim, "float32"))
+    return KVCache(pool, c.n_layers, c.n_kv_heads)
+
+
+def compressor_of(model, method="semanticache", budget=None, **options):
+    config = CacheConfig(method, budget, **options)
+    return Compressor(config, model.rope, numpy_ops, CLASSES, model.scale, model.config.sliding_window)
+
+
+def ids_of(n, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
+
+
+def literal_extend(model, ids, cache):
+    """Logits (n, vocab) of new tokens over the entries of a cache, in float64, token by token and head by head."""
+    c = model.config
+    n, seen, group = len(ids), cache.seen, c.n_heads // c.n_kv_heads
+    inv_freq = np.float64(c.rope.theta) ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+    angle = np.arange(seen, seen + n)[:, None] * inv_freq
+    x = np.float64(model.embedding.data)[ids]
+    for index, block in enumerate(model.blocks):
+        h = rms_norm(x, block.attention_norm, c.rms_eps)
+        q, k, v = (
+            np.float64(h @ w.data.T).reshape(n, -1, c.head_dim).transpose(1, 0, 2)
+            for w in (block.wq, block.wk, block.wv)
+        )
+        q, k = rotated(q, angle), rotated(k, angle)
+        mixed = np.zeros((n, c.n_heads, c.head_dim))
+        for head in range(c.n_heads):
+            stored = cache.layer(index).read(head // group)
+            fresh = (k[head // group], v[head // group], np.zeros(n), np.arange(seen, seen + n))
+            for i in range(n):
+                entries = [np.concatenate([old, new[: i + 1]]) for old, new in zip(stored, fresh, strict=True)]
+                mixed[i, head] = attend(q[head, i], entries, c.head_dim**-0.5, seen + i, c.sliding_window)
+        x = x + mixed.reshape(n, -1) @ block.wo.data.T
+        h = rms_norm(x, block.mlp_norm, c.rms_eps)
+        gate = h @ block.w_gate.data.T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ block.w_up.data.T)) @ block.w_down.data.T
+    return rms_norm(x, model.norm, c.rms_eps) @ model.head.data.T
+
+
+def same(actual, expected, atol=2e-4):
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)

@@ -1,0 +1,388 @@
+"""Tokenizer against the references: sentencepiece, the models' own regular expressions, a literal BPE."""
+
+import base64
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import decoders
+from vocabularies import (
+    DATA,
+    NORMAL,
+    SPELL,
+    UNKNOWN,
+    USER_DEFINED,
+    byte_level_metadata,
+    prefixed,
+    sentencepiece_metadata,
+    spell,
+    train_library,
+    write_folder,
+)
+
+from minillm.errors import MinillmError
+from minillm.files.gguf_file import read_gguf
+from minillm.text.tokenizer import Tokenizer
+
+CUTS = json.loads((DATA / "cuts.json").read_text())
+SENTENCEPIECE = json.loads((DATA / "sentencepiece.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    shutil.copy(DATA / "tokenizer.model", folder)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def default_metadata(default_model_path) -> dict:
+    return read_gguf(default_model_path).metadata
+
+
+@pytest.fixture(scope="module")
+def default_tokenizer(default_metadata) -> Tokenizer:
+    return Tokenizer.from_gguf(default_metadata)
+
+
+# Byte-level BPE
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_text_is_cut_like_the_reference_regex(pre):
+    library = Tokenizer.from_gguf(byte_level_metadata(pre=pre)).vocabulary.library
+    for pieces in CUTS[pre]:
+        cut = [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str("".join(pieces))]
+        assert cut == [spell(piece) for piece in pieces]
+
+
+def test_default_model_encodes_like_a_literal_bpe(default_metadata, default_tokenizer):
+    rank = {tuple(merge.split(" ")): i for i, merge in enumerate(default_metadata["tokenizer.ggml.merges"])}
+    ids = {piece: i for i, piece in enumerate(default_metadata["tokenizer.ggml.tokens"])}
+    for pieces in CUTS["smollm"]:
+        expected = []
+        for piece in pieces:
+            symbols = list(spell(piece))
+            while True:
+                pairs = list(zip(symbols, symbols[1:], strict=False))
+                best = min(pairs, key=lambda pair: rank.get(pair, 1 << 30), default=None)
+                if best not in rank:
+                    break
+                at = pairs.index(best)
+                symbols[at : at + 2] = ["".join(best)]
+            expected += [ids[symbol] for symbol in symbols if symbol in ids]  # eight bytes have no token at all
+        text = "".join(pieces)
+        assert default_tokenizer.encode(text) == expected
+        if all(SPELL[byte] in ids for byte in text.encode()):
+            assert default_tokenizer.decode(expected) == text
+
+
+def test_default_model(default_tokenizer):
+    tokenizer = default_tokenizer
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.adds_bos) == (49152, 1, False)
+    assert tokenizer.stop_ids == {0, 2} and len(tokenizer.special_ids) == 17
+    assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n") == [1, 4093, 198, 26843, 2, 198]
+    prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+    assert prompt.startswith("<|im_start|>system\nYou are") and prompt.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_llama3_keeps_words_that_are_tokens_whatever_the_merges():
+    unreachable = byte_level_metadata(words=("zq", "hello"), pre="llama-bpe", add_bos_token=False)
+    assert len(Tokenizer.from_gguf(unreachable).encode("hello")) == 1
+    assert len(Tokenizer.from_gguf(unreachable | {"tokenizer.ggml.pre": "gpt-2"}).encode("hello")) == 5
+
+
+def test_qwen2_composes_characters_first():
+    composed, decomposed = "\u00e9", "e\u0301"
+    qwen2, gpt2 = (Tokenizer.from_gguf(byte_level_metadata(pre=pre)) for pre in ("qwen2", "gpt-2"))
+    assert qwen2.encode(decomposed) == qwen2.encode(composed) == gpt2.encode(composed) != gpt2.encode(decomposed)
+
+
+# SentencePiece BPE
+
+
+def test_sentencepiece_folder_and_gguf_are_the_sentencepiece_package(sentencepiece_tokenizer):
+    gguf = Tokenizer.from_gguf(sentencepiece_metadata())
+    for text, ids, decoded in SENTENCEPIECE:
+        for tokenizer in (sentencepiece_tokenizer, gguf):
+            assert tokenizer.encode(text) == [1, *ids]
+            assert tokenizer.decode(ids) == decoded
+            assert tokenizer.decode([1, *ids, 2]) == decoded
+    assert gguf.bos_id == 1 and gguf.stop_ids == {2} == sentencepiece_tokenizer.stop_ids
+
+
+def test_sentencepiece_text_that_goes_on_gets_no_space(sentencepiece_tokenizer):
+    for tokenizer in (sentencepiece_tokenizer, Tokenizer.from_gguf(sentencepiece_metadata())):
+        for text, ids, _ in SENTENCEPIECE:
+            spelled = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, bos=False))).decode()
+            assert " " + spelled == b"".join(map(tokenizer.token_bytes, ids)).decode() or not text
+        assert tokenizer.encode("", bos=False) == []
+
+
+def test_scores_alone_decide_the_merges():
+    rng = random.Random(1)
+    for _ in range(30):
+        pieces = list("ab\u2581")
+        while len(pieces) < 40:
+            piece = rng.choice(pieces) + rng.choice(pieces)
+            if piece not in pieces and len(piece) < 9:
+                pieces.append(piece)
+        scores = [float(-i) for i in range(len(pieces))]
+        rng.shuffle(scores)
+        metadata = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": ["<unk>", *pieces],
+            "tokenizer.ggml.scores": [0.0, *scores],
+            "tokenizer.ggml.token_type": [UNKNOWN] + [NORMAL] * len(pieces),
+            "tokenizer.ggml.add_bos_token": False,
+        }
+        tokenizer, score = Tokenizer.from_gguf(metadata), dict(zip(pieces, scores, strict=True))
+        for _ in range(20):
+            text = "".join(rng.choice("ab ") for _ in range(rng.randint(1, 25)))
+            symbols = list("\u2581" + text.replace(" ", "\u2581"))
+            while True:
+                joined = [left + right for left, right in zip(symbols, symbols[1:], strict=False)]
+                best = max(joined, key=lambda piece: score.get(piece, -1e9), default=None)
+                if best not in score:
+                    break
+                at = joined.index(best)  # leftmost
+                symbols[at : at + 2] = [best]
+            assert tokenizer.encode(text) == [pieces.index(symbol) + 1 for symbol in symbols]
+
+
+def test_space_prefix_comes_after_every_special_token_or_as_the_file_says():
+    pieces = sentencepiece_metadata()["tokenizer.ggml.tokens"]
+    always = Tokenizer.from_gguf(sentencepiece_metadata()).encode("[INST]a[/INST] a")[1:]
+    never = Tokenizer.from_gguf(sentencepiece_metadata(add_space_prefix=False)).encode("[INST]a[/INST] a")[1:]
+    # SentencePiece itself has no prefix after a user-defined piece; llama.cpp and transformers do.
+    tool = Tokenizer.from_gguf(sentencepiece_metadata()).encode("a<tool>a")[1:]
+    assert [pieces[i] for i in tool] == ["\u2581a", "<tool>", "\u2581a"]
+    assert [pieces[i] for i in always] == ["[INST]", "\u2581a", "[/INST]", "\u2581", "\u2581a"]
+    assert [pieces[i] for i in never] == ["[INST]", "a", "[/INST]", "\u2581a"]
+
+
+def test_legacy_false_puts_a_space_only_at_the_start(tmp_path):
+    shutil.copy(DATA / "tokenizer.model", tmp_path)
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, None, tokenizer_config={"legacy": False}))
+    pieces = sentencepiece_metadata()["tokenizer.ggml.tokens"]
+    assert [pieces[i] for i in tokenizer.encode("a[INST]a")] == ["<s>", "\u2581a", "[INST]", "a"]
+
+
+def test_tokens_added_beyond_a_sentencepiece_model(tmp_path):
+    shutil.copy(DATA / "tokenizer.model", tmp_path)
+    decoder = {"700": {"content": "<|im_start|>", "special": True}, "701": {"content": "<think>", "special": False}}
+    config = {"added_tokens_decoder": decoder, "eos_token": "<|im_start|>"}
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, None, tokenizer_config=config))
+    assert tokenizer.encode("<|im_start|><think>") == [1, 700, 701]
+    assert tokenizer.decode([700, 701]) == "<think>" and tokenizer.vocab_size == 702
+    assert tokenizer.stop_ids == {700}
+    taken = {"added_tokens_decoder": {"699": {"content": "<new>"}}}
+    with pytest.raises(MinillmError, match="<new>.*699"):
+        Tokenizer.from_folder(write_folder(tmp_path, None, tokenizer_config=taken))
+
+
+def test_merges_of_the_file_replace_scores_that_say_nothing():
+    metadata = sentencepiece_metadata()
+    flat = np.full(len(metadata["tokenizer.ggml.tokens"]), -1000.0)
+    with pytest.raises(MinillmError, match="scores"):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.scores": flat})
+    merges = ["\u2581 t", "\u2581t h", "\u2581th e"]
+    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.scores": flat, "tokenizer.ggml.merges": merges})
+    assert tokenizer.encode("the") == [1, metadata["tokenizer.ggml.tokens"].index("\u2581the")]
+
+
+# BOS
+
+
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("name", ["<|begin|>", {"content": "<|begin|>", "lstrip": False}])
+def test_exactly_one_bos(tmp_path, post_processor, config, name):
+    library = prefixed(train_library(), "<|begin|>") if post_processor else train_library()
+    folder = write_folder(tmp_path, library, tokenizer_config=config | {"bos_token": name})
+    tokenizer = Tokenizer.from_folder(folder)
+    adds = config.get("add_bos_token", post_processor)
+    plain = tokenizer.encode("the fox", bos=False)
+    assert tokenizer.adds_bos == adds and tokenizer.bos_id == 0 not in plain
+    assert tokenizer.encode("the fox") == [0] * adds + plain
+    assert tokenizer.encode("<|begin|>the fox") == [0, *plain]
+    assert tokenizer.encode("") == [0] * adds
+
+
+def test_bos_that_only_the_post_processor_names(tmp_path):
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, prefixed(train_library(), "<|begin|>")))
+    assert tokenizer.bos_id == 0 and tokenizer.encode("the")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "adds"),
+    [
+        (byte_level_metadata(pre="gpt-2"), False),
+        (byte_level_metadata(pre="smollm"), False),
+        (byte_level_metadata(pre="llama-bpe"), True),
+        (byte_level_metadata(pre="tekken"), True),
+        (byte_level_metadata(pre="llama-bpe", add_bos_token=False), False),
+        (byte_level_metadata(pre="gpt-2", add_bos_token=True), True),
+        (byte_level_metadata(pre="llama-bpe", bos_token_id=9999), False),  # no such token
+        (sentencepiece_metadata(), True),
+        (sentencepiece_metadata(add_bos_token=False), False),
+    ],
+)
+def test_gguf_bos_defaults_are_llama_cpps(metadata, adds):
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert tokenizer.adds_bos == adds
+    assert (tokenizer.encode("a")[0] == tokenizer.bos_id) == adds
+
+
+# Folders
+
+
+def test_folder_without_tokenizer_is_none(tmp_path):
+    assert Tokenizer.from_folder(write_folder(tmp_path, None, config={"eos_token_id": 2})) is None
+
+
+def test_settings_of_a_training_run_are_ignored(tmp_path):
+    library = train_library()
+    library.enable_truncation(4)
+    library.enable_padding(length=32)
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, library))
+    text = "the quick brown fox jumps over the lazy dog. " * 3
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("a")) == 1
+
+
+def test_stop_ids_are_the_union_of_all_files(tmp_path):
+    folder = write_folder(
+        tmp_path,
+        train_library(),
+        tokenizer_config={"eos_token": {"content": "<|end|>"}},
+        config={"eos_token_id": 5},
+        generation_config={"eos_token_id": [2, 6, 99999, None]},
+    )
+    assert Tokenizer.from_folder(folder).stop_ids == {1, 2, 5, 6}
+
+
+def test_special_tokens_map_names_tokens_that_the_config_does_not(tmp_path):
+    names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|turn|>"}}
+    folder = write_folder(
+        tmp_path, train_library(), special_tokens_map=names, tokenizer_config={"eos_token": "<|end|>"}
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.bos_id == 0 and tokenizer.stop_ids == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{", "tokenizer.json"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json is not a JSON object"),
+        ("generation_config.json", b"{'a'}", "generation_config.json is not JSON"),
+        ("config.json", b"\xff\xfe", "cannot read .*config.json"),
+        ("chat_template.jinja", b"\xff", "cannot read .*chat_template.jinja"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    write_folder(tmp_path, train_library())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MinillmError, match=message) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_decoders_are_refused(tmp_path):
+    library = train_library()
+    library.decoder = decoders.WordPiece()
+    with pytest.raises(MinillmError, match="WordPiece"):
+        Tokenizer.from_folder(write_folder(tmp_path, library))
+
+
+def protobuf(*fields: tuple[int, int | bytes]) -> bytes:
+    """A message of small varints and short byte strings."""
+    return b"".join(
+        bytes([number << 3, value]) if isinstance(value, int) else bytes([number << 3 | 2, len(value)]) + value
+        for number, value in fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)), "not a SentencePiece model"),
+        ((DATA / "tokenizer.model").read_bytes()[:5000], "not a SentencePiece model"),
+        (b"", "not a SentencePiece model"),
+        (protobuf((1, protobuf((1, b"a"))), (2, protobuf((3, 1)))), "kind unigram"),
+        (protobuf((1, protobuf((1, b"a"))), (2, protobuf((3, 2))), (3, protobuf((2, b"map")))), "rewrites text"),
+        (protobuf((1, protobuf((1, b"a"))), (2, protobuf((3, 2))), (3, protobuf((4, 1)))), "rewrites text"),
+    ],
+)
+def test_unusable_tokenizer_model_is_refused(tmp_path, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(MinillmError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_tekken_alone_is_refused(tmp_path):
+    with pytest.raises(MinillmError, match="tekken"):
+        Tokenizer.from_folder(write_folder(tmp_path, None, tekken={}))
+
+
+# GGUF
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre": "deepseek-llm"}, "'deepseek-llm' is not supported .supported: smollm, llama-bpe"),
+        ({"pre": "default"}, "tokenizer.ggml.pre = 'default'"),
+        ({"pre": None}, "tokenizer.ggml.pre = None"),
+        ({"model": "bert"}, "tokenizer.ggml.model = 'bert'"),
+        ({"tokens": None}, "no vocabulary"),
+        ({"tokens": [1, 2]}, "no vocabulary"),
+        ({"merges": None}, "tokenizer.ggml.merges"),
+        ({"merges": ["h e", "nowhere he"]}, "contradicts itself"),
+        ({"token_type": [1, 1]}, "262 tokens and 2 tokenizer.ggml.token_type"),
+    ],
+)
+def test_unusable_gguf_vocabularies_are_refused(change, message):
+    with pytest.raises(MinillmError, match=message) as caught:
+        Tokenizer.from_gguf(byte_level_metadata(**change))
+    assert "\n" not in str(caught.value)
+
+
+def test_token_types_of_a_gguf():
+    metadata = byte_level_metadata(control=("<s>", "</s>", "<ctrl>", "<user>"), eos_token_id=1)
+    metadata["tokenizer.ggml.token_type"][3] = USER_DEFINED
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert tokenizer.encode("<ctrl><user></s>") == [2, 3, 1]
+    assert tokenizer.special_ids == {0, 1, 2}
+    assert tokenizer.decode([2, 3, 1]) == "<user>"
+    assert tokenizer.token_bytes(2) == b"<ctrl>"
+
+
+def test_a_gguf_stops_at_every_end_token_that_llama_cpp_knows():
+    control = ("<s>", "<|end_of_text|>", "<|im_end|>", "<|other|>", "<|a|>", "<|b|>")
+    metadata = byte_level_metadata(control=control, eos_token_id=1, eot_token_id=4, eom_token_id=5)
+    assert Tokenizer.from_gguf(metadata).stop_ids == {1, 2, 4, 5}
+
+
+# Bytes and text
+
+
+def test_a_character_split_over_tokens(default_tokenizer, sentencepiece_tokenizer):
+    for tokenizer in (default_tokenizer, sentencepiece_tokenizer):
+        ids = tokenizer.encode("x \U0001f9ec", bos=False)
+        assert tokenizer.decode(ids) == "x \U0001f9ec"
+        assert b"".join(map(tokenizer.token_bytes, ids)).endswith("x \U0001f9ec".encode())
+        assert tokenizer.decode(ids[:-1]) == "x \ufffd"
+        assert tokenizer.decode(np.array(ids)) == "x \U0001f9ec"
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(default_tokenizer):
+    assert default_tokenizer.token_bytes(49152) == b"" and default_tokenizer.decode([49152, 60000]) == ""
+
+
+def test_lone_surrogates_are_refused(default_tokenizer):
+    with pytest.raises(MinillmError, match="Unicode"):
+        default_tokenizer.encode("abc\udcff")

@@ -1,0 +1,94 @@
+"""The same model on NumPy and on a device."""
+
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+from cuda_words import to_words
+from model_files import CONFIG
+
+from minillm.cache.kv_cache import KVCache
+from minillm.cache.page_pool import PagePool
+from minillm.compress.compressor import Compressor
+from minillm.compress.config import CacheConfig
+from minillm.files.weights import Weight, tensor_shapes
+from minillm.model import Model
+from minillm.ops import numpy_ops
+from minillm.ops.cuda_ops import CudaOps
+
+SMALL = replace(CONFIG, head_dim=64, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=72, context=512)
+
+
+SHARE = {"F16": 6e-3, "BF16": 4e-2, "Q8_0": 8e-3, "Q4_0": 8e-3, "Q4_1": 8e-3, "F32": 6e-3}
+
+
+INT8_SHARE = 2  # times as much: a row that differs in its 12th bit is rounded elsewhere to 8
+
+
+def weights_of(config, kind, seed=0):
+    """Random Weights whose activations stay of size one; matrices of `kind`."""
+    rng, out = np.random.default_rng(seed), {}
+    for name, shape in tensor_shapes(config).items():
+        values = rng.normal(size=shape).astype(np.float32)
+        if len(shape) == 1:
+            out[name] = Weight("F32", 1 + values / 10 if "norm" in name else values / 10, shape)
+            continue
+        values /= np.float32(np.sqrt(shape[1]))
+        if kind == "F32":
+            data = values
+        elif kind == "F16":
+            data = values.astype(np.float16)
+        elif kind == "BF16":
+            data = to_words(values, "bf16")
+        else:
+            data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+        out[name] = Weight(kind, data, shape)
+    return out
+
+
+def score_projections(config):
+    """What a profile says: weight (L, H, dim), bias (L, H)."""
+    rng, shape = np.random.default_rng(7), (config.n_layers, config.n_kv_heads)
+    weight = rng.normal(0, config.dim**-0.5, (*shape, config.dim)).astype(np.float32)
+    return weight, rng.normal(size=shape).astype(np.float32)
+
+
+class Twins:
+    """The same model on both backends, each with a pool, and caches in pairs."""
+
+    def __init__(self, device, config=SMALL, kind="F16", cache="full", dtype="auto", **options):
+        cache = CacheConfig(cache, **options)
+        self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
+        if cache.foresees:
+            for model in self.models:
+                model.foresee(*score_projections(config))
+        self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20, dtype=dtype) for model in self.models]
+        classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
+        self.compressors = [
+            Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
+            for model in self.models
+        ]
+        self.config, self.share = config, SHARE[kind] * (INT8_SHARE if dtype == "int8" else 1)
+
+    def caches(self):
+        return [KVCache(pool, self.config.n_layers, self.config.n_kv_heads) for pool in self.pools]
+
+    def extend(self, ids, caches):
+        """Logits of both models after each id."""
+        parts = zip(self.models, caches, self.compressors, strict=True)
+        return [model.logits(model.extend(ids, cache, compressor)) for model, cache, compressor in parts]
+
+    def decode(self, ids, pairs):
+        return [model.decode(ids, [pair[i] for pair in pairs]) for i, model in enumerate(self.models)]
+
+    def close(self, logits, share=1.0):
+        ours, expected = logits
+        assert ours.shape == expected.shape and ours.dtype == np.float32
+        error = np.sqrt(((ours - expected) ** 2).mean()) / np.sqrt((expected**2).mean())
+        assert error <= share * self.share, error
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(5).integers(0, SMALL.vocab_size, 400).tolist()
