@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
-import pytest
 from cuda_words import to_words
 from model_files import CONFIG
 
@@ -87,8 +86,3 @@ class Twins:
         assert ours.shape == expected.shape and ours.dtype == np.float32
         error = np.sqrt(((ours - expected) ** 2).mean()) / np.sqrt((expected**2).mean())
         assert error <= share * self.share, error
-
-
-@pytest.fixture
-def ids():
-    return np.random.default_rng(5).integers(0, SMALL.vocab_size, 400).tolist()

@@ -40,6 +40,7 @@ from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_TESTS = ROOT / "tests" / "cuda"
 LLAMA_3_8B = ModelConfig(
     name="Llama-3-8B",
     architecture="LlamaForCausalLM",
@@ -133,8 +134,7 @@ def compiled(device):
 
 def kernel_tests(seconds):
     """The kernel and model tests on the device."""
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
-    return pytest_run([], seconds, "-k", "gpu", *files)
+    return pytest_run([], seconds, "-k", "gpu", *sorted(map(str, CUDA_TESTS.glob("test_cuda_*.py"))))
 
 
 def sanitizers(seconds):
@@ -146,7 +146,7 @@ def sanitizers(seconds):
     out = {}
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        out[tool] = pytest_run(command, seconds / 2, "-k", chosen, *(str(ROOT / "tests" / name) for name in names))
+        out[tool] = pytest_run(command, seconds / 2, "-k", chosen, *(str(CUDA_TESTS / name) for name in names))
     return out
 
 

@@ -21,6 +21,11 @@ from minillm.profile import worth
 DTYPES = "auto", "int8"  # of pages
 
 
+@pytest.fixture
+def ids():
+    return np.random.default_rng(5).integers(0, SMALL.vocab_size, 400).tolist()
+
+
 @pytest.mark.parametrize("kind", SHARE)
 def test_prompt_and_decode(device, ids, kind):
     twins = Twins(device, kind=kind)

@@ -198,7 +198,7 @@ def sanitized(name, grid, sanitizer):
         "LD_PRELOAD": " ".join(path.strip() for path in found),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "exitcode=66",
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'cuda'}",
     }
     program = f"import test_emulator; test_emulator.run({name!r}, 256, {grid})"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
