@@ -137,20 +137,12 @@ def decode_attention(q, past, scale, window=None):
         n_kv_heads = len(layer.lengths)
         group = q.shape[1] // n_kv_heads
         for head in range(n_kv_heads):
-            rows = q[b, head * group : (head + 1) * group] * np.float32(scale)
-            runs = list(layer.runs(head))  # views, nothing is copied
-            scores = np.concatenate([rows @ stored_rows(run.k, run.k_scale).T + run.log_size for run in runs], axis=1)
+            k, v, log_size, pos = layer.read(head)  # in one piece: where pages lie must not change how sums are rounded
+            scores = (q[b, head * group : (head + 1) * group] * np.float32(scale)) @ k.T + log_size
             if window is not None:
-                pos = np.concatenate([run.pos for run in runs])
                 scores[:, pos <= layer.seen - window] = -np.inf
-            scores -= scores.max(axis=1, keepdims=True)
-            np.exp(scores, out=scores)
-            total = scores.sum(axis=1, keepdims=True)
-            mixed, lo = 0.0, 0
-            for run in runs:
-                mixed = mixed + scores[:, lo : lo + len(run.v)] @ stored_rows(run.v, run.v_scale)
-                lo += len(run.v)
-            out[b, head * group : (head + 1) * group] = mixed / total
+            mixed, _ = _softmax_values(scores, v)
+            out[b, head * group : (head + 1) * group] = mixed
     return out.reshape(q.shape[0], -1)
 
 

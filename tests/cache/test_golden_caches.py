@@ -4,7 +4,9 @@ A prompt, an answer of 40 tokens that is compressed on the way, and a second tur
 the full cache's logits bit for bit as they were, caches must be the same bit for bit; elsewhere the same entries must
 be kept, and what they hold may differ by rounding. The compiled kernels round otherwise: most entries must be the same.
 
-    python tests/cache/test_golden_caches.py        writes the file anew: a commit must say what changed, and why"""
+    OPENBLAS_NUM_THREADS=1 python tests/cache/test_golden_caches.py
+
+writes the file anew: a commit must say what changed, and why."""
 
 import hashlib
 import os
@@ -143,7 +145,8 @@ def test_numpy_leaves_what_it_left(name, golden):
             if field in ("lengths", "pos"):
                 np.testing.assert_array_equal(values, expected, err_msg=f"{name}, {turn}, {field}")
             else:
-                np.testing.assert_allclose(values, expected, rtol=1e-3, atol=2e-3, err_msg=f"{name}, {turn}, {field}")
+                atol = 0.05 if "int8" in name else 2e-3  # 8 bits: one unit of a few elements of the row
+                np.testing.assert_allclose(values, expected, rtol=1e-3, atol=atol, err_msg=f"{name}, {turn}, {field}")
 
 
 PATH = (cpu_lib.available_paths() or ["portable"])[0]
