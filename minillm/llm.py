@@ -14,6 +14,7 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.reading import extend
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
 from minillm.files.config import read_config
@@ -53,7 +54,7 @@ class LLM:
         except MinillmError:
             self.profile = before
             raise
-        self.model.foresee(*profile.projection)
+        self.model.predict(*profile.projection)
 
     def set_cache(self, cache):
         """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
@@ -62,14 +63,14 @@ class LLM:
 
     def compressor_for(self, cache):
         """The Compressor of a CacheConfig and this model."""
-        cache = cache.for_profile(self.profile, self.config.name)
+        recipe = cache.resolve(self.profile, self.config.name)
+        cache = recipe.config
         classes = np.zeros(self.config.vocab_size, np.uint8)
         if self.tokenizer and cache.method != "full":  # a look at every token, 0.05 s, for what is never compressed
             known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
-        model, config = self.model, self.config
         worth = None if self.profile is None else np.exp(self.profile.worth)
-        return Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window, worth)
+        return Compressor(recipe, self.model, classes, worth)
 
     @property
     def pool(self):
@@ -241,7 +242,7 @@ class LLM:
             ids = session.unread
             full = cache_bytes(self.config, CacheConfig("full"), self.model.ops, len(ids))
             session.check_room(result=full + 4 * len(ids) * self.config.vocab_size)
-            hidden = self.model.extend(ids, session.cache)
+            hidden = extend(self.model, ids, session.cache)
             out = np.empty((len(ids), self.config.vocab_size), np.float32)
             for lo in range(0, len(ids), MLP_ROWS):
                 out[lo : lo + MLP_ROWS] = self.model.logits(hidden[lo : lo + MLP_ROWS])

@@ -1,20 +1,43 @@
 """The forward pass of a Llama: embed -> blocks -> norm -> head, as straight-line pages of code.
 
-`extend` reads many new tokens of one sequence (a prompt, or a later turn over a compressed cache); `decode` reads one
-token of each of several sequences. Both leave the new entries in the cache."""
+`layers` carries many tokens of one sequence through the blocks, a step at a time: whoever drives it stores their keys
+and values. `decode` reads one token of each of several sequences and leaves its entries in their caches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.cache.kv_cache import KVCache
-from minillm.compress.plan import Queries
 from minillm.errors import MinillmError
 from minillm.files.weights import Weight
+from minillm.output_projection import OutputProjection
 from minillm.rope import Rope
 from minillm.sampling import sample_each
 
 MLP_ROWS = 1024  # rows of the wide middle of the MLP, and of logits, that exist at a time
+
+
+@dataclass
+class Step:
+    """One block of the model reading n tokens, between its two halves. Arrays of the backend, but for pos."""
+
+    index: int  # of the block
+    x: object  # (n, dim) float32, the residual stream before the block; after it, once the reading goes on
+    pos: np.ndarray  # (n,)
+    rotation: tuple  # cos, sin (n, d/2) of these positions
+    hidden: object  # (n, dim) normed: what q, k and v are made from; None where nobody wants it
+    q: object  # (Hq, n, d) rotated; may be None where nobody wants queries
+    lse: object  # (Hq, n) the log of the sum of exponentials of each query's attention; as q
+    k: object  # (H, n, d) rotated
+    v: object  # (H, n, d)
+    scores: object  # (H, n) predicted, on the host or the device; may be None where nobody wants scores
+    mixed: object  # (n, Hq * d) the attention's output before W_O
+    share: float = 0.0  # of a reading (compress.reading.read), what is done
+
+    def release(self):
+        """Give everything but x back: a block's worth of memory. -> mixed"""
+        mixed = self.mixed
+        self.hidden = self.q = self.lse = self.k = self.v = self.scores = self.mixed = None
+        return mixed
 
 
 @dataclass
@@ -60,7 +83,7 @@ class Block:
 
 class Model:
     """Weights of one model and the operations of one backend. config: ModelConfig; weights: name -> Weight; scores: see
-    `foresee`."""
+    `predict`."""
 
     def __init__(self, config, weights, ops, scores=None):
         self.config, self.ops, self.rope = config, ops, Rope(config)
@@ -71,6 +94,9 @@ class Model:
         self.norm = weights["model.norm.weight"].data
         self.head = self.embedding if config.tied_head else weights["lm_head.weight"]
         self.scale = config.head_dim**-0.5
+        self.projections = [
+            OutputProjection(block.wo, config.n_kv_heads, config.head_dim, ops) for block in self.blocks
+        ]
         if scores:
             self._project(*scores)
         self.runner = ops.runner(self)  # the same steps in fewer calls, or None
@@ -86,7 +112,7 @@ class Model:
         """Weights of the norms before attention and MLP of each layer in turn: 2 L vectors."""
         return [norm for block in self.blocks for norm in (block.attention_norm, block.mlp_norm)]
 
-    def foresee(self, weight, bias):
+    def predict(self, weight, bias):
         """Predict scores with these projections from now on: weight (L, H, dim), bias (L, H), both float32."""
         self._project(weight, bias)
         self.runner = None  # on a GPU it holds matrices, which the new one makes again
@@ -96,66 +122,28 @@ class Model:
         for block, w, b in zip(self.blocks, weight, bias, strict=True):
             block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
 
-    def extend(self, token_ids, cache, compressor=None, progress=None):
-        """Read n new tokens of one sequence. -> hidden states (n, dim) before the last norm.
+    def layers(self, parts, past, wants=(), first=0):
+        """Carry tokens through the blocks from `first` on: yields a Step between the halves of every (block, part).
 
-        Only one layer's keys and values exist in full: each layer's are compressed and stored in pages before the
-        next begins; where the compressor can tell at once what to keep, only a block of that layer's. progress(layers
-        done, layers) is called after every layer. If anything is raised on the way the cache is cleared."""
-        n, hidden = len(token_ids), []
-        step = compressor.block_tokens if compressor and compressor.block_tokens else max(n, 1)
-        for lo in range(0, max(n, 1), step):
-            hi = min(lo + step, n)
-            hidden.append(self.extend_each(token_ids[lo:hi], [cache], [compressor], _part(progress, lo, hi, n), n - hi))
-        return hidden[0] if len(hidden) == 1 else self.ops.concatenate(hidden)
+        parts: list of (x (n, dim) float32 hidden states, position of the first token); x is updated in place. past:
+        index of a block -> PagedLayer of the entries that the tokens attend to beside one another. wants: any of
+        "hidden", "queries" and "scores". Raises MinillmError where what a block makes is not finite."""
+        positions = [np.arange(position, position + len(x)) for x, position in parts]
+        rotations = [self.rope.tables(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
+        for index in range(first, len(self.blocks)):
+            for (x, _), pos, rotation in zip(parts, positions, rotations, strict=True):
+                hidden = self.normed(index, x) if "hidden" in wants else None
+                step = Step(index, x, pos, rotation, hidden, *self.attention(index, x, *rotation, past(index), wants))
+                yield step
+                self._check_finite(self.output(index, x, step.release()), index)
 
-    def extend_each(self, token_ids, caches, compressors, progress=None, coming=0):
-        """`extend` of several caches that hold the same (nothing, where there are several) by the same tokens, each
-        stored as its own compressor has it (None: whole): one reading for all. coming: tokens of the prompt that follow
-        in later blocks."""
-        if len(caches) > 1 and any(cache.seen for cache in caches):
-            raise ValueError("caches that are extended together must be empty: what they attend to must be the same")
-        try:
-            return self._extend(token_ids, caches, compressors, progress, coming)
-        except BaseException:
-            for cache in caches:
-                cache.clear()
-            raise
+    def normed(self, index, x):
+        """x (n, dim) -> (n, dim) float32: what a block's q, k and v are made from."""
+        return self.ops.rms_norm(x, self.blocks[index].attention_norm, self.config.rms_eps)
 
-    def _extend(self, token_ids, caches, compressors, progress, coming):
-        first, compressions = caches[0], []
-        for cache, compressor in zip(caches, compressors, strict=True):
-            compressions.append(compressor.begin(cache, token_ids, coming) if compressor else None)
-        reads = {compression.reads for compression in compressions if compression}
-        noting = [cache for cache in caches if cache.predicted is not None]
-        wants = {name for name, wanted in (("queries", "new" in reads), ("scores", noting)) if wanted}
-        pos = np.arange(first.position, first.position + len(token_ids))
-        cos, sin = self.rope.tables(pos, first.position + len(pos))
-        x = self.ops.embed(self.embedding, token_ids)  # (n, dim), the residual stream
-        again = Rereading(self, token_ids, first) if "again" in reads else None
-        for index, block in enumerate(self.blocks):
-            q, lse, k, v, scores, mixed = self.attention(index, x, cos, sin, first.layer(index), wants)
-            for cache in noting:
-                cache.predicted[index].append(scores)
-            queries = {"new": [Queries(q, pos, lse)]}
-            if again:
-                queries["again"] = again.layer(index, k, v, pos)
-            for cache, compression in zip(caches, compressions, strict=True):
-                if compression:
-                    compression.store(index, k, v, queries.get(compression.reads, ()), block.wo)
-                else:
-                    cache.append(index, k, v, pos)
-                    cache.forget()
-            del q, lse, k, v, queries
-            self._check_finite(self.output(index, x, mixed), index)
-            if progress:
-                progress(index + 1, len(self.blocks))
-        for cache, compression in zip(caches, compressions, strict=True):
-            if compression:
-                compression.finish()
-            else:
-                cache.advance(token_ids)
-        return x
+    def embed(self, token_ids):
+        """Token ids (n,) -> (n, dim) float32, the residual stream before the first block."""
+        return self.ops.embed(self.embedding, token_ids)
 
     def attention(self, index, x, cos, sin, past, wants=()):
         """The first half of a layer: x (n, dim) -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n, d); q and k
@@ -195,11 +183,7 @@ class Model:
             raise
         for b, (token, cache) in enumerate(zip(token_ids, caches, strict=True)):
             cache.advance([token])
-            if cache.queries is not None:
-                cache.queries.append(np.stack([q[b] for q in queries]))
-            if cache.predicted is not None:
-                for noted, layer in zip(cache.predicted, scores, strict=True):
-                    noted.append(layer[b][:, None])
+            cache.left.note(queries, scores, b)
         return result
 
     def _decode(self, token_ids, caches, draws):
@@ -214,8 +198,8 @@ class Model:
             result, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin, draws)
             self._check_finite(bad_layer is None, bad_layer)
             return result, queries, scores
-        x, queries, scores = ops.embed(self.embedding, token_ids), [], []  # (B, dim)
-        wants_scores = any(cache.predicted is not None for cache in caches)
+        x, queries, scores = self.embed(token_ids), [], []  # (B, dim)
+        wants_scores = any(cache.left.predicted is not None for cache in caches)
         for index, block in enumerate(self.blocks):
             h = ops.rms_norm(x, block.attention_norm, eps)
             q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, h))
@@ -244,18 +228,6 @@ class Model:
             return self.runner.draw(hidden, draws)
         return sample_each(self.logits(hidden), draws)
 
-    def recompress(self, cache, compressor):
-        """Compress what was generated since the last time. If anything is raised on the way the cache is cleared."""
-        try:
-            compression = compressor.begin(cache, [], generated=True)
-            if compression:
-                for index, block in enumerate(self.blocks):
-                    compression.store(index, wo=block.wo)
-                compression.finish()
-        except BaseException:
-            cache.clear()
-            raise
-
     def _qkv(self, block, x):
         """x (n, dim) -> q (Hq, n, d), k and v (H, n, d), not yet rotated."""
         heads = ((block.wq, block.bq), (block.wk, block.bk), (block.wv, block.bv))
@@ -278,42 +250,3 @@ class Model:
                 f"NaN or infinity in the output of layer {layer}: the weights of model.layers.{layer} are damaged or "
                 "do not fit this architecture; fetch the model again"
             )
-
-
-class Rereading:
-    """A second reading of the new tokens, carried through the layers beside the first: in blocks, each of which sees
-    the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight).
-
-    Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
-
-    BLOCK = 2048  # tokens
-
-    def __init__(self, model, token_ids, cache):
-        self.model, self.cache, n = model, cache, len(token_ids)
-        self.position = cache.position + n  # of the second reading's first token
-        self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
-        self.blocks = [slice(lo, min(lo + self.BLOCK, n)) for lo in range(0, n, self.BLOCK)]
-        self.x = model.ops.embed(model.embedding, token_ids)
-
-    def layer(self, index, k, v, pos):
-        """Read on through layer `index`, whose new keys and values are k, v (H, n, d). -> a list of Queries."""
-        model, text, queries = self.model, self.text, []
-        text.cut(np.zeros_like(text.lengths))
-        if self.cache.seen:
-            text.write(0, self.cache.read(index))
-        text.append(0, k, v, pos)
-        past = replace(text.layer(0), seen=self.position)
-        for rows in self.blocks:
-            x, pos = self.x[rows], self.position + np.arange(rows.stop - rows.start)
-            tables = model.rope.tables(pos, int(pos[-1]) + 1)
-            q, lse, _, _, _, mixed = model.attention(index, x, *tables, past, {"queries"})
-            model.output(index, x, mixed)
-            queries.append(Queries(q, pos, lse))
-        return queries
-
-
-def _part(progress, lo, hi, n):
-    """The progress of the tokens lo..hi of n: it goes on from what the blocks before it have done."""
-    if progress is None:
-        return None
-    return lambda done, layers: progress((lo + (hi - lo) * done / layers) * layers / n, layers)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minillm.cache import state as cache_state
+from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
 from minillm.files.safetensors_file import write
 from minillm.memory import peak_memory
@@ -99,13 +100,12 @@ def step(sessions, draws=None):
     result = llm.model.decode(unread, [session.cache for session in sessions], draws)
     for session in sessions:
         session.unread = []
-    for session in sessions:
+    for i, session in enumerate(sessions):
         if llm.compressor.due(session.cache):
-            past = list(session.cache.token_ids)
             try:
-                llm.model.recompress(session.cache, llm.compressor)
+                recompress(llm.model, session.cache, llm.compressor)
             except BaseException:
-                session.unread = past  # the cache is empty now: all of it is read next time
+                session.unread = [int(result[i])] if draws else []  # what was drawn is not lost
                 raise
     return result
 
@@ -149,14 +149,8 @@ class Session:
 
     def _extend(self, progress):
         """Read what was fed; -> the hidden state (1, dim) of its last token."""
-        llm, cache, ids = self.llm, self.cache, self.unread
         self.check_room()
-        past = list(cache.token_ids)
-        try:
-            hidden = llm.model.extend(ids, cache, llm.compressor, progress)
-        except BaseException:
-            self.unread = past + ids  # the cache is empty now: nothing is lost, all of it is read next time
-            raise
+        hidden = extend(self.llm.model, self.unread, self.cache, self.llm.compressor, progress)
         self.unread = []
         return hidden[-1:]
 

@@ -2,19 +2,15 @@
 
 import numpy as np
 from literal import FakeRope
+from small_models import CLASSES_OF_14, bare_compressor, bare_model
 
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
-from minillm.compress.compressor import Compressor
 from minillm.compress.plan import Queries
-from minillm.files.weights import Weight
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
 
 F32 = np.float32
-
-
-CLASSES = np.array([0] * 10 + [1, 2, 3, 4], np.uint8)  # of 14 token ids: words, . , blank, special
 
 
 CONTENT = {  # what a model may put into its keys before it rotates them, (H, n, d)
@@ -35,13 +31,13 @@ class Sequence:
         self.rope = FakeRope(d, factor=factor)
         self.pool = PagePool(numpy_ops, d, 8, 16 * page_bytes(8, d, "float32"))
         self.cache = KVCache(self.pool, n_layers, n_heads)
-        self.compressor = Compressor(config, self.rope, numpy_ops, CLASSES)
         self.ids = []
         self.k = np.zeros((n_layers, n_heads, 0, d), F32)  # of every token there was, rotated
         self.v = np.zeros((n_layers, n_heads, 0, d), F32)
         self.asks = np.random.default_rng(seed + 1)
         shape = n_layers, 24, 2 * n_heads * d  # W_O of two query heads a KV head
-        self.wo = [Weight("F32", wo, wo.shape) for wo in self.asks.normal(size=shape).astype(F32)]
+        self.model = bare_model(self.rope, self.asks.normal(size=shape).astype(F32), n_heads)
+        self.compressor = bare_compressor(config, self.model)
 
     def _queries(self, n):
         """Random ones, two query heads a KV head: (L, Hq, n, d)."""
@@ -50,8 +46,8 @@ class Sequence:
 
     def _note(self, n):
         """Random predicted scores of the n tokens that come next, where they are asked for."""
-        if self.cache.predicted is not None:
-            for noted, heads in zip(self.cache.predicted, self.cache.lengths, strict=True):
+        if self.cache.left.predicted is not None:
+            for noted, heads in zip(self.cache.left.predicted, self.cache.lengths, strict=True):
                 noted.append(np.log(self.asks.random((len(heads), n), F32)))
 
     def _new(self, n):
@@ -76,7 +72,7 @@ class Sequence:
         self._note(n)
         for layer in range(len(k)):
             if compression:
-                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos)], self.wo[layer])
+                compression.store(layer, k[layer], v[layer], [Queries(q[layer], pos)])
             else:
                 cache.append(layer, k[layer], v[layer], pos)
         compression.finish() if compression else cache.advance(ids)
@@ -91,14 +87,14 @@ class Sequence:
                 cache.append(layer, k[layer, :, i : i + 1], v[layer, :, i : i + 1], pos[i : i + 1])
             cache.advance(ids[i : i + 1])
             self._note(1)
-            if cache.queries is not None:
-                cache.queries.append(self._queries(1)[:, :, 0])
+            if cache.left.queries is not None:
+                cache.left.queries.append(self._queries(1)[:, :, 0])
             compression = None
             if self.compressor.due(cache):
                 compression = self.compressor.begin(cache, [], generated=True)
                 if compression:
                     for layer in range(len(k)):
-                        compression.store(layer, wo=self.wo[layer])
+                        compression.store(layer)
                     compression.finish()
             yield compression is not None
 
@@ -131,7 +127,7 @@ class Sequence:
     def head_rows(self, layer, head, lo, hi, sinks, end):
         """Rows lo to hi as literal.make_layer wants them."""
         pos = np.arange(lo, hi)
-        classes = CLASSES[np.array(self.ids)[lo:hi]]
+        classes = CLASSES_OF_14[np.array(self.ids)[lo:hi]]
         protected = (pos < sinks) | (pos >= end)
         k, v = self.k[layer, head, lo:hi], self.v[layer, head, lo:hi]
         return {"k": k, "v": v, "size": np.ones(hi - lo), "pos": pos, "classes": classes, "protected": protected}

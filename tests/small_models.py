@@ -1,5 +1,7 @@
 """Small random models, their caches and compressors, and a literal float64 pass over the entries that are stored."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from literal import attend, rotated
 from oracle import rms_norm
@@ -8,15 +10,18 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.recipe import Recipe
 from minillm.files.config import ModelConfig, RopeConfig
 from minillm.files.weights import Weight
 from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.pages import page_bytes
+from minillm.output_projection import OutputProjection
 
 VOCAB = 40
 
 
+CLASSES_OF_14 = np.array([0] * 10 + [1, 2, 3, 4], np.uint8)  # of 14 token ids: words, . , blank, special
 CLASSES = np.array([0] * 34 + [1, 1, 2, 2, 3, 4], np.uint8)
 
 
@@ -39,7 +44,7 @@ def model_of(config, ops=numpy_ops, seed=0):
     values = {name: rng.normal(len(shape) == 1, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
     model = Model(config, {f"{name}.weight": Weight("F32", x, x.shape) for name, x in values.items()}, ops)
     score = rng.normal(0, 0.3, (config.n_layers, config.n_kv_heads, config.dim + 1)).astype(np.float32)
-    model.foresee(np.ascontiguousarray(score[:, :, 1:]), np.ascontiguousarray(score[:, :, 0]))
+    model.predict(np.ascontiguousarray(score[:, :, 1:]), np.ascontiguousarray(score[:, :, 0]))
     return model
 
 
@@ -51,7 +56,19 @@ def new_cache(model, page_size=4):
 
 def compressor_of(model, method="semanticache", budget=None, **options):
     config = CacheConfig(method, budget, **options)
-    return Compressor(config, model.rope, numpy_ops, CLASSES, model.scale, model.config.sliding_window)
+    return Compressor(Recipe(config, config.options), model, CLASSES)
+
+
+def bare_model(rope, wo, n_kv_heads, scale=1.0):
+    """What compression sees of a model whose keys and values come from elsewhere. wo (L, dim, Hq * d) float32."""
+    weights = [Weight("F32", w, w.shape) for w in wo]
+    projections = [OutputProjection(w, n_kv_heads, rope.head_dim, numpy_ops) for w in weights]
+    blocks, config = [SimpleNamespace(wo=w) for w in weights], SimpleNamespace(sliding_window=None)
+    return SimpleNamespace(rope=rope, ops=numpy_ops, scale=scale, config=config, blocks=blocks, projections=projections)
+
+
+def bare_compressor(config, model):
+    return Compressor(Recipe(config, config.options), model, CLASSES_OF_14)
 
 
 def ids_of(n, seed=0):

@@ -11,6 +11,8 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.reading import extend
+from minillm.compress.recipe import Recipe
 from minillm.files.weights import Weight, tensor_shapes
 from minillm.model import Model
 from minillm.ops import numpy_ops
@@ -59,15 +61,12 @@ class Twins:
     def __init__(self, device, config=SMALL, kind="F16", cache="full", dtype="auto", **options):
         cache = CacheConfig(cache, **options)
         self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
-        if cache.foresees:
+        if cache.predicts:
             for model in self.models:
-                model.foresee(*score_projections(config))
+                model.predict(*score_projections(config))
         self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20, dtype=dtype) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
-        self.compressors = [
-            Compressor(cache, model.rope, model.ops, classes, model.scale, config.sliding_window)
-            for model in self.models
-        ]
+        self.compressors = [Compressor(Recipe(cache, cache.options), model, classes) for model in self.models]
         self.config, self.share = config, SHARE[kind] * (INT8_SHARE if dtype == "int8" else 1)
 
     def caches(self):
@@ -76,7 +75,7 @@ class Twins:
     def extend(self, ids, caches):
         """Logits of both models after each id."""
         parts = zip(self.models, caches, self.compressors, strict=True)
-        return [model.logits(model.extend(ids, cache, compressor)) for model, cache, compressor in parts]
+        return [model.logits(extend(model, ids, cache, compressor)) for model, cache, compressor in parts]
 
     def decode(self, ids, pairs):
         return [model.decode(ids, [pair[i] for pair in pairs]) for i, model in enumerate(self.models)]

@@ -531,7 +531,7 @@ def copied(cache):
     other = KVCache(cache.pool, *cache.lengths.shape)
     for layer in range(len(cache.lengths)):
         other.write(layer, cache.read(layer))
-    other.advance(cache.token_ids, cache.tail)
+    other.advance(cache.token_ids, cache.left.tail)
     return other
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm import LLM, CacheConfig
+from minillm.compress.reading import extend
 from minillm.session import Session
 
 READINGS = 4
@@ -72,7 +73,7 @@ def main(arguments=None):
     with LLM.load(args.model, cache=CacheConfig("full"), progress=True) as llm:
         ids = np.random.default_rng(args.seed).integers(0, llm.config.vocab_size, args.tokens).tolist()
         session, watch = Session(llm), Watch(llm, args.tokens)
-        llm.model.extend(ids * READINGS, session.cache, watch)
+        extend(llm.model, ids * READINGS, session.cache, watch)
         echo, induction = (np.array(scores) for scores in zip(*watch.found, strict=True))
         heads = best(echo, round(args.echo * echo.size))
         for layer, head in heads:

@@ -6,11 +6,13 @@ compression moves entries up) and `lengths` (entries stored) are three numbers. 
 methods.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import count
 
 import numpy as np
 
+from minillm.cache.left import Left
 from minillm.cache.page_pool import PagePool
 from minillm.ops.pages import StoredRows
 
@@ -80,13 +82,9 @@ class KVCache:
         self.version = next(VERSIONS)
         self.lengths = np.zeros((n_layers, n_kv_heads), np.int64)  # entries stored
         self.token_ids = []  # the tokens read
-        self.tail = 0  # the newest tokens, stored one entry each in every head, that no Plan has touched yet
-        self.queries = None  # [(L, Hq, d)] of the tokens generated since the last compression, if the next asks
-        self.predicted = None  # for each layer [(H, n)]: predicted scores of the tokens read since then, if it asks;
-        # arrays of the backend or, of generated tokens, of the host
-        self.scores = None  # [(E,)] of each layer: what the last compression's entries scored, if the next asks
-        self.thresholds = None  # (L,) float64 that the last compression came to (NaN: none), where it has such
-        self.shift = 0  # how much lower the position of the next token is than the number of tokens seen
+        self.left = Left()  # by the last compression, for the next one
+        self.settled = np.zeros_like(self.lengths)  # (L, H) entries that no later compression touches
+        self.settled_tokens = 0  # that they stand for
         pool.caches.add(self)
 
     @property
@@ -97,12 +95,12 @@ class KVCache:
     @property
     def position(self):
         """Of the next token: `seen`, but where a compression has moved the entries up."""
-        return self.seen - self.shift
+        return self.seen - self.left.shift
 
     @property
     def tau(self):
         """The mean of the thresholds, or None."""
-        return None if self.thresholds is None else float(np.nanmean(self.thresholds))
+        return None if self.left.thresholds is None else float(np.nanmean(self.left.thresholds))
 
     def __del__(self):
         if hasattr(self, "lengths"):
@@ -180,8 +178,13 @@ class KVCache:
         number, held = np.arange(self._pages.shape[2]), self.n_pages()[layers]
         at = np.nonzero((number >= first[:, :, None]) & (number < held[:, :, None]))
         shared = self.pool.refs[self._pages[layers][at]] > 1
-        for layer, head, index in zip(*(part[shared] for part in at), strict=True):
-            self._own(self._new_pages()[layers][layer, head], index)
+        if shared.any():
+            at = tuple(part[shared] for part in at)
+            table = self._new_pages()[layers]
+            own = self.pool.alloc(len(at[0]))
+            self.pool.copy_pages(table[at], own)
+            self.pool.release(table[at])
+            table[at] = own
 
     def _resize(self, layer, head, kept, length):
         """Give the head room for `length` entries, of which the first `kept` stay and the rest may be written."""
@@ -201,7 +204,7 @@ class KVCache:
         """A page that stays and is written must be this sequence's own: a fork may hold it too."""
         if self.pool.refs[table[index]] > 1:
             own = self.pool.alloc(1)
-            self.pool.copy_page(table[index], own[0])
+            self.pool.copy_pages(table[index : index + 1], own)
             self.pool.release(table[index : index + 1])
             table[index] = own[0]
 
@@ -246,19 +249,17 @@ class KVCache:
         k, v = (ops.gather(StoredRows(view, start, field)) for field in ("k", "v"))
         return Entries(k, v, *ops.read_labels(view, start), view.lengths - start)
 
-    def noted(self, layer):
-        """(H, n) the predicted scores of a layer, an array of the backend."""
-        parts = [part for part in self.predicted[layer] if part.shape[1]] or self.predicted[layer][:1]
-        runs = [list(run) for _, run in groupby(parts, type)]
-        runs = [self.pool.ops.array(run[0] if len(run) == 1 else np.concatenate(run, axis=1)) for run in runs]
-        return runs[0] if len(runs) == 1 else np.concatenate(runs, axis=1)
-
     def advance(self, token_ids, tail=None):
         """These tokens were read, every layer of them stored; `tail`: how many of the newest are untouched by any
         Plan now."""
         self.token_ids.extend(int(token) for token in token_ids)
-        self.tail = self.tail + len(token_ids) if tail is None else tail
+        self.left.tail = self.left.tail + len(token_ids) if tail is None else tail
         self.forget()
+
+    def settle(self):
+        """No later compression touches what is stored now: forks share its pages for good."""
+        self.settled, self.settled_tokens = self.lengths.copy(), self.seen
+        self.left.settle(self.lengths.shape, self.pool.ops)
 
     def forget(self):
         """Give back the pages before the `window` newest entries of each head."""
@@ -271,7 +272,8 @@ class KVCache:
             self.pool.release(table[:n])
             table[:-n] = table[n:].copy()
         self.lengths -= unseen * size
-        self.tail = min(self.tail, int(self.lengths.min()))
+        self.settled = np.maximum(self.settled - unseen * size, 0)
+        self.left.tail = min(self.left.tail, int(self.lengths.min()))
 
     def cut(self, lengths, layers=slice(None)):
         """Give up what follows the first `lengths` (n, H) entries of each head of some layers."""
@@ -285,17 +287,31 @@ class KVCache:
     def clear(self):
         """Give every page back to the pool; nothing has been seen."""
         self.cut(np.zeros_like(self.lengths))
-        self.token_ids, self.tail, self.shift = [], 0, 0
-        self.queries = self.predicted = self.scores = self.thresholds = None
+        self.token_ids, self.left = [], Left()
+        self.settled, self.settled_tokens = np.zeros_like(self.lengths), 0
 
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
         other = KVCache(self.pool, *self.lengths.shape, self.window)
         other._pages, other.lengths = self._pages.copy(), self.lengths.copy()
-        other.token_ids, other.tail = list(self.token_ids), self.tail
-        other.queries = None if self.queries is None else self.queries.copy()
-        other.predicted = None if self.predicted is None else [noted.copy() for noted in self.predicted]
-        other.scores, other.thresholds, other.shift = self.scores, self.thresholds, self.shift
-        for row, n in zip(self._pages.reshape(-1, self._pages.shape[2]), self.n_pages().reshape(-1), strict=True):
-            self.pool.share(row[:n])
+        other.token_ids, other.left = list(self.token_ids), self.left.copy()
+        other.settled, other.settled_tokens = self.settled.copy(), self.settled_tokens
+        held = np.arange(self._pages.shape[2]) < self.n_pages()[:, :, None]
+        self.pool.share(self._pages[held])
         return other
+
+    @contextmanager
+    def undone_on_error(self):
+        """What is done to this cache inside is undone where it ends by an exception, or is left (GeneratorExit)."""
+        before = self.fork()
+        try:
+            yield
+        except BaseException:
+            for name in ("_pages", "lengths", "token_ids", "left", "settled", "settled_tokens"):
+                here, there = getattr(self, name), getattr(before, name)
+                setattr(self, name, there)
+                setattr(before, name, here)
+            self.version = next(VERSIONS)
+            raise
+        finally:
+            before.clear()

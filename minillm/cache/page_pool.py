@@ -64,11 +64,13 @@ class PagePool:
         self.refs[pages] -= 1
         self.first_free = min(self.first_free, int(pages.min(initial=self.first_free)))
 
-    def copy_page(self, source, target):
-        (a, i), (b, j) = divmod(int(source), self.slab_pages), divmod(int(target), self.slab_pages)
-        copies, originals = self.slabs[b].fields(), self.slabs[a].fields()
-        for name in copies:
-            copies[name][j] = originals[name][i]
+    def copy_pages(self, sources, targets):
+        """Copy pages (n,) to others (n,)."""
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            (a, i), (b, j) = divmod(source, self.slab_pages), divmod(target, self.slab_pages)
+            copies, originals = self.slabs[b].fields(), self.slabs[a].fields()
+            for name in copies:
+                copies[name][j] = originals[name][i]
 
     def runs(self, pages):
         """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""
@@ -95,8 +97,7 @@ class PagePool:
         """Move pages to free ones, and tell every page table."""
         moved_to = np.arange(len(self.refs), dtype=np.int32)
         moved_to[sources] = targets
-        for source, target in zip(sources, targets, strict=True):
-            self.copy_page(source, target)
+        self.copy_pages(sources, targets)
         self.refs[targets], self.refs[sources] = self.refs[sources], 0
         for cache in self.caches:
             cache.pages_moved(moved_to)

@@ -3,10 +3,11 @@
 import numpy as np
 
 from minillm.cache.kv_cache import Entries
+from minillm.cache.left import Left
 from minillm.errors import MinillmError
 from minillm.ops.pages import from_int8, from_words, layout, to_int8, to_words
 
-LEFT = ("queries", "predicted", "scores", "thresholds")  # what a compression may leave for the next one
+COUNTS = ("lengths", "token_ids", "settled", "settled_tokens")  # whole numbers
 
 
 def state(cache):
@@ -18,9 +19,9 @@ def state(cache):
         **{name: np.concatenate([layer[name] for layer in stored]) for name in stored[0]},
         "lengths": cache.lengths.copy(),
         "token_ids": np.array(cache.token_ids, np.int64),
-        "tail": np.array(cache.tail),
-        "shift": np.array(cache.shift),
-        **_left(cache),
+        "settled": cache.settled.copy(),
+        "settled_tokens": np.array(cache.settled_tokens),
+        **cache.left.arrays(cache.lengths.shape, cache.pool.head_dim, cache.pool.ops),
     }
 
 
@@ -32,23 +33,6 @@ def _words(entries, dtype):
         else:
             words[name] = to_words(rows, dtype)
     return words
-
-
-def _left(cache):
-    """What the last compression left for the next one, as plain arrays."""
-    (n_layers, n_heads), d, host = cache.lengths.shape, cache.pool.head_dim, cache.pool.ops.host
-    left = {}
-    if cache.queries is not None:
-        left["queries"] = (
-            np.stack(list(cache.queries)) if cache.queries else np.zeros((0, n_layers, n_heads, d), np.float32)
-        )
-    if cache.predicted is not None:
-        left["predicted"] = np.stack([host(cache.noted(layer)) for layer in range(n_layers)])
-    if cache.scores is not None:
-        left["scores"] = np.concatenate([host(scores) for scores in cache.scores])
-    if cache.thresholds is not None:
-        left["thresholds"] = cache.thresholds.copy()
-    return left
 
 
 def restore(cache, arrays):
@@ -63,14 +47,9 @@ def restore(cache, arrays):
         rows = slice(end - lengths[layer].sum(), end)
         k, v = (_floats(cache, arrays, name, rows) for name in ("k", "v"))
         cache.write(layer, Entries(k, v, arrays["log_size"][rows], arrays["pos"][rows], lengths[layer]))
-    cache.advance(arrays["token_ids"].tolist(), int(arrays["tail"]))
-    cache.shift, cache.thresholds = int(arrays["shift"]), arrays.get("thresholds")
-    cache.queries = list(arrays["queries"]) if "queries" in arrays else None
-    cache.predicted = [[noted] for noted in arrays["predicted"]] if "predicted" in arrays else None
-    if "scores" in arrays:
-        since = (int(lengths.sum()) - len(arrays["scores"])) // lengths.size
-        scored = (lengths - since).sum(axis=1)
-        cache.scores = [cache.pool.ops.array(part) for part in np.split(arrays["scores"], np.cumsum(scored)[:-1])]
+    cache.advance(arrays["token_ids"].tolist())
+    cache.settled, cache.settled_tokens = arrays["settled"].copy(), int(arrays["settled_tokens"])
+    cache.left = Left.of_arrays(arrays, lengths - cache.settled, cache.pool.ops)
 
 
 def _floats(cache, arrays, name, rows=slice(None)):
@@ -82,44 +61,40 @@ def _floats(cache, arrays, name, rows=slice(None)):
 
 def _fits(cache, arrays):
     """Whether each array is there, of the type and shape it must have, and with values that can be."""
-    types = {name: word for name, (_, word) in layout(1, 1, cache.pool.dtype).items()}
-    if any(name not in arrays or arrays[name].dtype != word for name, word in types.items()):
-        return False
-    if any(name not in arrays or arrays[name].dtype.kind != "i" for name in ("lengths", "token_ids", "tail", "shift")):
-        return False
-    left = arrays.keys() & set(LEFT)
-    if any(arrays[name].dtype.kind != "f" for name in left):
-        return False
-    lengths, token_ids, tail, shift = (arrays[name] for name in ("lengths", "token_ids", "tail", "shift"))
-    if lengths.shape != cache.lengths.shape or token_ids.ndim != 1 or tail.ndim or shift.ndim or (lengths < 0).any():
-        return False
-    total, seen = int(lengths.sum()), len(token_ids)
-    if any(arrays[name].shape != ((total, cache.pool.head_dim) if name in "kv" else (total,)) for name in types):
-        return False
-    if not all(np.isfinite(arrays[name]).all() for name in ("log_size", *(left - {"thresholds"}))):
-        return False
-    if not all(np.isfinite(_floats(cache, arrays, name)).all() for name in ("k", "v")):
-        return False
-    if not (0 <= tail <= min(lengths.min(), seen) and 0 <= shift <= seen and (token_ids >= 0).all()):
-        return False
-    pos = arrays["pos"]
-    return ((pos >= 0) & (pos < seen - shift)).all() and _left_fits(cache, arrays, lengths, int(tail))
+    return (
+        _typed(cache, arrays)
+        and _shaped(cache, arrays)
+        and _possible(cache, arrays)
+        and Left.fits(arrays, arrays["lengths"] - arrays["settled"], cache.pool.head_dim)
+    )
 
 
-def _left_fits(cache, arrays, lengths, tail):
-    """Whether what a compression left (see `_left`) fits the tokens since then, of which there are `tail` at most."""
-    n_layers, n_heads = lengths.shape
-    queries, predicted, scores, thresholds = map(arrays.get, LEFT)
-    if thresholds is not None and thresholds.shape != (n_layers,):
+def _typed(cache, arrays):
+    words = {name: word for name, (_, word) in layout(1, 1, cache.pool.dtype).items()}
+    counted = (*COUNTS, *Left.COUNTS)
+    return (
+        all(name in arrays and arrays[name].dtype == word for name, word in words.items())
+        and all(name in arrays and arrays[name].dtype.kind == "i" for name in counted)
+        and all(arrays[name].dtype.kind == "f" for name in arrays.keys() & set(Left.FLOATS))
+    )
+
+
+def _shaped(cache, arrays):
+    lengths, numbers = arrays["lengths"], ("settled_tokens", *Left.COUNTS)
+    if not lengths.shape == arrays["settled"].shape == cache.lengths.shape or arrays["token_ids"].ndim != 1:
         return False
-    if queries is not None:
-        if queries.ndim != 4 or queries.shape[1::2] != (n_layers, cache.pool.head_dim):
-            return False
-        if queries.shape[2] % n_heads or not queries.shape[2] or len(queries) > tail:
-            return False
-    since = tail  # tokens read since the last compression; with scores of its entries it is known how many
-    if scores is not None:
-        since, rest = divmod(int(lengths.sum()) - len(scores.ravel()), lengths.size)
-        if scores.ndim != 1 or rest or not 0 <= since <= tail or (queries is not None and since != len(queries)):
-            return False
-    return predicted is None or predicted.shape == (n_layers, n_heads, since)
+    n, fields = int(lengths.sum()), layout(1, 1, cache.pool.dtype)
+    rows = {name: (n, cache.pool.head_dim) if name in "kv" else (n,) for name in fields}
+    return all(arrays[name].ndim == 0 for name in numbers) and all(arrays[name].shape == rows[name] for name in rows)
+
+
+def _possible(cache, arrays):
+    lengths, settled, pos = arrays["lengths"], arrays["settled"], arrays["pos"]
+    seen, settled_tokens = len(arrays["token_ids"]), int(arrays["settled_tokens"])
+    finite = (arrays["log_size"], *(_floats(cache, arrays, name) for name in ("k", "v")))
+    return (
+        all(np.isfinite(values).all() for values in finite)
+        and bool(((settled >= 0) & (settled <= lengths)).all() and (arrays["token_ids"] >= 0).all())
+        and 0 <= settled_tokens <= seen
+        and bool(((pos >= 0) & (pos < seen - int(arrays["shift"]))).all())
+    )

@@ -1,10 +1,9 @@
 """How many entries each layer and each head may keep: an Allocation.
 
-heads(layer, scores, target, **options) -> into (R,) int64: which rows of a layer become entries, `target` of them: a
-row whose into is itself stays, one with another row's number of its head joins that, -1: it has no place.
+heads(layer, scores, target, **options) -> Into: which rows of a layer become entries, `target` of them.
 
 layers(ledger, layer, scores, **options) -> the targets of the layers seen so far, this one the last. None: `heads` is
-one cut through all layers, whose heads it takes for those of one."""
+one cut through all layers; it gets their Rows, not a Layer."""
 
 import math
 from bisect import bisect_right
@@ -15,6 +14,7 @@ import numpy as np
 from minillm.compress import cluster, retrieval
 from minillm.compress.ledger import others, split
 from minillm.compress.options import Option, Part, number, one_of
+from minillm.compress.plan import Into
 from minillm.compress.score import QUERIES, over_heads
 
 
@@ -36,8 +36,8 @@ class Allocation:
 
 
 def stay(kept):
-    """The `into` of rows that stay (R,) bool, the others have no place."""
-    return np.where(kept, np.arange(len(kept), like=kept), -1)
+    """The Into of rows that stay (R,) bool; the others have no place."""
+    return Into(np.where(kept, np.arange(len(kept), like=kept), -1))
 
 
 # heads

@@ -11,11 +11,13 @@ from functools import cache
 import numpy as np
 
 from minillm.compress.options import Option, number, one_of, text
+from minillm.compress.plan import Into
+from minillm.text.delimiters import DelimiterClass
 
 MAX_CHUNK = 256  # a chunk without a delimiter is split at this many rows
 TAUS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # the paper's range is [0.5, 0.9]
 
-SENTENCE, CLAUSE, BLANK, SPECIAL = 1, 2, 3, 4  # delimiter classes, see tokenizer.DelimiterClass
+SENTENCE, CLAUSE, BLANK, SPECIAL = list(DelimiterClass)[1:]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,7 @@ class Chunking:
 
     def segments(self, layer):
         """rows (C,) that belong to a chunk; starts, lengths (M,) of the chunks as stretches of `rows`."""
-        key = "chunks", self.alone, self.width
-        if key not in layer.shared:
-            layer.shared[key] = self._chunks(layer)
-        rows, number, new_head = layer.shared[key]
+        rows, number, new_head = layer.once(("chunks", self.alone, self.width), lambda: self._chunks(layer))
         new = (np.diff(number // self.joined, prepend=-1) != 0) | new_head
         upto = np.cumsum(new)
         within = np.arange(len(rows), like=rows) - np.searchsorted(upto, upto)
@@ -88,39 +87,28 @@ def ladder(chunking, n_rows):
     yield Chunking((), chunking.width, joined), -1.1
 
 
-def finest(rung, n_rungs, fits):
-    """The finest of n_rungs rungs (the first is 0) that fits, or the last one: from `rung` on to coarser ones until one
-    fits, and then to finer ones as long as they do."""
-    while rung + 1 < n_rungs and not fits(rung):
-        rung += 1
-    while rung and fits(rung - 1):
-        rung -= 1
-    return rung
-
-
 def seeds(layer, scores, target, tau, rope, chunking):
-    """The clusters of each chunk, as `into`: with `target`, those of the finest rung of the ladder that makes no more
-    entries, and of their members as many set free, the least like their seeds first, as there is room for; without,
-    those at tau."""
-    chunks, room = parse_chunking(chunking), 0
+    """The clusters of each chunk: with `target`, those of the finest rung of the ladder that makes no more entries, and
+    of their members as many set free, the least like their seeds first, as there is room for; without, those at tau."""
+    rungs, room = _rungs(layer, rope, parse_chunking(chunking)), 0
+    chunks = rungs.chunking
     if target is not None:
-        rungs = Rungs(layer, rope, chunks)
-        rung = finest(layer.memo.get("rung", 0), len(rungs), lambda rung: rungs.count(rung) <= target)
+        rung = rungs.finest(lambda rung: rungs.count(rung) <= target)
         (chunks, tau), room = rungs[rung], max(target - rungs.count(rung), 0)
-    into, similarity = _clusters(layer, rope, chunks).assign(tau)
-    layer.memo = {"tau": tau}  # the clusters are not needed any more
+    into, similarity = rungs.clusters(chunks).assign(tau)
+    del layer.computed[rungs.key]  # the clusters are not needed any more
     rows = np.arange(len(into), like=into)
     least_alike = np.where(into == rows, np.float32(-np.inf), -similarity)
-    return np.where(layer.ops.largest(least_alike, [len(into)], [room]), rows, into)
+    return Into(np.where(layer.ops.largest(least_alike, [len(into)], [room]), rows, into), tau)
 
 
 def spread(ledger, layer, scores, tau, rope, chunking):
     """What the finest rung whose forecast for all layers keeps to the ledger makes in this one, and a share of what the
     next finer one would make more, as large as leaves room for the same share in the layers to come."""
-    rungs = Rungs(layer, rope, parse_chunking(chunking))
+    rungs = _rungs(layer, rope, parse_chunking(chunking))
     forecast = cache(lambda rung: ledger.forecast(rung, rungs.count(rung)))
-    rung = finest(ledger.rung, len(rungs), lambda rung: forecast(rung) <= ledger.left)
-    ledger.rung = layer.memo["rung"] = rung
+    rungs.at = ledger.rung
+    rung = ledger.rung = rungs.finest(lambda rung: forecast(rung) <= ledger.left)
     count, finer_count, finer_forecast = rungs.count(rung), len(layer.pos), sum(ledger.rows[-ledger.to_come :])
     if rung:
         finer_count, finer_forecast = rungs.count(rung - 1), forecast(rung - 1)
@@ -128,43 +116,57 @@ def spread(ledger, layer, scores, tau, rope, chunking):
     return [*ledger.targets, ledger.bounded(round(count + max(room, 0.0) * (finer_count - count)))]
 
 
-class Rungs(list):
-    """The ladder of a layer."""
+def _rungs(layer, rope, chunking):
+    """The Rungs of a layer, made once."""
+    key = "rungs", rope, chunking
+    if key not in layer.computed:
+        layer.computed[key] = Rungs(layer, rope, chunking, key)
+    return layer.computed[key]
 
-    def __init__(self, layer, rope, chunking):
-        self.layer, self.rope = layer, rope
+
+class Rungs(list):
+    """The ladder of a layer, from fine to coarse, and the rung `at` which the last search of it ended."""
+
+    def __init__(self, layer, rope, chunking, key):
         super().__init__(ladder(chunking, len(layer.pos)))
+        self.layer, self.rope, self.chunking, self.key, self.at = layer, rope, chunking, key, 0
+        self._counts, self._clusters = {}, {}
+
+    def finest(self, fits):
+        """The finest rung that fits, or the last one: from where the last search ended on to coarser ones until one
+        fits, and then to finer ones as long as they do."""
+        while self.at + 1 < len(self) and not fits(self.at):
+            self.at += 1
+        while self.at and fits(self.at - 1):
+            self.at -= 1
+        return self.at
 
     def count(self, rung):
         """Entries that the layer would have: clusters, and rows outside the chunks."""
         chunks, tau = self[rung]
-        memo, key = self.layer.memo, (self.rope, chunks)
-        if (*key, tau) not in memo:
-            outside = len(self.layer.pos) - len(_segments(self.layer, chunks)[0])
-            clusters = _clusters(self.layer, self.rope, chunks)
+        if (chunks, tau) not in self._counts:
+            outside, clusters = len(self.layer.pos) - len(_segments(self.layer, chunks)[0]), self.clusters(chunks)
             around = self[max(rung - clusters.AROUND, 0) : rung + clusters.AROUND + 1]  # which are asked for next
             near = [near for of, near in around if of == chunks]
             counts = clusters.counts(near)
-            memo |= {(*key, tau): outside + count for tau, count in zip(near, counts, strict=True)}
-        return memo[(*key, tau)]
+            self._counts |= {(chunks, tau): outside + count for tau, count in zip(near, counts, strict=True)}
+        return self._counts[chunks, tau]
 
-
-def _clusters(layer, rope, chunks):
-    """GreedyClusters of the chunks; the two that were made last are kept: a rung that fits and the next finer one."""
-    kept, key = layer.memo.setdefault("clusters", {}), (rope, chunks)
-    if key not in kept:
-        if len(kept) == 2:
-            kept.pop(next(iter(kept)))
-        rotation = (layer.pos, layer.cos, layer.sin) if rope == "unrotated" else None
-        kept[key] = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
-    return kept[key]
+    def clusters(self, chunks):
+        """GreedyClusters of the chunks; the two that were made last are kept: a rung that fits and the next finer
+        one."""
+        if chunks not in self._clusters:
+            if len(self._clusters) == 2:
+                self._clusters.pop(next(iter(self._clusters)))
+            layer = self.layer
+            rotation = (layer.pos, layer.cos, layer.sin) if self.rope == "unrotated" else None
+            self._clusters[chunks] = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
+        return self._clusters[chunks]
 
 
 def _segments(layer, chunks):
     """Chunking.segments, computed once."""
-    if chunks not in layer.shared:
-        layer.shared[chunks] = chunks.segments(layer)
-    return layer.shared[chunks]
+    return layer.once(chunks, lambda: chunks.segments(layer))
 
 
 def _chunking(value):

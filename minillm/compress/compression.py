@@ -1,14 +1,15 @@
 """One pass over the layers of a sequence: rows in, entries out, a layer at a time."""
 
 import functools
+from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from minillm.compress.ledger import Ledger
 from minillm.compress.matching import ask, matched
-from minillm.compress.output import Output
-from minillm.compress.plan import Layer, Queries
+from minillm.compress.plan import Budget, Layer, Queries
 from minillm.ops.numpy_planning import joined
 from minillm.ops.pages import StoredRows
 
@@ -21,6 +22,20 @@ class Labels(NamedTuple):
     lengths: np.ndarray  # (H,), on the host
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the layers compresses."""
+
+    n_new: int  # tokens that are read in it, the last ones
+    token_ids: np.ndarray  # (seen,) of all tokens, these among them
+    budget: Budget | None  # of what comes after the settled entries
+    sinks: int  # first tokens that stay
+    end: int  # tokens from this number on stay
+    coming: int = 0  # tokens that are read right after these, which the budget counts already
+    generated: bool = False  # whether it is of tokens that were generated
+    asked: deque | None = None  # (L, Hq, d) queries of each of these
+
+
 class Compression:
     """One pass over the layers: `store` is called for each in turn, and `finish` after the last.
 
@@ -28,33 +43,31 @@ class Compression:
     number of entries that they have used up. Rows are the tail (tokens stored one entry each), where nothing is settled
     all that is stored, and the new tokens."""
 
-    def __init__(self, compressor, cache, new_ids, classes, sinks, end, coming=0, generated=False, asked=None):
-        self.config, self.compressor, self.cache, self.new_ids = compressor.config, compressor, cache, new_ids
-        self.ops, self.sinks, self.end = compressor.ops, sinks, end
-        self.classes = compressor.ops.array(classes)
-        self.seen = seen = len(classes)
-        self.generated = generated
-        self.cos, self.sin = compressor.rope.tables(np.arange(seen - cache.shift), seen - cache.shift)
+    def __init__(self, compressor, cache, part):
+        self.compressor, self.recipe, self.config = compressor, compressor.recipe, compressor.config
+        self.cache, self.part, self.ops = cache, part, compressor.ops
+        self.seen = seen = len(part.token_ids)
+        self.cos, self.sin = compressor.model.rope.tables(np.arange(seen - cache.left.shift), seen - cache.left.shift)
         n_layers, n_heads = cache.lengths.shape
-        self.settled = np.zeros_like(cache.lengths)  # (L, H) entries that stay as they are
+        self.settled = cache.settled  # (L, H) entries that stay as they are
         if self.config.spec.settles:
-            self.settled = cache.lengths - cache.tail
-        budget = self.config.budget
+            self.settled = cache.lengths - cache.left.tail
+        budget = part.budget
         if budget is not None:
-            total = budget.total(seen + coming, cache.lengths.size)
-            left = total - int(self.settled.sum())
-            if left < cache.lengths.size * (seen - end + 1):  # the settled entries use it up: they are compressed again
-                left, self.settled = total, np.zeros_like(self.settled)
-        rows = (cache.lengths - self.settled + len(new_ids)).sum(axis=1)
-        first = 0 if self.settled.any() else min(sinks, seen)
-        self.ledger = None if budget is None else Ledger(left, rows.tolist(), n_heads * (seen - end + first))
+            total = budget.total(seen + part.coming - cache.settled_tokens, cache.lengths.size)
+            left = total - int((self.settled - cache.settled).sum())
+            if left < cache.lengths.size * (seen - part.end + 1):  # what passes settled uses it up: compress that again
+                left, self.settled = total, cache.settled
+        rows = (cache.lengths - self.settled + part.n_new).sum(axis=1)
+        first = 0 if self.settled.any() else min(part.sinks, seen)
+        self.ledger = None if budget is None else Ledger(left, rows.tolist(), n_heads * (seen - part.end + first))
         # What may be held beyond the targets before layers are cut again; what was generated is held already.
-        self.slack = self._slack(rows.max()) if len(new_ids) else rows.sum()
-        self.asked = asked  # [(L, Hq, d)] queries of the tokens generated
+        self.slack = self._slack(rows.max()) if part.n_new else rows.sum()
         # Of each layer (E,) what its entries score, where the method scores; until it is stored, what the last
         # compression left them.
-        self.scores = [None] * n_layers if cache.scores is None else list(cache.scores)
-        self.thresholds = np.full(n_layers, np.nan) if cache.thresholds is None else cache.thresholds.copy()
+        last = cache.left
+        self.scores = [None] * n_layers if last.scores is None else list(last.scores)
+        self.thresholds = np.full(n_layers, np.nan) if last.thresholds is None else last.thresholds.copy()
         self.next_pos = {}  # of each layer whose Plan says so
         self.labels = {}  # of the entries of each layer stored
         self.new = None  # size, pos (H, n) and numbers (H,) of the new tokens
@@ -71,30 +84,27 @@ class Compression:
         """A layer of so many rows, or a slab, of which no part can be given back."""
         return max(a_layer, self.cache.pool.slab_entries)
 
-    def store(self, index, k=None, v=None, queries=(), wo=None):
+    def store(self, index, k=None, v=None, queries=(), hidden=None):
         """Compress the rows of layer `index`, its new keys and values k, v (H, n, d) among them, and write the result
-        to the pages. queries: a list of Queries; wo: the Weight of the layer's output projection."""
-        if self.asked:
-            q = np.stack([q[index] for q in self.asked], axis=1)
-            next_pos = self.seen - self.cache.shift
+        to the pages. queries: a list of Queries; hidden (n, dim): normed hidden states of the new tokens."""
+        if self.part.asked:
+            q = np.stack([q[index] for q in self.part.asked], axis=1)
+            next_pos = self.seen - self.cache.left.shift
             queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
-        if wo is not None and index not in self.compressor.outputs:
-            heads, d = self.cache.lengths.shape[1], self.cache.pool.head_dim
-            self.compressor.outputs[index] = Output(wo, heads, d, self.ops)
         labels = self._labels(index, 0 if k is None else k.shape[1])
-        layer = self._layer(index, labels, *self._rows(index, k, v), list(queries))
+        layer = self._layer(index, labels, *self._rows(index, k, v), queries=list(queries), hidden=hidden)
         layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
-        if n := self.config.options.get("match"):
+        if (n := self.config.options.get("match")) and not self.cache.settled_tokens:
             past, compressor = self.cache.layer(index), self.compressor
             self.matching[index] = ask(queries, n, k, v, past, compressor.scale, compressor.window)
-        self._put(layer, self.config.scores(layer), k, v)
+        self._put(layer, self.recipe.scores(layer), k, v)
 
     def _put(self, layer, scores, k, v):
         """Store a layer whose rows score so much, its new keys and values k, v among them."""
         if self.ledger is None:
             self._write(layer, scores, None)
             return
-        targets = self.ledger.targets = self.config.targets(self.ledger, layer, scores)
+        targets = self.ledger.targets = self.recipe.targets(self.ledger, layer, scores)
         self._write(layer, scores, targets[layer.index])
         last = layer.index + 1 == len(self.cache.lengths)
         if last or sum(self.ledger.held) - sum(targets) > self.slack:
@@ -115,23 +125,27 @@ class Compression:
         cache = self.cache
         for index, asked in self.matching.items():
             self._match(index, asked)
-        cache.advance(self.new_ids, self.seen - self.end)
-        cache.scores = self.scores if self.config.remembers else None
-        cache.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
+        cache.advance(self.part.token_ids[self.seen - self.part.n_new :], self.seen - self.part.end)
+        cache.left.scores = self.scores if self.config.remembers else None
+        cache.left.thresholds = None if np.isnan(self.thresholds).all() else self.thresholds
         if self.next_pos:
-            cache.shift = self.seen - max(self.next_pos.values())
+            cache.left.shift = self.seen - max(self.next_pos.values())
 
     def _write(self, layer, scores, target):
-        plan = self.config.plan(layer, scores, target)
+        plan = self.recipe.plan(layer, scores, target)
         self.cache.write(layer.index, plan.apply(layer), self.settled[layer.index])
         self.labels[layer.index] = Labels(plan.size, plan.pos, plan.lengths)
         if self.ledger is not None:
             self.ledger.held[layer.index : layer.index + 1] = [len(plan.size)]
         if scores is not None:
             self.scores[layer.index] = scores[plan.rows]
-        self.thresholds[layer.index] = layer.memo.get("tau", self.thresholds[layer.index])
+        self._note_threshold(layer.index, plan)
         if plan.next_pos is not None:
             self.next_pos[layer.index] = plan.next_pos
+
+    def _note_threshold(self, index, plan):
+        if plan.threshold is not None:
+            self.thresholds[index] = plan.threshold
 
     def _match(self, index, asked):
         """Fit the entries of a layer to what it was asked."""
@@ -145,7 +159,7 @@ class Compression:
         cache, n_heads = self.cache, len(self.settled[index])
         lengths = cache.lengths[index] - self.settled[index]
         if self.new is None:
-            pos = np.arange(cache.position, cache.position + n, dtype=np.int32, like=self.classes)
+            pos = self.ops.array(np.arange(cache.position, cache.position + n, dtype=np.int32))
             ones = np.ones_like(pos, np.float32, shape=(n_heads, n))
             self.new = Labels(ones, np.tile(pos, (n_heads, 1)), np.full(n_heads, n))
         if not lengths.any():
@@ -177,15 +191,15 @@ class Compression:
             return None
         n_heads = len(labels.lengths)
         n_new = (len(labels.pos) - len(self.scores[index])) // n_heads
-        return self._scored(index, labels, np.zeros((n_heads, n_new), np.float32, like=self.classes))
+        return self._scored(index, labels, self.ops.array(np.zeros((n_heads, n_new), np.float32)))
 
     def _take_predicted(self, index, labels):
         """(R,) what the profile predicted of each row when its token was read, which the cache notes no more then; None
         where the method does not ask."""
-        if not self.config.foresees:
+        if not self.config.predicts:
             return None
-        noted = np.exp(self.cache.noted(index))  # (H, tokens since the last compression)
-        self.cache.predicted[index] = [noted[:, :0]]
+        noted = np.exp(self.cache.left.noted(index, self.ops))  # (H, tokens since the last compression)
+        self.cache.left.predicted[index] = [noted[:, :0]]
         return self._scored(index, labels, noted)
 
     def _scored(self, index, labels, new):
@@ -197,15 +211,25 @@ class Compression:
     def _attributes(self, labels):
         """What a Layer says of its rows beside k, v and Labels: found once where the next layer's have the same pos."""
         if self.attributes[0] is not labels.pos:
-            cache = self.cache
-            token = labels.pos + cache.shift if cache.shift else labels.pos
-            protected = (labels.pos < self.sinks) | (token >= self.end)
-            untouched = cache.seen - cache.tail if cache.shift else 0
-            classes = functools.partial(_classes_of, self.classes, labels.size, token, untouched)
-            self.attributes = labels.pos, {"find_classes": classes, "protected": protected, "shared": {}}
+            part, left = self.part, self.cache.left
+            token = labels.pos + left.shift if left.shift else labels.pos
+            protected = (labels.pos < part.sinks) | (token >= part.end)
+            untouched = self.cache.seen - left.tail if left.shift else 0
+            find = functools.partial(self._tokens_of, labels.size, token, untouched)
+            self.attributes = labels.pos, {"find_tokens": find, "protected": protected, "shared": {}}
         return self.attributes[1]
 
-    def _layer(self, index, labels, k, v, queries=()):
+    def _tokens_of(self, size, token, untouched):
+        """(R,) the ids, and the classes, of the tokens number `token` (R,) of rows that no Plan has touched, none of
+        them before `untouched`: what is older may have moved."""
+        known = size == 1
+        if untouched:
+            known = known & (token >= untouched)
+        ids, number = self.part.token_ids, token * known
+        of_rows = (self.ops.array(of_all)[number] for of_all in (ids, self.compressor.classes[ids]))
+        return tuple(np.where(known, found, found.dtype.type(no)) for found, no in zip(of_rows, (-1, 0), strict=True))
+
+    def _layer(self, index, labels, k, v, **more):
         compressor, threshold = self.compressor, self.thresholds[index]
         return Layer(
             index=index,
@@ -216,20 +240,12 @@ class Compression:
             cos=self.cos,
             sin=self.sin,
             ops=self.ops,
-            queries=queries,
-            generated=self.generated,
+            generated=self.part.generated,
             threshold=None if np.isnan(threshold) else float(threshold),
             worth=None if compressor.worth is None else compressor.worth[index],
-            output=compressor.outputs.get(index),
+            output=compressor.model.projections[index],
+            block=compressor.model.blocks[index],
             scale=compressor.scale,
             attention_window=compressor.window,
+            **more,
         )
-
-
-def _classes_of(classes, size, token, untouched):
-    """(R,) uint8: the classes (seen,) of the tokens (R,) of rows that no Plan has touched, none of them before
-    `untouched`: what is older may have moved."""
-    known = size == 1
-    if untouched:
-        known = known & (token >= untouched)
-    return np.where(known, classes[token * known], np.uint8(0))

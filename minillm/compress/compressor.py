@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 
-from minillm.compress.compression import Compression
+from minillm.compress.compression import Compression, Pass
 from minillm.compress.one_cut import OneCut
 from minillm.compress.plan import SHORT
 from minillm.errors import MinillmError
@@ -14,36 +14,37 @@ MAX_OPEN = 256  # generated text without a delimiter is compressed all the same 
 
 
 class Compressor:
-    """Compresses the sequences of one model with one CacheConfig.
+    """Compresses sequences of one model by one Recipe.
 
-    classes (vocab,) uint8: DelimiterClass of each token id. scale, window: of the model's attention. worth (L, H)
-    float32: what an entry is worth in each head, where a profile of the model says that."""
+    model: Model. classes (vocab,) uint8: DelimiterClass of each token id. worth (L, H) float32: what an entry is worth
+    in each head, where a profile of the model says that."""
 
-    def __init__(self, config, rope, ops, classes, scale=1.0, window=None, worth=None):
-        self.config, self.rope, self.ops, self.classes = config, rope, ops, classes
-        self.scale, self.window, self.worth = scale, window, worth
-        self.outputs = {}  # layer -> Output
+    def __init__(self, recipe, model, classes, worth=None):
+        self.recipe, self.config, self.model = recipe, recipe.config, model
+        self.ops, self.classes, self.worth = model.ops, classes, worth
+        self.scale, self.window = model.scale, model.config.sliding_window
 
     @property
     def block_tokens(self):
         """Tokens of a prompt that are read and compressed at a time; None: all of them."""
-        return BLOCK_TOKENS if self.config.foresees else None
+        return BLOCK_TOKENS if self.config.predicts else None
 
     def due(self, cache):
         """Whether so much was generated that it is to be compressed."""
-        config = self.config
-        if not config.generates or config.recompress == 0 or cache.seen <= SHORT:
+        config, since = self.config, cache.seen - cache.settled_tokens
+        if not config.generates or config.recompress == 0 or since <= SHORT:
             return False
-        return cache.tail - config.protect(cache.seen)[1] >= config.recompress
+        return cache.left.tail - config.protect(since, self._budget(cache))[1] >= config.recompress
 
     def check_left(self, arrays, n_heads):
         """Raise ValueError where the arrays of a cache's `state` lack what this method's last compression must have
         left for the next one, or its queries are not those of n_heads heads."""
-        config, cut = self.config, arrays["lengths"].sum() < arrays["lengths"].size * len(arrays["token_ids"])
+        config, lengths, seen = self.config, arrays["lengths"] - arrays["settled"], len(arrays["token_ids"])
+        cut = lengths.sum() < lengths.size * (seen - arrays["settled_tokens"])
         needed = {"scores"} if config.remembers and cut else set()
-        if config.reads == "new" and config.generates and len(arrays["token_ids"]):
+        if config.reads == "new" and config.generates and seen:
             needed.add("queries")
-        if config.foresees and len(arrays["token_ids"]):
+        if config.predicts and seen:
             needed.add("predicted")
         if missing := sorted(needed - arrays.keys()):
             raise ValueError(f"it lacks {missing[0]}")
@@ -53,39 +54,49 @@ class Compressor:
 
     def begin(self, cache, new_ids, coming=0, generated=False):
         """The Compression that stores the layers of `new_ids`, read after what `cache` has seen; None where nothing is
-        to be compressed. coming: tokens that will be read right after these and that the budget counts already.
-        generated: no new ids, but those that were generated; of a method that settles, a chunk that no delimiter has
-        ended yet is left alone."""
-        config, seen = self.config, cache.seen + len(new_ids)
-        asked, cache.queries = cache.queries, None
-        self._foresee(cache)
-        if config.reads == "new" and config.generates:
-            cache.queries = deque(
-                maxlen=None if config.adds_up else config.options.get("queries")
-            )  # that are looked at
-        if config.method == "full" or seen <= SHORT:
-            return None
-        sinks, window = config.protect(seen + coming)
-        end = seen - window  # rows at positions before `end` are compressed
-        classes = self.classes[np.concatenate([cache.token_ids, new_ids]).astype(np.int64)]
-        if generated and config.spec.settles:
-            delimiters = np.flatnonzero(classes[max(end - MAX_OPEN, 0) : end])
-            closed = max(end - MAX_OPEN, 0) + int(delimiters[-1]) + 1 if len(delimiters) else 0
-            if config.budget is None or sinks + seen - closed <= config.budget.per_head(seen) / 2:
-                end = closed or end
-        if end <= cache.seen - cache.tail and config.spec.settles:
-            return None
-        asked = asked if generated else None
-        kind = Compression if config.allocation.layers else OneCut
-        return kind(self, cache, new_ids, classes, sinks, end, coming, generated, asked)
+        to be compressed.
 
-    def _foresee(self, cache):
+        coming: tokens that will be read right after these, which the budget counts already. generated: compress tokens
+        already generated (new_ids is empty). If the method settles entries, an unfinished chunk is left for later."""
+        config, seen, before = self.config, cache.seen + len(new_ids), cache.settled_tokens
+        asked, cache.left.queries = cache.left.queries, None
+        self._note_predicted(cache)
+        if config.reads == "new" and config.generates:  # so many are looked at
+            cache.left.queries = deque(maxlen=None if config.adds_up else config.options.get("queries"))
+        if config.method == "full" or seen - before <= SHORT:
+            return None
+        budget = self._budget(cache)
+        sinks, window = config.protect(seen + coming - before, budget)
+        end = seen - window  # rows at positions before `end` are compressed
+        token_ids = np.concatenate([cache.token_ids, new_ids]).astype(np.int64)
+        if generated and config.spec.settles:
+            closed = self._closed(token_ids, end)
+            if budget is None or sinks + seen - closed <= budget.per_head(seen - before) / 2:
+                end = closed or end
+        if end <= cache.seen - cache.left.tail and config.spec.settles:
+            return None
+        kind = Compression if config.allocation.layers else OneCut
+        sinks = 0 if before else sinks  # they are settled
+        asked = asked if generated else None
+        return kind(self, cache, Pass(len(new_ids), token_ids, budget, sinks, end, coming, generated, asked))
+
+    def _budget(self, cache):
+        """The Budget of what comes after the settled entries."""
+        budget = self.config.budget
+        return budget and budget.after(cache.settled)
+
+    def _closed(self, token_ids, end):
+        """Where the last chunk ended before `end`, or 0."""
+        first = max(end - MAX_OPEN, 0)
+        delimiters = np.flatnonzero(self.classes[token_ids[first:end]])
+        return first + int(delimiters[-1]) + 1 if len(delimiters) else 0
+
+    def _note_predicted(self, cache):
         """Have the predicted scores of what is read noted, where the method looks at them."""
-        if not self.config.foresees:
-            cache.predicted = None
-        elif cache.predicted is None:
-            if cache.seen:
+        left = cache.left
+        if not self.config.predicts:
+            left.predicted = None
+        elif left.predicted is None:
+            if cache.seen > cache.settled_tokens:
                 raise MinillmError("what this session holds was read without predicting scores: start a new session")
-            n_layers, n_heads = cache.lengths.shape
-            nothing = self.ops.array(np.zeros((n_heads, 0), np.float32))
-            cache.predicted = [[nothing] for _ in range(n_layers)]
+            left.note_nothing(cache.lengths.shape, self.ops)

@@ -1,15 +1,13 @@
 """CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
 
-import copy
 import functools
-
-import numpy as np
 
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS, find_method, options_of, parts
 from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
+from minillm.compress.recipe import Recipe
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 from minillm.ops.pages import DTYPES
@@ -38,7 +36,11 @@ class CacheConfig:
     generation, what was generated is compressed every so many tokens (0: never) by methods that do that. dtype: of the
     keys and values in memory: "int8", 8 bits and a scale a row, or "auto", the backend's own floats. score, allocate,
     merge: a part in place of the method's own, by its name in SCORES, ALLOCATIONS, MERGES. Other options are those of
-    the parts; unknown or contradictory ones raise UsageError."""
+    the parts; unknown or contradictory ones raise UsageError.
+
+    Frozen: `replace` makes another. Two that say the same are equal."""
+
+    _frozen = False
 
     def __init__(
         self,
@@ -65,6 +67,22 @@ class CacheConfig:
             shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
             raise UsageError(f"cache method {method or WITH_PROFILE!r} with {shown} makes no sense: {reason}")
         self._take_outcome(method, budget, quality)
+        self._frozen = True
+
+    def __setattr__(self, name, value):
+        if self._frozen:
+            raise AttributeError(f"a CacheConfig does not change: make another with replace({name}=...)")
+        super().__setattr__(name, value)
+
+    def __eq__(self, other):
+        return isinstance(other, CacheConfig) and self.as_dict() == other.as_dict()
+
+    def __hash__(self):
+        return hash(repr(self))
+
+    def replace(self, **changes):
+        """The same settings but for some; those that a method or an outcome brought are given anew."""
+        return CacheConfig(**self.as_dict() | changes)
 
     def _take_parts(self):
         """The score, the allocation and the merge: those chosen, or the method's own."""
@@ -106,7 +124,7 @@ class CacheConfig:
         fixed = named and named != ["budget"]
         if method == "full" and (fixed or budget not in (None, "full", 1, 1.0)):
             raise UsageError(f"cache method 'full' keeps everything: leave the {named[0]} out, or name another method")
-        if quality is not None and not (self.foresees and "threshold" in self.options):
+        if quality is not None and not (self.predicts and "threshold" in self.options):
             raise UsageError(f"a quality is kept by method {WITH_PROFILE} alone, whose profile knows what that takes")
         self.budget = None
         if not fixed and self.method != "full":
@@ -115,22 +133,18 @@ class CacheConfig:
     def _default(self, name):
         return (DEFAULTS | self.spec.defaults)[name]
 
-    def for_profile(self, profile, model):
-        """The same for one model, by name, and its Profile (None: it has none): with a method, and with the threshold
+    def resolve(self, profile=None, model="this model"):
+        """The Recipe for one model, by name, and its Profile (None: it has none): with a method, and with the threshold
         that the quality takes. Raises MinillmError."""
         needs = f"needs a profile, and {model} has none: make one with python -m minillm.profile, or name"
         if self.quality is not None and profile is None:
             raise UsageError(f"a quality (budget auto is one) {needs} a budget, such as 0.3")
         if self.method is None:
-            named = CacheConfig(**self.as_dict() | {"method": WITH_PROFILE if profile else WITHOUT})
-            return named.for_profile(profile, model)
-        if self.foresees and profile is None:
+            return self.replace(method=WITH_PROFILE if profile else WITHOUT).resolve(profile, model)
+        if self.predicts and profile is None:
             raise UsageError(f"cache method {self.method!r} {needs} another method, such as {WITHOUT}")
-        if self.quality is None:
-            return self
-        found = copy.copy(self)
-        found.options = self.options | {"threshold": profile.threshold(self.quality)}
-        return found
+        found = {} if self.quality is None else {"threshold": profile.threshold(self.quality)}
+        return Recipe(self, self.options | found)
 
     @staticmethod
     def option_table(method, **chosen):
@@ -157,30 +171,30 @@ class CacheConfig:
     @property
     def reads(self):
         """What the parts look at beside keys and values: queries of the "new" tokens, or of a second reading of them
-        ("again"), scores "predicted" by a profile, or nothing (None)."""
+        ("again"), scores "predicted" by a profile, "hidden" states of the new tokens, or nothing (None)."""
         if self.method == "full":
             return None
         return (self.score and self.score.reads) or self.allocation.reads or self.merge.reads
 
     @property
     def generates(self):
-        """Whether what is generated is compressed as well; a second reading is of prompts only."""
-        return self.spec.generates and self.reads != "again"
+        """Whether what is generated is compressed as well: not where a method looks at what only a prompt has."""
+        return self.spec.generates and self.reads not in ("again", "hidden")
 
     @property
-    def foresees(self):
+    def predicts(self):
         """Whether what is kept of a token is decided by what a profile predicts when it is read."""
         return self.reads == "predicted"
 
     @property
     def profiled(self):
         """Whether scores hang on a profile: on what it predicts, or on what it says that entries are worth."""
-        return self.foresees or (self.reads == "again" and self.options.get("worth", False))
+        return self.predicts or (self.reads == "again" and self.options.get("worth", False))
 
     @property
     def remembers(self):
         """Whether entries keep their scores for the next compression."""
-        return self.adds_up or self.foresees
+        return self.adds_up or self.predicts
 
     @property
     def adds_up(self):
@@ -225,36 +239,12 @@ class CacheConfig:
             f"budget {value!r} is neither a share in (0, 1], nor a whole number of entries a head, nor auto"
         )
 
-    def protect(self, seen):
-        """(sinks, window) tokens that stay after `seen` tokens."""
-        if self.budget is None:
+    def protect(self, seen, budget):
+        """(sinks, window) tokens that stay after `seen` tokens of which a Budget is kept."""
+        if budget is None:
             return self.sinks, self.window
-        window = self.window if isinstance(self.window, int) else round(self.window * self.budget.per_head(seen))
-        return self.budget.protect(seen, self.sinks, window)
-
-    def scores(self, layer):
-        """(R,) float32, or None where nothing is scored."""
-        return self.score and self.score(layer, options=self.options)
-
-    def targets(self, ledger, layer, scores):
-        """The entries of the layers seen so far, this one the last."""
-        return self.allocation.layers(ledger, layer, scores, options=self.options)
-
-    def plan(self, layer, scores, target):
-        """The Plan of a layer, with the rows that its entries go back to. target: entries to make; None: the method
-        decides."""
-        return self.merged(layer, scores, self.into(layer, scores, target))
-
-    def into(self, layer, scores, target):
-        """(R,) which row each becomes part of, as an Allocation's heads say it."""
-        return self.allocation.heads(layer, scores, target, options=self.options)
-
-    def merged(self, layer, scores, into):
-        """`plan` of rows of which that is known."""
-        plan = self.merge(layer, scores, into, options=self.options)
-        if plan.rows is None:
-            plan.rows = layer.ops.true_rows(into == np.arange(len(into), like=into), len(plan.size))
-        return plan
+        window = self.window if isinstance(self.window, int) else round(self.window * budget.per_head(seen))
+        return budget.protect(seen, self.sinks, window)
 
     def as_dict(self):
         """Plain values that say all of it: for session files and reports."""

@@ -45,7 +45,7 @@ def cores(layer, scores, into, rope, log_size):
     size = layer.ops.totals(dest, layer.size, n).astype(np.float32)
     weight = np.where(joined, layer.size / of_entries(size, dest), np.float32(0))
     pos = np.rint(layer.ops.totals(dest, weight * layer.pos, n)).astype(np.int32)
-    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rope == "unrotated", rows=rows)
+    return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rows, rope == "unrotated")
 
 
 def average(layer, scores, into, chunking, rope, log_size):
@@ -70,7 +70,7 @@ def fold(layer, scores, into, reach, counts):
     kept = into >= 0
     rows = scores, layer.size, layer.pos, kept, layer.protected
     dest, weight, size, kept_rows = layer.ops.fold(*rows, layer.lengths, reach, counts)
-    plan = Plan(dest, weight, size, layer.pos[kept_rows], layer.count(kept), rows=kept_rows)
+    plan = Plan(dest, weight, size, layer.pos[kept_rows], layer.count(kept), kept_rows)
     plan.key_weight = kept.astype(np.float32)
     return plan
 
@@ -90,7 +90,7 @@ def nearest(layer, scores, into, weights, log_size):
         return plan
     mean = float(alike[layer.ops.true_rows(found, n_found)].mean())
     threshold = mean if layer.threshold is None else 0.5 * (layer.threshold + mean)
-    layer.memo["tau"] = threshold
+    plan.threshold = threshold
     joins = found & (alike >= np.float32(threshold))
     plan.dest, n = np.where(joins, plan.dest[target], plan.dest), len(plan.size)
     similarity = np.where(joins, alike, np.float32(1))

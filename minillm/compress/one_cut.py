@@ -4,6 +4,7 @@ import numpy as np
 
 from minillm.compress.allocate import stay
 from minillm.compress.compression import Compression, Labels
+from minillm.compress.plan import Rows
 
 PART = 32768  # rows that are merged at a time, if they are of several layers
 
@@ -19,7 +20,7 @@ class OneCut(Compression):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        for index in range(len(self.scores)) if self.config.foresees and self.cache.entries else ():
+        for index in range(len(self.scores)) if self.config.predicts and self.cache.entries else ():
             self.labels[index] = self._stored_labels(index)  # layers to come are known as well: their scores stay
             self.scores[index] = self._take_predicted(index, self.labels[index])
         self.held = self._count()  # entries of the layers that are known
@@ -37,11 +38,11 @@ class OneCut(Compression):
     def _count(self):
         return sum(len(labels.pos) for labels in self.labels.values())
 
-    def store(self, index, k=None, v=None, queries=(), wo=None):
+    def store(self, index, k=None, v=None, queries=(), hidden=None):
         n_new = 0 if k is None else k.shape[0] * k.shape[1]
         if self.held + n_new - self.wanted > self.slack:
             self._cut(index, min(self.slack / 4, self.slack - n_new))
-        super().store(index, k, v, queries, wo)
+        super().store(index, k, v, queries, hidden)
 
     def _put(self, layer, scores, k, v):
         if k is not None:
@@ -57,8 +58,8 @@ class OneCut(Compression):
         too much. n_stored: layers whose new tokens are stored."""
         known = sorted(self.labels)
         labels, scores = self._joined(known), np.concatenate([self.scores[index] for index in known])
-        layer = self._layer(known[0], labels, None, None)
-        kept = self.config.into(layer, scores, self.ledger and self._target(n_stored)) >= 0
+        together = Rows(protected=self._attributes(labels)["protected"], lengths=labels.lengths, ops=self.ops)
+        kept = self.recipe.into(together, scores, self.ledger and self._target(n_stored)).rows >= 0
         rows = np.array([len(self.scores[index]) for index in known])
         too_many, ends = rows - self.ops.counts(kept, rows), np.cumsum(rows)
         order = np.argsort(-too_many, kind="stable")
@@ -73,7 +74,7 @@ class OneCut(Compression):
     def _target(self, n_stored):
         """Entries of the layers that are known: all but what is protected in the others, and in layers to come."""
         n_layers, n_heads = self.settled.shape
-        window = n_heads * min(self.seen - self.end, len(self.new_ids))
+        window = n_heads * min(self.seen - self.part.end, self.part.n_new)
         coming = [window if index in self.labels else self.ledger.protected for index in range(n_stored, n_layers)]
         return self.ledger.total - sum(coming)
 
@@ -91,14 +92,14 @@ class OneCut(Compression):
         """Merge what the layers `first` .. `end` - 1 hold, of which so many rows are kept, and write it."""
         layers, labels = slice(first, end), self._joined(range(first, end))
         layer = self._layer(first, labels, *self._rows(layers))
-        plan = self.config.merged(layer, scores, stay(kept))
+        plan = self.recipe.merged(layer, scores, stay(kept))
         plan.write(layer, self.cache, layers, self.settled[layers].ravel())
         scores, lengths = scores[plan.rows], plan.lengths.reshape(end - first, -1)
         ends = np.cumsum(lengths.sum(axis=1)).tolist()
         for i, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False), first):
             self.labels[i] = Labels(plan.size[lo:hi], plan.pos[lo:hi], lengths[i - first])
             self.scores[i] = scores[lo:hi]
-            self.thresholds[i] = layer.memo.get("tau", self.thresholds[i])
+            self._note_threshold(i, plan)
 
     def _joined(self, layers):
         """The Labels of several layers, one after another."""

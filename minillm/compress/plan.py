@@ -7,11 +7,12 @@ as well; the two do not mix. What there is of each head is in NumPy."""
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from minillm.cache.kv_cache import Entries
-from minillm.compress.output import Output
+from minillm.output_projection import OutputProjection
 
 SHORT = 128  # sequences up to this length are left whole: there is nothing to gain, and much to lose
 
@@ -28,49 +29,27 @@ class Queries:
     lse: np.ndarray | None = None  # (Hq, m)
 
 
-@dataclass
-class Layer:
-    """The rows of one layer that may be compressed, heads one after another (R rows in all).
+@dataclass(kw_only=True)
+class Rows:
+    """Rows that may be compressed, KV heads one after another (R rows in all): what one cut through several layers may
+    look at, whose heads it takes for those of one.
 
     A row is a token that is stored as one entry, or an entry that an earlier Plan made."""
 
-    index: int
-    k_rows: object  # (R, d) rotated at pos: an array, or StoredRows, which stay where they are
-    v_rows: object  # (R, d)
-    size: np.ndarray  # (R,) float32, tokens each row stands for
-    pos: np.ndarray  # (R,) int32
-    find_classes: Callable  # () -> (R,) uint8 DelimiterClass of each row's token
     protected: np.ndarray  # (R,) bool: sinks and window; they stay, and nothing joins them
     lengths: np.ndarray  # (H,) rows of each head, on the host
-    cos: np.ndarray  # (seen, d/2) rotation of every position, on the host
-    sin: np.ndarray
     ops: object  # the backend
-    queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
-    generated: bool = False  # whether the new tokens were generated, not read
-    history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
-    predicted: np.ndarray | None = None  # (R,) float32: the attention that the profile predicts each row to be worth
-    threshold: float | None = None  # that an earlier compression came to
-    worth: np.ndarray | None = None  # (H,) float32: what an entry of each head is worth, where a profile says that
-    output: Output | None = None  # the layer's W_O
-    scale: float = 1.0  # of the logits
-    attention_window: int | None = None  # the model's sliding window
-    memo: dict = field(default_factory=dict)  # what a method computes once and uses again
-    shared: dict = field(default_factory=dict)  # the same, of what is alike in layers whose rows are of the same tokens
+    shared: dict = field(default_factory=dict)  # computed of them, alike in layers with rows of the same tokens
 
     @property
     def heads(self):
         """(R,) the KV head of each row."""
-        return self._shared("heads", lambda: self.ops.numbers(self.lengths))
-
-    @property
-    def classes(self):
-        """(R,) uint8: the DelimiterClass of each row's token."""
-        return self._shared("classes", self.find_classes)
+        return self.once("heads", lambda: self.ops.numbers(self.lengths))
 
     @property
     def n_protected(self):
         """(H,) rows of each head that are protected, on the host."""
-        return self._shared("n_protected", lambda: self.count(self.protected))
+        return self.once("n_protected", lambda: self.count(self.protected))
 
     @property
     def n_free(self):
@@ -80,12 +59,13 @@ class Layer:
     @property
     def free(self):
         """(F,) the rows that are not protected."""
-        return self._shared("free", lambda: self.ops.true_rows(~self.protected, int(self.n_free.sum())))
+        return self.once("free", lambda: self.ops.true_rows(~self.protected, int(self.n_free.sum())))
 
-    def _shared(self, name, make):
-        if name not in self.shared:
-            self.shared[name] = make()
-        return self.shared[name]
+    def once(self, key, make):
+        """What `make` makes of these rows, made once for all layers with rows of the same tokens."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def count(self, mask):
         """(H,) how many of each head's rows are true of mask (R,), on the host."""
@@ -94,6 +74,42 @@ class Layer:
     def of_heads(self, rows):
         """[(n, ...)] rows (R, ...) of each head."""
         return np.split(rows, np.cumsum(self.lengths)[:-1].tolist())
+
+
+@dataclass(kw_only=True)
+class Layer(Rows):
+    """The rows of one layer."""
+
+    index: int
+    k_rows: object  # (R, d) rotated at pos: an array, or StoredRows, which stay where they are
+    v_rows: object  # (R, d)
+    size: np.ndarray  # (R,) float32, tokens each row stands for
+    pos: np.ndarray  # (R,) int32
+    find_tokens: Callable  # () -> (R,) token id of each row, -1 of one that is no single token; and its DelimiterClass
+    cos: np.ndarray  # (seen, d/2) rotation of every position, on the host
+    sin: np.ndarray
+    queries: list[Queries] = field(default_factory=list)  # of the tokens read since the last compression
+    hidden: object = None  # (n, dim) normed hidden states of the n new tokens, the last rows of every head
+    generated: bool = False  # whether the new tokens were generated, not read
+    history: np.ndarray | None = None  # (R,) float32: the score that an earlier compression left each row; new rows 0
+    predicted: np.ndarray | None = None  # (R,) float32: the attention that the profile predicts each row to be worth
+    threshold: float | None = None  # that an earlier compression came to
+    worth: np.ndarray | None = None  # (H,) float32: what an entry of each head is worth, where a profile says that
+    output: OutputProjection | None = None  # the layer's W_O
+    block: object = None  # the weights of the layer: minillm.model.Block
+    scale: float = 1.0  # of the logits
+    attention_window: int | None = None  # the model's sliding window
+    computed: dict = field(default_factory=dict)  # what was computed of k, v and queries, by what it was computed from
+
+    @property
+    def classes(self):
+        """(R,) uint8: the DelimiterClass of each row's token."""
+        return self.once("tokens", self.find_tokens)[1]
+
+    @property
+    def token_ids(self):
+        """(R,) the token id of each row; -1 of an entry that stands for several tokens, or whose token is not known."""
+        return self.once("tokens", self.find_tokens)[0]
 
     @functools.cached_property
     def k(self):
@@ -118,13 +134,13 @@ class Layer:
     def window_scores(self, w):
         """(G, m, R) float32: the attention probabilities that the newest m <= w queries give to each row."""
         key = "window_scores", w
-        if key not in self.memo:
+        if key not in self.computed:
             newest = self.queries[-1]
-            self.memo[key] = self.ops.window_scores(
+            self.computed[key] = self.ops.window_scores(
                 *(newest.q[:, -w:], self.k, self.lengths, np.log(self.size), self.pos, newest.pos[-w:]),
                 *(self.scale, self.attention_window),
             )
-        return self.memo[key]
+        return self.computed[key]
 
     def window_means(self, w):
         """(G, R) float32: the mean of the probabilities that the newest m <= w queries give to each row: window_scores
@@ -149,6 +165,13 @@ class Layer:
         return functools.reduce(np.add if reduce == "sum" else np.maximum, parts)
 
 
+class Into(NamedTuple):
+    """Which rows become entries, and which they are joined by."""
+
+    rows: np.ndarray  # (R,) int64: of a row that stays its own number, of one that joins another the other's, else -1
+    threshold: float | None = None  # that the allocation came to, where it has one
+
+
 @dataclass
 class Plan:
     """Each row goes to one entry of its head, or to none: entry = sum of weight x row (idea 1 of the house).
@@ -161,18 +184,19 @@ class Plan:
     size: np.ndarray  # (E,) float32, tokens each entry stands for
     pos: np.ndarray  # (E,) int32
     lengths: np.ndarray  # (H,) entries of each head, on the host; the sum is E
+    rows: np.ndarray  # (E,) the row that each entry goes back to
     unrotate: bool = False
     key_weight: np.ndarray | None = None  # (R,) float32 where keys are summed with other weights than values
     v: np.ndarray | None = None  # (R, d) values in place of the layer's
     next_pos: int | None = None  # position of the token that comes next, where it is not the number of tokens seen
-    rows: np.ndarray | None = None  # (E,) the row that each entry goes back to; CacheConfig.plan finds it
+    threshold: float | None = None  # that the method came to
 
     @classmethod
     def keep(cls, layer, kept):
         """The Plan of an eviction: rows with kept (R,) true stay as they are, the others are dropped."""
         lengths = layer.count(kept)
         rows, dest = layer.ops.places(kept, int(lengths.sum()))
-        return cls(dest, np.ones_like(layer.size), layer.size[rows], layer.pos[rows], lengths, rows=rows)
+        return cls(dest, np.ones_like(layer.size), layer.size[rows], layer.pos[rows], lengths, rows)
 
     def apply(self, layer):
         """The Entries of the Plan."""
@@ -210,6 +234,13 @@ class Budget:
         """Average entries of a head after `seen` tokens (a float)."""
         wanted = self.share * seen if self.entries is None else self.entries
         return min(max(wanted, 1.0), float(seen))
+
+    def after(self, settled):
+        """The Budget of what comes after `settled` (L, H) entries: the same share, or what is left of a number of
+        entries, but SHORT at least, which is left whole anyway."""
+        if self.entries is None or not settled.any():
+            return self
+        return Budget(entries=max(self.entries - int(np.ceil(settled.mean())), SHORT))
 
     def total(self, seen, n_heads):
         """Entries of n_heads heads together, at least one each."""

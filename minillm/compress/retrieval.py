@@ -10,6 +10,7 @@ import numpy as np
 
 from minillm.compress.ledger import others, split
 from minillm.compress.options import Option
+from minillm.compress.plan import Into
 from minillm.errors import UsageError
 
 
@@ -24,7 +25,7 @@ def heads(layer, scores, target, retrieval_heads):
     rows = np.arange(len(stays), like=scores)
     none = np.zeros((), rows.dtype, like=rows)
     firsts = [part.min() if len(part) else none for part in layer.of_heads(np.where(joins, rows, len(rows)))]
-    return np.where(joins, np.stack(firsts)[layer.heads], rows)
+    return Into(np.where(joins, np.stack(firsts)[layer.heads], rows))
 
 
 def layers(ledger, layer, scores, retrieval_heads):

@@ -38,13 +38,9 @@ def local_errors(llm, full, caches, token_ids):
     """|o - o_full| / |o_full| of the attention output o of each layer (before its output projection), for `token_ids`
     read after each of `caches` in place of `full`, a cache of the same tokens that keeps everything; -> (caches,
     layers). Local: every layer is given what it is given with the full cache."""
-    model = llm.model
-    pos = np.arange(full.seen, full.seen + len(token_ids))
-    cos, sin = model.rope.tables(pos, full.seen + len(pos))
-    x = model.ops.embed(model.embedding, token_ids)
-    errors = np.empty((len(caches), len(model.blocks)))
-    for index in range(len(model.blocks)):
-        wanted, *found = (model.attention(index, x, cos, sin, cache.layer(index))[-1] for cache in (full, *caches))
-        errors[:, index] = [np.linalg.norm(mixed - wanted) / np.linalg.norm(wanted) for mixed in found]
-        model.output(index, x, wanted)
+    model, errors = llm.model, np.empty((len(caches), llm.config.n_layers))
+    for step in model.layers([(model.embed(token_ids), full.position)], full.layer):
+        for row, cache in zip(errors, caches, strict=True):
+            found = model.attention(step.index, step.x, *step.rotation, cache.layer(step.index))[-1]
+            row[step.index] = np.linalg.norm(found - step.mixed) / np.linalg.norm(step.mixed)
     return errors

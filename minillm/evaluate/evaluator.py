@@ -93,7 +93,7 @@ def ready_methods(profile):
     ready = []
     for name in METHODS:
         with suppress(UsageError):
-            if not CacheConfig(name).foresees or profile:
+            if not CacheConfig(name).predicts or profile:
                 ready.append(name)
     return ready
 

@@ -6,6 +6,7 @@ from itertools import groupby
 import numpy as np
 
 from minillm.compress.config import CacheConfig
+from minillm.compress.reading import extend, finish, read, recompress
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
 from minillm.memory import available_memory
@@ -60,7 +61,7 @@ def _score_group(llm, prompt, configs, protocol):
     caches = [llm.new_cache(dtype=config.dtype) for config in (CacheConfig("full"), *configs)]
     try:
         first = prompt.context + (prompt.question if protocol == "aware" else [])
-        hidden = llm.model.extend_each(first, caches, compressors)
+        hidden = finish(read(llm.model, first, caches, compressors))
         last = [hidden[-1:]] * len(caches)  # the state after which the answer begins
         del hidden
         results = [
@@ -68,7 +69,7 @@ def _score_group(llm, prompt, configs, protocol):
             for cache in caches[1:]
         ]
         if protocol == "agnostic" and prompt.question:
-            last = [llm.model.extend(prompt.question, cache)[-1:] for cache in caches]
+            last = [extend(llm.model, prompt.question, cache)[-1:] for cache in caches]
         if prompt.answer:
             full = None
             for cache, state, result in zip(caches, last, [None, *results], strict=True):
@@ -100,7 +101,7 @@ def read_answer(llm, cache, last, answer):
         return last
     fork = cache.fork()
     try:
-        return np.concatenate([last, llm.model.extend(answer[:-1], fork)])
+        return np.concatenate([last, extend(llm.model, answer[:-1], fork)])
     finally:
         fork.clear()
 
@@ -148,4 +149,4 @@ def generate(llm, prompt, caches, compressors, last):
         logits = np.concatenate(steps)
         for i in active:
             if compressors[i] and compressors[i].due(caches[i]):
-                llm.model.recompress(caches[i], compressors[i])
+                recompress(llm.model, caches[i], compressors[i])

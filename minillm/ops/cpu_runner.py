@@ -70,9 +70,9 @@ class Runner:
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
         c = self.model.config
         logits, queries, scores = np.empty((len(caches), c.vocab_size), np.float32), None, None
-        if any(cache.queries is not None for cache in caches):
+        if any(cache.left.queries is not None for cache in caches):
             queries = np.empty((c.n_layers, len(caches), c.n_heads, c.head_dim), np.float32)
-        if any(cache.predicted is not None for cache in caches):
+        if any(cache.left.predicted is not None for cache in caches):
             scores = np.empty((c.n_layers, len(caches), c.n_kv_heads), np.float32)
         cos, sin, outputs = floats(cos), floats(sin), (logits, queries, scores)
         arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, *map(pointer, outputs)

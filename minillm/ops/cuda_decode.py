@@ -47,7 +47,7 @@ class DecodeStep:
         self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
         self.act = device.empty((batch, c.ffn_dim), np.uint16)
         self.logits = device.empty((batch, c.vocab_size), np.float32)
-        self.foresees = _foresees(caches)  # whether scores are predicted
+        self.predicts = _predicts(caches)  # whether scores are predicted
         self.scores = device.empty(heads, np.float32)
         self.sample_space = launch.sample_space(device, batch, c.vocab_size)
         self.graph, self.steps = None, 0
@@ -66,7 +66,7 @@ class DecodeStep:
 
     def fits(self, caches):
         longest = max(int(cache.n_pages().max()) for cache in caches)
-        same = len(caches) == self.batch and caches[0].pool is self.pool and _foresees(caches) == self.foresees
+        same = len(caches) == self.batch and caches[0].pool is self.pool and _predicts(caches) == self.predicts
         return same and longest <= self.capacity
 
     def run(self, token_ids, caches, cos, sin, draws):
@@ -82,9 +82,9 @@ class DecodeStep:
         self.steps += 1
         bad, *tokens = self.control["results"].get().tolist()
         queries = scores = None
-        if any(cache.queries is not None for cache in caches):
+        if any(cache.left.queries is not None for cache in caches):
             queries = from_words(self.q.get(), self.runner.ops.CACHE_DTYPE)
-        if self.foresees:
+        if self.predicts:
             scores = self.scores.get() + np.stack([block.b_score for block in self.runner.model.blocks])[:, None]
         return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, scores
 
@@ -131,7 +131,7 @@ class DecodeStep:
             for rows in self._groups():
                 x, scores = self.x[rows], self.scores[index][rows]
                 launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
-                if self.foresees:
+                if self.predicts:
                     launch.norm_gemv(device, x, layer.attention_norm, eps, layer.w_score, scores)
             turn = control["cos"], control["sin"]
             launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q[index], past, real16)
@@ -160,5 +160,5 @@ class DecodeStep:
         return [slice(lo, lo + most) for lo in range(0, self.batch, most)]
 
 
-def _foresees(caches):
-    return any(cache.predicted is not None for cache in caches)
+def _predicts(caches):
+    return any(cache.left.predicted is not None for cache in caches)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from minillm.compress.config import CacheConfig
+from minillm.compress.reading import extend, finish, read
 
 CUE, REPEATED, STRETCHES = 16, 64, 4  # tokens that are given, tokens that are to follow, and how often in a text
 
@@ -14,7 +15,7 @@ def repeat(llm, token_ids, thresholds):
     compressors = [*map(llm.compressor_for, configs), None]
     caches = [llm.new_cache() for _ in compressors]
     try:
-        llm.model.extend_each(token_ids, caches, compressors)
+        finish(read(llm.model, token_ids, caches, compressors))
         kept = np.array([cache.kept for cache in caches[:-1]])
         right = np.zeros(len(caches), int)
         starts = np.linspace(0, len(token_ids) - CUE - REPEATED - 1, STRETCHES + 2).astype(int)[1:-1]
@@ -31,7 +32,7 @@ def _foretold(llm, cache, stretch):
     """How many of the last REPEATED tokens of a stretch are the most likely ones after those before them."""
     fork = cache.fork()
     try:
-        hidden = llm.model.extend(stretch[:-1], fork)
+        hidden = extend(llm.model, stretch[:-1], fork)
         likeliest = llm.model.logits(hidden[-REPEATED:]).argmax(axis=1)
         return int((likeliest == stretch[-REPEATED:]).sum())
     finally:

@@ -2,11 +2,13 @@
 
 Closed form: ridge regression by normal equations that are added up text after text, so that memory does not grow."""
 
+from contextlib import closing
+
 import numpy as np
 
 from minillm.compress.plan import Layer
+from minillm.compress.reading import Rereading
 from minillm.compress.score import reread
-from minillm.model import Rereading
 
 FLOOR = 1e-5  # attention below this is none: the log of a score is at least that of it
 RIDGE = 100.0
@@ -15,33 +17,26 @@ RIDGE = 100.0
 def second_reading(llm, token_ids):
     """Read a text twice. Yields for each layer the normalised hidden states h (n, dim) of the first reading, and logs
     (H, n) of what hindsight scores each token: the largest attention it gets in the second, the mean of a group."""
-    model, config = llm.model, llm.config
-    ops, n = model.ops, len(token_ids)
-    empty = llm.new_cache()
-    pos = np.arange(n)
-    cos, sin = model.rope.tables(pos, n)
-    x, again = ops.embed(model.embedding, token_ids), Rereading(model, token_ids, empty)
-    for index, block in enumerate(model.blocks):
-        h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
-        _, _, k, v, _, mixed = model.attention(index, x, cos, sin, empty.layer(index))
-        rows = layer_of(model, index, k, v, np.zeros(n, bool), queries=again.layer(index, k, v, pos))
-        scores = ops.host(reread(rows, "mean", worth=False)).reshape(config.n_kv_heads, n)
-        yield ops.host(ops.stored_rows(h)), np.log(scores + np.float32(FLOOR))
-        model.output(index, x, mixed)
+    model, ops, n, empty = llm.model, llm.model.ops, len(token_ids), llm.new_cache()
+    with closing(Rereading(model, token_ids, empty)) as again:
+        for step in model.layers([(model.embed(token_ids), 0)], empty.layer, {"hidden"}):
+            rows = layer_of(model, step, np.zeros(n, bool), again.layer(step))
+            scores = ops.host(reread(rows, "mean", worth=False)).reshape(llm.config.n_kv_heads, n)
+            yield ops.host(ops.stored_rows(step.hidden)), np.log(scores + np.float32(FLOOR))
 
 
-def layer_of(model, index, k, v, protected, queries=()):
-    """The Layer of the tokens of a text, one row each in every head: k, v (H, n, d), protected (n,);
-    queries: of a second reading."""
-    array, (n_heads, n, d) = model.ops.array, k.shape
+def layer_of(model, step, protected, queries=()):
+    """The Layer of the tokens of a Step that reads a text, one row each in every head. protected (n,); queries: of a
+    second reading."""
+    array, (n_heads, n, d) = model.ops.array, step.k.shape
     cos, sin = model.rope.tables(np.arange(n), n)
     return Layer(
-        index=index,
-        k_rows=k.reshape(-1, d),
-        v_rows=v.reshape(-1, d),
+        index=step.index,
+        k_rows=step.k.reshape(-1, d),
+        v_rows=step.v.reshape(-1, d),
         size=array(np.ones(n_heads * n, np.float32)),
         pos=array(np.tile(np.arange(n, dtype=np.int32), n_heads)),
-        find_classes=lambda: None,  # nothing here asks for delimiters
+        find_tokens=lambda: (None, None),  # nothing here asks for tokens
         protected=array(np.tile(protected, n_heads)),
         lengths=np.full(n_heads, n),
         cos=cos,

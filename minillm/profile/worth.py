@@ -8,6 +8,7 @@ foretells afterwards says what an entry of the head is worth. The log of it is a
 import numpy as np
 
 from minillm.compress.config import CacheConfig
+from minillm.compress.recipe import Recipe
 from minillm.profile.fit import layer_of
 from minillm.sampling import log_softmax
 
@@ -28,13 +29,16 @@ class Trial:
 
     def __init__(self, llm, token_ids, asks=()):
         self.model, self.cache, ids = llm.model, llm.new_cache(), np.asarray(token_ids[:TOKENS])
-        (sinks, window), pos = CacheConfig("foresight", BUDGET).protect(len(ids)), np.arange(len(ids))
+        budgeted = CacheConfig("foresight", BUDGET)
+        (sinks, window), pos = budgeted.protect(len(ids), budgeted.budget), np.arange(len(ids))
         protected = (pos < sinks) | (pos >= len(ids) - window)
         self.rows, scores = zip(*_rows(llm, ids, protected), strict=True)
         self.scores = np.stack(scores)  # (L, H n)
         scores = self.scores.reshape(-1, len(ids))
         room = round(BUDGET * scores.size) - len(scores) * np.count_nonzero(protected)
-        self.config = CacheConfig("foresight", threshold=float(np.sort(scores[:, ~protected], axis=None)[-room]))
+        threshold = float(np.sort(scores[:, ~protected], axis=None)[-room])
+        config = CacheConfig("foresight", threshold=threshold)
+        self.recipe = Recipe(config, config.options)
         self.lengths = np.stack([self._store(*row) for row in zip(self.rows, self.scores, strict=True)])  # (L, H)
         self.cache.advance(ids, 0)
         self.passages = list(_passages(ids, list(asks)))
@@ -67,14 +71,13 @@ class Trial:
 
     def _store(self, layer, scores):
         """Compress a layer's rows by their scores. -> (H,) entries"""
-        plan = self.config.plan(layer, layer.ops.array(scores), None)
+        plan = self.recipe.plan(layer, layer.ops.array(scores), None)
         self.cache.write(layer.index, plan.apply(layer), np.zeros(len(layer.lengths), np.int64))
         return plan.lengths
 
     def _begin(self, passage):
         """The hidden states of a passage before each layer."""
-        x = self.model.ops.embed(self.model.embedding, np.asarray(passage[:-1]))
-        return [x.copy() for _ in self._layers(x, 0)]
+        return [step.x.copy() for step in self._layers(self.model.embed(np.asarray(passage[:-1])), 0)]
 
     def _cost(self, number, first):
         (passage, scored), x = self.passages[number], self.hidden[number][first].copy()
@@ -85,24 +88,15 @@ class Trial:
         return -log_p[np.arange(len(following)), following].mean()
 
     def _layers(self, x, first):
-        """Have the layers from `first` on read a passage, x (n, dim) its hidden states. Yields before each."""
-        seen = self.cache.seen
-        cos, sin = self.model.rope.tables(np.arange(seen, seen + len(x)), seen + len(x))
-        for index in range(first, len(self.rows)):
-            yield
-            mixed = self.model.attention(index, x, cos, sin, self.cache.layer(index))[-1]
-            self.model.output(index, x, mixed)
+        """Have the layers from `first` on read a passage, x (n, dim) its hidden states: yields a Step of each."""
+        return self.model.layers([(x, self.cache.seen)], self.cache.layer, first=first)
 
 
 def _rows(llm, token_ids, protected):
     """Yields the Layers of a text that is read, and what the profile predicts of each one's rows (H n,), in NumPy."""
-    model, pos, empty = llm.model, np.arange(len(token_ids)), llm.new_cache()
-    cos, sin = model.rope.tables(pos, len(pos))
-    x = model.ops.embed(model.embedding, token_ids)
-    for index in range(llm.config.n_layers):
-        _, _, k, v, scores, mixed = model.attention(index, x, cos, sin, empty.layer(index), {"scores"})
-        yield layer_of(model, index, k, v, protected), np.exp(model.ops.host(scores)).ravel()
-        model.output(index, x, mixed)
+    model, empty = llm.model, llm.new_cache()
+    for step in model.layers([(model.embed(token_ids), 0)], empty.layer, {"scores"}):
+        yield layer_of(model, step, protected), np.exp(model.ops.host(step.scores)).ravel()
 
 
 def _passages(token_ids, asks):

@@ -77,7 +77,7 @@ def check_same(cache, expected):
             k, v, log_size, pos = view.read(h)
             assert rows_of(Entries(k, v, log_size, pos, np.array([len(head)])), 0) == head
     assert cache.token_ids == expected.token_ids and cache.seen == len(expected.token_ids)
-    assert cache.tail == expected.tail
+    assert cache.left.tail == expected.tail
     assert cache.entries == sum(len(head) for layer in expected.heads for head in layer)
 
 
@@ -417,13 +417,13 @@ def test_seen_and_lengths_are_apart():
     cache.advance([7, 8, 9, 7, 8, 9, 1])
     assert cache.seen == 7 and cache.layer(0).seen == 7
     assert cache.lengths.tolist() == [[3, 5]]
-    assert cache.tail == 7
+    assert cache.left.tail == 7
     cache.advance([4], tail=2)
-    assert cache.seen == 8 and cache.tail == 2
+    assert cache.seen == 8 and cache.left.tail == 2
     cache.cut(np.array([[2, 2]]))
     assert cache.seen == 8 and cache.token_ids[-1] == 4
     cache.clear()
-    assert cache.seen == cache.tail == cache.entries == 0
+    assert cache.seen == cache.left.tail == cache.entries == 0
 
 
 # saving
@@ -444,7 +444,7 @@ def test_state_and_restore():
     state = {name: np.array(array) for name, array in cache_state.state(cache).items()}
     other = KVCache(new_pool(0, 8), 2, 2)  # other pages, other slabs
     cache_state.restore(other, state)
-    assert other.seen == 40 and other.tail == 1 and other.token_ids == cache.token_ids
+    assert other.seen == 40 and other.left.tail == 1 and other.token_ids == cache.token_ids
     for index in range(2):
         for head in range(2):
             assert rows_of(other.read(index), head) == rows_of(cache.read(index), head)

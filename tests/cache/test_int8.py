@@ -10,6 +10,7 @@ from small_models import compressor_of, config_of, ids_of, literal_extend, model
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
+from minillm.compress.reading import extend, recompress
 from minillm.errors import UsageError
 from minillm.evaluate.cli import main as evaluate
 from minillm.ops import cpu_lib
@@ -51,7 +52,7 @@ def test_a_turn_reads_what_is_stored(method):
     cache, compressor = new_cache(model), compressor_of(model, method, budget, **options)
     for turn, n in enumerate((150, 9, 12)):
         expected = literal_extend(model, ids_of(n, turn), cache) if turn else None
-        logits = model.logits(model.extend(ids_of(n, turn), cache, compressor))
+        logits = model.logits(extend(model, ids_of(n, turn), cache, compressor))
         if turn:
             same(logits, expected)
             assert (cache.kept < 0.9) == (method != "full")
@@ -63,12 +64,12 @@ def test_entries_that_stay_are_the_same_words(method):
     """However often their layer is compressed again."""
     model = model_of(config_of())
     cache, compressor = new_cache(model), compressor_of(model, method, 60, merge="drop", recompress=20)
-    model.extend(ids_of(150), cache, compressor)
+    extend(model, ids_of(150), cache, compressor)
     before = [[words(cache, layer, head) for head in range(2)] for layer in range(2)]
     for token in ids_of(45, 1):
         model.decode([token], [cache])
         if compressor.due(cache):
-            model.recompress(cache, compressor)
+            recompress(model, cache, compressor)
     n = 0
     for layer in range(2):
         for head in range(2):

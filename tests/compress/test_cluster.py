@@ -14,13 +14,13 @@ SENTENCE, CLAUSE, BLANK, SPECIAL = 1, 2, 3, 4
 
 def plan_at(layer, tau, rope="unrotated", chunking="delimiter", log_size=True):
     """The Plan at any tau."""
-    layer.memo.clear()
-    into = cluster.seeds(layer, None, None, tau, rope, chunking)
+    layer.computed.clear()
+    into = cluster.seeds(layer, None, None, tau, rope, chunking).rows
     return merge.cores(layer, None, into, rope, log_size)
 
 
 def entries_of(layer, **options):
-    return CacheConfig("semanticache", **options).plan(layer, None, None).apply(layer)
+    return CacheConfig("semanticache", **options).resolve().plan(layer, None, None).apply(layer)
 
 
 # greedy seed-based clustering
@@ -280,7 +280,7 @@ def test_without_log_size_a_core_counts_once():
 
 
 def budget_plan(layer, target, **options):
-    return CacheConfig("semanticache", 0.5, **options).plan(layer, None, target)
+    return CacheConfig("semanticache", 0.5, **options).resolve().plan(layer, None, target)
 
 
 def rows_at(entries, h, positions):

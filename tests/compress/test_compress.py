@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from literal import NEEDS, FakeRope, attend, check_entries, chunks_between_delimiters, make_layer, semanticache
 from paths import ROOT
-from sequences import CLASSES, F32, Sequence, positions
+from sequences import F32, Sequence, positions
+from small_models import CLASSES_OF_14
 
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
@@ -48,7 +49,7 @@ def test_a_plan_is_a_weighted_sum_rotated_to_its_position(unrotate, factor):
         if len(rows) == 1:
             weight[rows], pos[e] = 1, layer.pos[rows[0]]
     size = rng.integers(1, 9, 23).astype(F32)
-    entries = Plan(dest, weight, size, pos, lengths, unrotate).apply(layer)
+    entries = Plan(dest, weight, size, pos, lengths, None, unrotate).apply(layer)
     for e, rows in enumerate(members):
         w = np.float64(weight[rows])
         k = rope.undone(layer.k[rows], layer.pos[rows]) if unrotate else np.float64(layer.k[rows])
@@ -65,7 +66,7 @@ def test_a_plan_weighs_an_entry_of_one_row_too():
     """As the docstring has it: entry = sum of weight x row, at the entry's position."""
     layer, rope = random_layer(np.random.default_rng(0), [3])
     dest, weight, pos = np.array([0, 1, -1]), np.array([0.5, 1, 1], F32), layer.pos[:2] + np.array([0, 5], np.int32)
-    entries = Plan(dest, weight, np.ones(2, F32), pos, np.array([2]), unrotate=True).apply(layer)
+    entries = Plan(dest, weight, np.ones(2, F32), pos, np.array([2]), None, unrotate=True).apply(layer)
     np.testing.assert_allclose(entries.v, layer.v[:2] * weight[:2, None], atol=1e-6)
     content = rope.undone(layer.k[:2], layer.pos[:2])
     np.testing.assert_allclose(entries.k, rope.rotated(content * weight[:2, None], pos), atol=1e-5)
@@ -100,7 +101,7 @@ def test_merging_equal_tokens_changes_nothing_if_they_are_counted(log_size):
     copies = rng.integers(0, 12, 90)
     layer.k_rows, layer.v_rows = layer.k_rows[copies], layer.v_rows[copies]
     config = CacheConfig("semanticache", tau=0.9999, rope="cached", log_size=log_size)
-    entries = config.plan(layer, None, None).apply(layer)
+    entries = config.resolve().plan(layer, None, None).apply(layer)
     assert len(entries.pos) == len(set(copies))
     worst = 0.0
     for _ in range(20):
@@ -305,7 +306,7 @@ def test_a_budget_is_met_exactly_over_layers_that_differ(keys, budget):
         sequence.check_entries(budget) if budget >= 1 else sequence.check_kept(budget)
         sequence.check_sizes()
         assert (sequence.cache.lengths >= 1).all()
-        sequence.check_newest(min(sequence.cache.tail, 32))
+        sequence.check_newest(min(sequence.cache.left.tail, 32))
 
 
 # later turns and long generations
@@ -317,7 +318,7 @@ def test_settled_entries_stay_bit_for_bit_and_the_share_is_met(share):
     for n in (100, 37, 250, 64):
         cache = sequence.cache
         before = [[cache.layer(i).read(h) for h in range(2)] for i in range(2)]
-        settled = cache.lengths - cache.tail
+        settled = cache.lengths - cache.left.tail
         before = [[[np.array(x[: settled[i, h]]) for x in before[i][h]] for h in range(2)] for i in range(2)]
         sequence.read(n)
         sequence.check_kept(share)
@@ -387,14 +388,14 @@ def test_what_a_method_is_shown_of_a_second_turn():
     config = CacheConfig("semanticache", 60, window=16)
     sequence = Sequence(config, n_heads=3).read(200)
     stored = [sequence.cache.read(layer) for layer in range(2)]
-    shown, plan = [], config.plan
+    shown, plan = [], sequence.compressor.recipe.plan
 
     def noted(layer, *rest):
         shown.append(layer)
         assert len(layer.k) == len(layer.v)  # they are read here: the pages are written anew after this
         return plan(layer, *rest)
 
-    config.plan = noted
+    sequence.compressor.recipe.plan = noted
     sequence.read(100)
     assert [layer.index for layer in shown] == [0, 1]
     cores_at_delimiters = 0
@@ -407,7 +408,7 @@ def test_what_a_method_is_shown_of_a_second_turn():
                 np.testing.assert_array_equal(rows[head], np.concatenate([before, new]))
         sizes = np.split(layer.size, np.cumsum(layer.lengths)[:-1])
         np.testing.assert_allclose([part.sum() for part in sizes], 300, rtol=1e-5)
-        core, of_token = layer.size > 1.5, CLASSES[np.array(sequence.ids)[layer.pos]]
+        core, of_token = layer.size > 1.5, CLASSES_OF_14[np.array(sequence.ids)[layer.pos]]
         cores_at_delimiters += np.count_nonzero(of_token[core])
         np.testing.assert_array_equal(layer.classes, np.where(core, 0, of_token))
         np.testing.assert_array_equal(layer.protected, (layer.pos < 4) | (layer.pos >= 284))
@@ -420,10 +421,10 @@ def test_generated_text_is_compressed_up_to_its_last_delimiter():
         CacheConfig("semanticache", tau=0.5, recompress=100, window=20), delimiters=lambda p: p in (340,)
     )
     sequence.read(300)
-    assert sequence.cache.tail == 20
+    assert sequence.cache.left.tail == 20
     compressed = [sequence.cache.seen for now in sequence.generate(101) if now]
     assert compressed == [400]  # 100 tokens older than the window
-    assert sequence.cache.tail == 401 - 341
+    assert sequence.cache.left.tail == 401 - 341
     sequence.check_newest(60)
     entries = sequence.cache.layer(0).read(0)
     delimiter = np.flatnonzero(entries[3] == 340)

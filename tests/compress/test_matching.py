@@ -13,6 +13,7 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress import compression, matching
 from minillm.compress.matching import ask, matched
 from minillm.compress.plan import Queries
+from minillm.compress.reading import extend
 from minillm.ops.cuda_ops import CudaOps
 
 F32 = np.float32
@@ -139,7 +140,7 @@ def test_literal(n, tokens, work, window, monkeypatch):
 
 def with_sizes(layer, size):
     """The same rows, each of which stands for so many tokens, and what the second reading's queries saw of them."""
-    layer = replace(layer, size=size.astype(F32), memo={})
+    layer = replace(layer, size=size.astype(F32), computed={})
     layer.own = np.random.default_rng(0).normal(size=(len(layer.lengths), len(layer.queries[0].pos), layer.k.shape[1]))
     layer.queries[0].lse = log_sums(layer, layer.queries[0], layer.own)
     return layer
@@ -225,7 +226,7 @@ def test_a_gpu_makes_what_numpy_makes(device):
     words = [up(to_words(rows, "bf16")) for rows in (layer.k, layer.v, queries.q)]
     there = replace(
         layer,
-        **{"ops": ops, "k_rows": words[0], "v_rows": words[1], "memo": {}, "shared": {}},
+        **{"ops": ops, "k_rows": words[0], "v_rows": words[1], "computed": {}, "shared": {}},
         **{name: up(getattr(layer, name)) for name in ("size", "pos", "protected")},
         queries=[Queries(words[2], queries.pos, up(queries.lse.astype(F32)))],
     )
@@ -251,9 +252,9 @@ def test_a_prompt_and_a_later_turn_are_fitted(budget, monkeypatch):
     plain, cache = compressor_of(model, "hindsight", budget, match=0), new_cache(model)
     for turn, n in enumerate((200, 150)):
         other, before = cache.fork(), len(asked)
-        model.extend(ids_of(n, turn), other, plain)
+        extend(model, ids_of(n, turn), other, plain)
         assert len(asked) == before
-        model.extend(ids_of(n, turn), cache, fitted)
+        extend(model, ids_of(n, turn), cache, fitted)
         assert len(asked) == before + 2
         for index in range(2):
             expected, stored = (

@@ -5,19 +5,19 @@ import literal_methods as literal
 import numpy as np
 import pytest
 from literal import FakeRope, make_layer
-from sequences import CLASSES, F32, Sequence, positions
+from sequences import F32, Sequence, positions
+from small_models import bare_compressor, bare_model
 
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.allocate import leveled
-from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
-from minillm.compress.output import Output
 from minillm.compress.plan import Queries
 from minillm.files.weights import Weight
 from minillm.ops import numpy_ops
 from minillm.ops.numpy_ops import largest
 from minillm.ops.pages import page_bytes
+from minillm.output_projection import OutputProjection
 
 D, SCALE = 6, 0.7
 GROUPS = [1, 3, 4, 8]
@@ -104,13 +104,14 @@ def random_rows(rng, group, lengths, sinks, window, n_queries, *, ties=False):
     wo = rng.normal(size=(15, group * n_heads * D)).astype(F32)
     layer = make_layer(heads, FakeRope(D))
     layer.queries, layer.scale = [Queries(q, q_pos)], 1.0 if ties else SCALE
-    layer.output = Output(Weight("F32", wo, wo.shape), n_heads, D, numpy_ops)
+    layer.output = OutputProjection(Weight("F32", wo, wo.shape), n_heads, D, numpy_ops)
     return layer, literal.Rows(heads, q, q_pos, wo, layer.scale)
 
 
 def kept_rows(config, layer, target):
     """Which of the rows of each head that compete stay."""
-    stays = config.plan(layer, config.scores(layer), target).rows
+    recipe = config.resolve()
+    stays = recipe.plan(layer, recipe.scores(layer), target).rows
     assert len(stays) == max(target, np.count_nonzero(layer.protected))
     assert set(np.flatnonzero(layer.protected)) <= set(stays)
     is_kept = np.isin(layer.free, stays)
@@ -151,7 +152,7 @@ def test_identical_query_heads_are_the_method_without_groups(name):
         for field in ("k", "v", "pos", "protected", "scale"):
             setattr(of_group, field, getattr(layer, field))
         of_group.queries = [Queries(np.repeat(layer.queries[0].q, group, axis=0), layer.queries[0].pos)]
-        of_group.output = Output(Weight("F32", wo, wo.shape), 2, D, numpy_ops)
+        of_group.output = OutputProjection(Weight("F32", wo, wo.shape), 2, D, numpy_ops)
         for target in (13, 20, 31):
             assert kept_rows(config, of_group, target) == kept_rows(config, layer, target)
 
@@ -172,7 +173,7 @@ def test_one_query_and_no_group_make_laprox_attention_times_the_norm_of_what_is_
     layer, rows = random_rows(np.random.default_rng(3), 1, [30, 22], 0, 4, 1)
     for gqa in ("product_mean", "mean_attn", "frobenius"):
         config = CacheConfig("laprox", gqa=gqa, norm=False, pool=1)
-        found, at = config.scores(layer), 0
+        found, at = config.resolve().scores(layer), 0
         for g, (v, a) in enumerate(zip(rows.v, rows.a, strict=True)):
             expected = a[0] * [np.linalg.norm(value @ rows.w_o(g)) for value in v]
             np.testing.assert_allclose(found[at : at + len(v)], expected, rtol=1e-4, atol=1e-7)
@@ -185,7 +186,7 @@ def test_norms_and_inner_products_through_the_output_projection(dim):
     rng = np.random.default_rng(4)
     lengths, v = np.array([1500, 0, 3]), rng.normal(size=(1503, D)).astype(F32)
     wo = rng.normal(size=(dim, 9 * D)).astype(F32)
-    output = Output(Weight("F32", wo, wo.shape), 3, D, numpy_ops)
+    output = OutputProjection(Weight("F32", wo, wo.shape), 3, D, numpy_ops)
     l1, l2, inner = output.norms(v, lengths, "l1"), output.norms(v, lengths, "l2"), output.inner(v, lengths)
     for row in (0, 1023, 1024, 1499, 1500, 1502):
         first = 0 if row < 1500 else 6
@@ -209,16 +210,16 @@ class Prompt:
         self.wo = rng.normal(size=(n_layers, 15, group * n_heads * D)).astype(F32)
         pool = PagePool(numpy_ops, D, 8, 16 * page_bytes(8, D, "float32"))
         self.cache = KVCache(pool, n_layers, n_heads)
-        compressor = Compressor(config, FakeRope(D), numpy_ops, CLASSES, SCALE)
-        self.targets, targets = [], config.targets
-        config.targets = lambda *arguments: self.targets.append(targets(*arguments)) or self.targets[-1]
+        compressor = bare_compressor(config, bare_model(FakeRope(D), self.wo, n_heads, SCALE))
+        recipe, self.targets = compressor.recipe, []
+        targets = recipe.targets
+        recipe.targets = lambda *arguments: self.targets.append(targets(*arguments)) or self.targets[-1]
         compression = compressor.begin(self.cache, np.zeros(n, np.int64))
         self.protected = compression.ledger.protected // n_heads  # rows of a head
-        self.end, self.sinks = compression.end, compression.sinks
+        self.end, self.sinks = compression.part.end, compression.part.sinks
         for layer in range(n_layers):
-            wo = Weight("F32", self.wo[layer], self.wo[layer].shape)
             queries = [Queries(self.q[layer], np.arange(n))]
-            compression.store(layer, self.k[layer], self.v[layer], queries, wo)
+            compression.store(layer, self.k[layer], self.v[layer], queries)
         compression.finish()
         self.total = config.budget.total(n, n_layers * n_heads)
 
@@ -412,7 +413,7 @@ def test_a_generation_keeps_its_budget(method, recompress):
             sequence.check_entries(40)
         if method == "tova":
             assert all(positions(sequence, layer, 0) == positions(sequence, layer, 1) for layer in range(2))
-        assert len(sequence.cache.queries) <= (1 if method == "tova" else 32)
+        assert len(sequence.cache.left.queries) <= (1 if method == "tova" else 32)
     assert times == 200 // recompress
 
 

@@ -13,13 +13,14 @@ from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 from minillm.compress.config import CacheConfig
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS
-from minillm.compress.output import Output
 from minillm.compress.plan import Queries
+from minillm.compress.reading import extend, recompress
 from minillm.compress.score import SCORES
 from minillm.files.weights import Weight
 from minillm.model import Model
 from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.cuda_ops import CudaOps
+from minillm.output_projection import OutputProjection
 
 # groups
 
@@ -65,11 +66,11 @@ def test_identical_query_heads_are_the_model_without_groups(method):
             new_cache(model),
             compressor_of(model, method, budget, recompress=20, **NEEDS.get(method, {})),
         )
-        logits = [model.logits(model.extend(ids_of(n, n), cache, compressor)[-1:]) for n in (140, 30)]
+        logits = [model.logits(extend(model, ids_of(n, n), cache, compressor)[-1:]) for n in (140, 30)]
         for token in ids_of(50, 1):
             logits.append(model.decode([token], [cache]))
             if compressor.due(cache):
-                model.recompress(cache, compressor)
+                recompress(model, cache, compressor)
         runs.append((np.concatenate(logits), kept_positions(cache), cache.read(1)))
     atol = 1e-4 if compressor.config.options.get("match") else 2e-5  # least squares add up more
     for logits, kept, entries in runs[1:]:
@@ -91,7 +92,7 @@ def check_kept(name, layer, other, error):
     score = SCORES[name]
     n_kept = 0
     for allocate in ("even", "layer"):
-        config = CacheConfig("h2o", score=name, allocate=allocate, sinks=0, window=0)
+        config = CacheConfig("h2o", score=name, allocate=allocate, sinks=0, window=0).resolve()
         made = [config.scores(one) for one in (layer, other)]
         scores = [one.ops.host(s) for one, s in zip((layer, other), made, strict=True)]
         assert abs(scores[0] - scores[1]).max() <= error * abs(scores[0]).max()
@@ -112,7 +113,7 @@ def check_kept(name, layer, other, error):
 def reading_layer(rng, name, lengths, group, d):
     layer, _ = layer_of(rng, lengths, group=group, again=SCORES[name].reads == "again", d=d, n_queries=40)
     wo = rng.normal(size=(15, group * len(lengths) * d)).astype(F32)
-    layer.output = Output(Weight("F32", wo, wo.shape), len(lengths), d, numpy_ops)
+    layer.output = OutputProjection(Weight("F32", wo, wo.shape), len(lengths), d, numpy_ops)
     return layer
 
 
@@ -127,7 +128,7 @@ def test_compiled_kernels_keep_the_rows_that_numpy_keeps(name, path):
         for group in GROUPS:
             for lengths in ([60, 60], [1, 45, 45], [90]):
                 layer = reading_layer(rng, name, lengths, group, 6)
-                check_kept(name, layer, replace(layer, ops=cpu_ops, memo={}), ERROR[path])
+                check_kept(name, layer, replace(layer, ops=cpu_ops, computed={}), ERROR[path])
     finally:
         cpu_lib.choose_path(before)
 
@@ -163,6 +164,8 @@ def test_a_gpu_keeps_the_rows_that_numpy_keeps(device, name):
     layer.queries = [Queries(from_words(to_words(q.q, "bf16"), "bf16"), q.pos) for q in layer.queries]
     k, v = (device.upload(to_words(rows, "bf16")) for rows in (layer.k, layer.v))
     labels = {label: device.upload(getattr(layer, label)) for label in ("size", "pos", "protected")}
-    labels |= {"output": Output(ops.prepare(layer.output.wo), len(layer.lengths), 64, ops)}
+    labels |= {"output": OutputProjection(ops.prepare(layer.output.wo), len(layer.lengths), 64, ops)}
     labels |= {"history": None if layer.history is None else device.upload(layer.history)}
-    check_kept(name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, memo={}, shared={}, **labels), ERROR["cuda"])
+    check_kept(
+        name, layer, replace(layer, ops=ops, k_rows=k, v_rows=v, computed={}, shared={}, **labels), ERROR["cuda"]
+    )

@@ -16,9 +16,9 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.ledger import Ledger
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS
+from minillm.compress.reading import Rereading, extend
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
-from minillm.model import Rereading
 
 # literal
 
@@ -89,7 +89,7 @@ def test_h2o_sums_are_those_of_full_attention_where_nothing_is_evicted(n_heads):
             logits = np.float64(q[query_head]) @ np.float64(sequence.k[0, head]).T
             p = np.exp(np.where(np.tri(n, dtype=bool), logits, -np.inf))
             expected += (p / p.sum(axis=1, keepdims=True)).sum(axis=0) / 2
-        got = sequence.cache.scores[0][head * n : (head + 1) * n]
+        got = sequence.cache.left.scores[0][head * n : (head + 1) * n]
         np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
@@ -120,9 +120,9 @@ def test_h2o_evicts_what_was_attended_to_least_so_far(per_query):
             kept, done = sorted(others[:30] + newest), cut
         entries = sequence.cache.layer(0).read(head)
         assert entries[3][: len(kept)].tolist() == kept
-        n_stored = len(sequence.cache.scores[0]) // 2
+        n_stored = len(sequence.cache.left.scores[0]) // 2
         np.testing.assert_allclose(
-            sequence.cache.scores[0][head * n_stored : (head + 1) * n_stored],
+            sequence.cache.left.scores[0][head * n_stored : (head + 1) * n_stored],
             [sums[row] / counts[row] for row in kept],
             rtol=1e-4,
         )
@@ -162,10 +162,10 @@ def rereading(model, ids, block):
 @pytest.mark.parametrize("block", [150, 64, 7])
 @pytest.mark.parametrize("budget, group", [(0.3, "max"), (0.05, "max"), (0.3, "mean")])
 def test_one_cut_of_the_largest_attention_of_a_second_reading(block, budget, group, monkeypatch):
-    monkeypatch.setattr(Rereading, "BLOCK", block)
+    monkeypatch.setattr(Rereading, "PART", block)
     model, ids, n = model_of(config_of(n_layers=3)), ids_of(150), 150
     cache = new_cache(model)
-    model.extend(ids, cache, compressor_of(model, "kvzip", budget, sinks=0, window=0, group=group))
+    extend(model, ids, cache, compressor_of(model, "kvzip", budget, sinks=0, window=0, group=group))
     scores = {}
     for layer, p in enumerate(rereading(model, ids, block)):
         for head in range(2):
@@ -178,21 +178,21 @@ def test_one_cut_of_the_largest_attention_of_a_second_reading(block, budget, gro
     assert worst_kept > best_dropped - 1e-5
     for layer in range(3):
         mine = [scores[at] for at in sorted(kept) if at[0] == layer]
-        np.testing.assert_allclose(cache.scores[layer], mine, rtol=2e-4)
+        np.testing.assert_allclose(cache.left.scores[layer], mine, rtol=2e-4)
 
 
 def test_kvzip_in_turns_keeps_the_largest_attention_of_all_readings():
     """What the second turn's reading gives to old entries and what the first one's gave: the larger counts."""
     model = model_of(config_of())
     cache, compressor = new_cache(model), compressor_of(model, "kvzip", 0.5)
-    model.extend(ids_of(150), cache, compressor)
+    extend(model, ids_of(150), cache, compressor)
 
     def scored():
         places = [(i, h, p) for i, of_layer in enumerate(kept_positions(cache)) for h in (0, 1) for p in of_layer[h]]
-        return dict(zip(places, np.concatenate(cache.scores).tolist(), strict=True))
+        return dict(zip(places, np.concatenate(cache.left.scores).tolist(), strict=True))
 
     before = scored()
-    model.extend(ids_of(20, 1), cache, compressor)
+    extend(model, ids_of(20, 1), cache, compressor)
     after = scored()
     both = after.keys() & before.keys()
     assert all(after[at] >= before[at] for at in both) and sum(after[at] > before[at] for at in both) > 3
@@ -258,14 +258,14 @@ def spent(scores, total, allocation, protected=0, **options):
     options = options_of(ALLOCATIONS[allocation], **options)
     if not ALLOCATIONS[allocation].layers:  # one cut: the layers' heads are heads of one
         layer = make_layer([head] * n_heads * len(scores), rope)
-        into = ALLOCATIONS[allocation].heads(layer, np.concatenate(scores).ravel(), total, options=options)
+        into = ALLOCATIONS[allocation].heads(layer, np.concatenate(scores).ravel(), total, options=options).rows
         return (into >= 0).reshape(len(scores), n_heads, n)
     for layer, s in zip(layers, scores, strict=True):
         ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options=options)
         ledger.held.append(ledger.targets[-1])
     kept = []
     for layer, s, target in zip(layers, scores, ledger.targets, strict=True):
-        into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options=options)
+        into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options=options).rows
         kept.append((into >= 0).reshape(n_heads, n))
     return np.array(kept)
 
@@ -310,7 +310,7 @@ def test_kvcompose_on_a_model():
     """Equal lengths inside a layer, unequal ones between layers, and of each head the best of its scores."""
     model, ids = model_of(config_of(n_layers=3)), ids_of(150)
     cache = new_cache(model)
-    model.extend(ids, cache, compressor_of(model, "kvcompose", 0.3))
+    extend(model, ids, cache, compressor_of(model, "kvcompose", 0.3))
     assert cache.entries == round(0.3 * 150 * 6)
     assert np.ptp(cache.lengths, axis=1).max() <= 1 and np.ptp(cache.lengths.sum(axis=1)) > 2
     for layer, p in enumerate(rereading(model, ids, 150)):
@@ -489,7 +489,7 @@ def test_d2o_merges_what_is_alike_enough(weights):
         if best:
             mean = sum(best.values()) / len(best)
             threshold = mean if layer.threshold is None else 0.5 * layer.threshold + 0.5 * mean
-            np.testing.assert_allclose(layer.memo["tau"], threshold, atol=1e-6)
+            np.testing.assert_allclose(plan.threshold, threshold, atol=1e-6)
             for row, m in best.items():
                 target = joined(plan, into, row)
                 if abs(m - threshold) > 2e-6:
@@ -530,21 +530,21 @@ def test_d2o_spreads_the_layers_by_how_much_their_sums_vary():
 
 def test_d2o_keeps_a_moving_mean_of_its_thresholds():
     sequence = Sequence(CacheConfig("d2o", 60, recompress=40), n_layers=2)
-    seen, plan = [], sequence.compressor.config.plan
+    seen, plan = [], sequence.compressor.recipe.plan
 
     def watch(layer, *rest):
         out = plan(layer, *rest)
-        seen.append((layer.index, layer.threshold, layer.memo.get("tau")))
+        seen.append((layer.index, layer.threshold, out.threshold))
         return out
 
-    sequence.compressor.config.plan = watch
+    sequence.compressor.recipe.plan = watch
     sequence.read(200)
     list(sequence.generate(150))
     last = [None, None]
     for layer, before, after in seen:
         assert before == last[layer]
         last[layer] = before if after is None else after
-    assert len(seen) > 6 and sequence.cache.thresholds.tolist() == last
+    assert len(seen) > 6 and sequence.cache.left.thresholds.tolist() == last
 
 
 @pytest.mark.parametrize("expected", [True, False])

@@ -14,6 +14,7 @@ from minillm.cache import state as cache_state
 from minillm.cache.kv_cache import KVCache
 from minillm.compress.methods import METHODS
 from minillm.compress.plan import Queries
+from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
 from minillm.ops.pages import WORDS
 from minillm.profile import worth
@@ -92,7 +93,7 @@ def test_compressed_caches(device, ids, options):
         twins.close(twins.decode([token], [pair]), 10)
     twins.close(twins.extend(ids[152:190], pair), 10)
     for model, cache, compressor in zip(twins.models, pair, twins.compressors, strict=True):
-        model.recompress(cache, compressor)
+        recompress(model, cache, compressor)
     assert near()
     twins.close(twins.decode([ids[190]], [pair]), 10)
 
@@ -117,7 +118,7 @@ def test_every_method(device, ids, method):
         assert np.isfinite(logits[0]).all()
     for model, cache, compressor in zip(twins.models, pair, twins.compressors, strict=True):
         if compressor.due(cache):
-            model.recompress(cache, compressor)
+            recompress(model, cache, compressor)
     assert abs(pair[0].entries - pair[1].entries) <= 8
 
 
@@ -138,9 +139,9 @@ def test_predicted_scores(device, ids, kind):
         assert noted[0].shape == (SMALL.n_layers, 3, n) and noted[0].dtype == np.float32
         twins.close(noted, 2)
         for cache in pair:
-            cache.predicted = None
+            cache.left.predicted = None
     twins.close(twins.decode([1, 2], pairs))
-    assert not twins.models[0].runner.step.foresees
+    assert not twins.models[0].runner.step.predicts
 
 
 def test_a_prompt_that_is_read_in_blocks(device, ids, monkeypatch):
@@ -212,7 +213,7 @@ def test_a_layer_is_planned_on_the_device(device, method, waits):
         for layer in range(SMALL.n_layers):
             k, v, predicted = words(2, n), words(2, n), rng.normal(size=(2, n)).astype(np.float32)
             if method == "foresight":
-                cache.predicted[layer].append(device.upload(predicted))
+                cache.left.predicted[layer].append(device.upload(predicted))
             device.waits.clear()
             device.bytes_down.clear()
             compression.store(layer, k, v, queries)
@@ -242,7 +243,7 @@ def test_positions_that_were_moved_up(device, ids):
     pair = twins.caches()
     twins.extend(ids[:30], pair)
     for cache in pair:
-        cache.shift = 4
+        cache.left.shift = 4
     for token in ids[30:33]:
         twins.close(twins.decode([token], [pair]))
     for cache in pair:
@@ -283,7 +284,7 @@ def test_entries_in_8_bits_that_stay_are_the_same_words(device, ids, kind):
     for token in ids[150:182]:
         model.decode([token], [cache])
         if compressor.due(cache):
-            model.recompress(cache, compressor)
+            recompress(model, cache, compressor)
     after = words()
     stayed = before.keys() & after.keys()
     assert len(stayed) >= 80 and len(after.keys() - stayed) > 30
@@ -351,4 +352,4 @@ def test_a_damaged_layer_is_named(device, ids):
         with pytest.raises(MinillmError, match="layer 1"):
             model.decode([1], [pair[0]])
     with pytest.raises(MinillmError, match="layer 1"):
-        model.extend(ids[:5], pair[0])
+        extend(model, ids[:5], pair[0])

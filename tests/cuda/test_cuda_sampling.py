@@ -9,6 +9,7 @@ import pytest
 from emulator import Kernel, cases
 from twins import SMALL, Twins
 
+from minillm.compress.reading import extend
 from minillm.ops import launch
 from minillm.sampling import PENALTY_WINDOW, Draw, Sampler, SamplingParams, sample, weights
 
@@ -163,7 +164,7 @@ def test_tokens_of_a_decode_step(device, params):
     samplers = [Sampler(SamplingParams(seed=seed, **params)) for seed in (1, 2)]
     ids = np.random.default_rng(5).integers(0, 1030, 60).tolist()
     for sampler, pair in zip(samplers, pairs, strict=True):
-        hidden, draw = model.extend(ids[:30], pair[0])[-1:], sampler.draw(ids)
+        hidden, draw = extend(model, ids[:30], pair[0])[-1:], sampler.draw(ids)
         assert model.draw(hidden, [draw]) == [sample(model.logits(hidden)[0], draw)]
     caches = [pair[0] for pair in pairs]
     for token in ids[30:35]:

@@ -6,6 +6,7 @@ import pytest
 import tiny_chat
 
 from minillm import LLM, CacheConfig, SamplingParams
+from minillm.compress import reading
 from minillm.errors import MinillmError
 from minillm.evaluate import scoring
 from minillm.evaluate.continuation import local_errors
@@ -155,7 +156,7 @@ def test_local_errors_against_a_literal_softmax(llm):
     context, following = tokens(10, 260), tokens(11, 6)
     compressors = [None, *(compressor_of(llm, config) for config in CONFIGS[1:])]
     caches = [KVCache(llm.pool, llm.config.n_layers, llm.config.n_kv_heads) for _ in compressors]
-    llm.model.extend_each(context, caches, compressors)
+    reading.finish(reading.read(llm.model, context, caches, compressors))
     errors = local_errors(llm, caches[0], caches, following)
     assert errors.shape == (4, 2)
     assert (errors[0] == 0).all() and (errors[1:] > 0.01).all()

@@ -10,6 +10,7 @@ from compiled import PATHS
 
 from minillm import LLM, CacheConfig
 from minillm.cache.kv_cache import KVCache
+from minillm.compress.reading import extend
 from minillm.ops import cpu_lib
 
 FLOAT, BF16 = 1e-5, 3e-2  # small random models make much of a rounding; the default model's logits move by 1e-2
@@ -78,14 +79,14 @@ def test_a_token_is_one_call_into_c(tiny_models, path, monkeypatch):
 
 def predicted(llm, weight, bias, ids):
     """(L, H, n) scores noted of a prompt, but for its last two tokens, which are decoded in two sequences."""
-    llm.model.foresee(weight, bias)
+    llm.model.predict(weight, bias)
     cache = KVCache(llm.pool, *weight.shape[:2])
-    cache.predicted = [[np.zeros((weight.shape[1], 0), np.float32)] for _ in weight]
-    llm.model.extend(ids[:-2], cache)
+    cache.left.predicted = [[np.zeros((weight.shape[1], 0), np.float32)] for _ in weight]
+    extend(llm.model, ids[:-2], cache)
     other = cache.fork()
     for token in ids[-2:]:
         llm.model.decode([token, 3], [cache, other])
-    return np.stack([np.concatenate(noted, axis=1) for noted in cache.predicted])
+    return np.stack([np.concatenate(noted, axis=1) for noted in cache.left.predicted])
 
 
 def test_predicted_scores_are_those_of_numpy(tiny_models, path, monkeypatch):

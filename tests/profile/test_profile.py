@@ -12,12 +12,12 @@ from oracle import rms_norm
 from paths import ROOT
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import CLASSES, compressor_of, config_of, ids_of, model_of, new_cache
+from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, CacheConfig, SamplingParams
 from minillm.cache import state as cache_state
 from minillm.compress import compressor as compressor_module
-from minillm.compress.compressor import Compressor
+from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError, UsageError
 from minillm.files.profile_file import CURVE, Profile, fingerprint, load, places
 from minillm.ops import numpy_ops
@@ -60,7 +60,7 @@ def test_scores_are_the_projection_of_normalised_hidden_states():
     for block in model.blocks:
         block.w_down.data[:] = 0
     cache, compressor, ids = new_cache(model), compressor_of(model, "foresight", 1.0), ids_of(100)
-    model.extend(ids, cache, compressor)  # up to 128 tokens are left whole: what is predicted is noted all the same
+    extend(model, ids, cache, compressor)  # up to 128 tokens are left whole: what is predicted is noted all the same
     for token in (7, 8):
         model.decode([token], [cache])
     x = model.embedding.data.astype(np.float64)[[*ids, 7, 8]]
@@ -68,19 +68,19 @@ def test_scores_are_the_projection_of_normalised_hidden_states():
         expected = (
             block.w_score.data.astype(np.float64) @ rms_norm(x, block.attention_norm, 1e-5).T + block.b_score[:, None]
         )
-        np.testing.assert_allclose(np.concatenate(cache.predicted[layer], axis=1), expected, atol=1e-4)
+        np.testing.assert_allclose(np.concatenate(cache.left.predicted[layer], axis=1), expected, atol=1e-4)
 
 
 def test_the_rows_of_a_compression_are_those_that_were_predicted_best():
     """Prompt, generation and a second prompt: every kept entry of the free ones scores no less than any dropped one."""
     model = blind_model(2)
     cache, compressor = new_cache(model), compressor_of(model, "foresight", 60, merge="drop", recompress=20, window=8)
-    model.extend(ids_of(300), cache, compressor)
+    extend(model, ids_of(300), cache, compressor)
     for token in ids_of(70, 1):
         model.decode([token], [cache])
         if compressor.due(cache):
-            model.recompress(cache, compressor)
-    model.extend(ids_of(200, 2), cache, compressor)
+            recompress(model, cache, compressor)
+    extend(model, ids_of(200, 2), cache, compressor)
     assert cache.entries == 60 * cache.lengths.size
     x = model.ops.embed(model.embedding, cache.token_ids)
     kept, dropped = [], []
@@ -106,7 +106,7 @@ def test_block_by_block_is_the_same_as_at_once(budget, threshold, merge, blocks,
         monkeypatch.setattr(compressor_module, "BLOCK_TOKENS", size)
         caches.append(new_cache(model))
         options = {"merge": merge, "threshold": threshold, "window": 16}
-        model.extend(ids, caches[-1], compressor_of(model, "foresight", budget, **options))
+        extend(model, ids, caches[-1], compressor_of(model, "foresight", budget, **options))
     assert caches[0].lengths.sum() == caches[1].lengths.sum() < 700 * caches[0].lengths.size
     for a, b in zip(*map(stored, caches), strict=True):
         for head, other in zip(a, b, strict=True):
@@ -120,7 +120,7 @@ def test_a_prompt_in_blocks_never_holds_more_than_its_budget_and_a_block(monkeyp
     model, most = blind_model(), []
     cache = new_cache(model)
     compressor = compressor_of(model, "foresight", 0.1)
-    model.extend(ids_of(2000), cache, compressor, lambda done, layers: most.append(cache.entries))
+    extend(model, ids_of(2000), cache, compressor, lambda done, layers: most.append(cache.entries))
     n, pool = cache.lengths.size, cache.pool
     assert len(most) == 20 * 3 and max(most) <= n * 200 + 2 * 100 * 2  # the budget, and a layer's block or two
     assert cache.entries == n * 200
@@ -133,15 +133,15 @@ def test_a_prompt_in_blocks_never_holds_more_than_its_budget_and_a_block(monkeyp
 def test_a_threshold_at_the_cut_of_a_budget_keeps_the_same(merge):
     model, ids = model_of(config_of(n_layers=3)), ids_of(500)
     cache = new_cache(model)
-    model.extend(ids, cache, compressor_of(model, "foresight", 0.3, merge=merge))
+    extend(model, ids, cache, compressor_of(model, "foresight", 0.3, merge=merge))
     pos = [[entries[3] for entries in layer] for layer in stored(cache)]
     free = [
         scores[(p >= 4) & (p < 500 - 32)]
-        for scores, p in zip(cache.scores, (np.concatenate(heads) for heads in pos), strict=True)
+        for scores, p in zip(cache.left.scores, (np.concatenate(heads) for heads in pos), strict=True)
     ]
     other = new_cache(model)
     threshold = float(np.concatenate(free).min())
-    model.extend(ids, other, compressor_of(model, "foresight", threshold=threshold, merge=merge))
+    extend(model, ids, other, compressor_of(model, "foresight", threshold=threshold, merge=merge))
     assert [[entries[3].tolist() for entries in layer] for layer in stored(other)] == [
         [p.tolist() for p in h] for h in pos
     ]
@@ -150,9 +150,9 @@ def test_a_threshold_at_the_cut_of_a_budget_keeps_the_same(merge):
 def test_what_was_read_without_predictions_cannot_go_on_with_them():
     model = model_of(config_of())
     cache = new_cache(model)
-    model.extend(ids_of(200), cache)
+    extend(model, ids_of(200), cache)
     with pytest.raises(MinillmError, match="start a new session"):
-        model.extend(ids_of(200), cache, compressor_of(model, "foresight", 0.5))
+        extend(model, ids_of(200), cache, compressor_of(model, "foresight", 0.5))
 
 
 # fit
@@ -227,10 +227,10 @@ def test_a_profile_foretells_texts_it_was_not_fitted_on():
 def cost(llm, config, ids, passages):
     """Nats a token of passages, read one by one after ids that were compressed as any prompt is."""
     cache, losses = llm.new_cache(), []
-    llm.model.extend(ids, cache, llm.compressor_for(config))
+    extend(llm.model, ids, cache, llm.compressor_for(config))
     for passage, scored in passages:
         following = passage[1:][-(scored or len(passage)) :]
-        logits = llm.model.logits(llm.model.extend(passage[:-1], cache.fork())[-len(following) :]).astype(np.float64)
+        logits = llm.model.logits(extend(llm.model, passage[:-1], cache.fork())[-len(following) :]).astype(np.float64)
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         losses.append(-np.mean([row[token] for row, token in zip(log_p, following, strict=True)]))
     return np.mean(losses), cache.lengths.copy()
@@ -288,8 +288,8 @@ def test_a_second_reading_counts_for_what_entries_are_worth():
     scores = {}
     for name, options in {"hindsight": {}, "without": {"worth": False}}.items():
         cache = llm.new_cache()
-        llm.model.extend(ids, cache, llm.compressor_for(CacheConfig("hindsight", 1.0, **options)))
-        scores[name] = np.reshape(cache.scores, (*cache.lengths.shape, 300))
+        extend(llm.model, ids, cache, llm.compressor_for(CacheConfig("hindsight", 1.0, **options)))
+        scores[name] = np.reshape(cache.left.scores, (*cache.lengths.shape, 300))
     expected = scores["without"] * np.exp(llm.profile.worth)[:, :, None]
     np.testing.assert_allclose(scores["hindsight"], expected, rtol=1e-6)
 
@@ -674,7 +674,7 @@ def test_flags_of_the_command_line():
     assert args.cache.method is None and args.cache.quality == 0.99
     assert cli.parse(["--quality", "0.95", "-p", "x"]).cache.quality == 0.95
     assert json.loads(json.dumps(args.cache.as_dict()))["quality"] == 0.99
-    assert isinstance(Compressor(args.cache, None, numpy_ops, CLASSES).block_tokens, int)
+    assert args.cache.predicts
 
 
 def test_no_eight_words_of_the_profiles_texts_are_in_the_evaluations():

@@ -37,11 +37,11 @@ n = 3000
 
 def read(cache_config):
     cache = KVCache(pool, config.n_layers, config.n_kv_heads)
-    model.extend(rng.integers(0, 64, n), cache, Compressor(cache_config, model.rope, ops, classes))
+    extend(model, rng.integers(0, 64, n), cache, Compressor(cache_config.resolve(), model, classes))
     return cache
 
 
-model.extend([1] * 300, KVCache(pool, 12, 8))  # what libraries take for themselves is there afterwards
+extend(model, [1] * 300, KVCache(pool, 12, 8))  # what libraries take for themselves is there afterwards
 pool.trim()
 start = resident_memory()
 cache = read(CacheConfig(sys.argv[1], float(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""Output: what a value does to the residual stream, through W_O."""
+"""OutputProjection: what a value does to the residual stream, through W_O."""
 
 from functools import cached_property
 
@@ -7,7 +7,7 @@ import numpy as np
 BLOCK = 1024  # rows whose products with W_O exist at a time
 
 
-class Output:
+class OutputProjection:
     """The output projection of one layer, a query head at a time: v W_O^h is what a row with the value v adds to the
     residual stream for each unit of attention that query head h gives it.
 
