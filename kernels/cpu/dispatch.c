@@ -86,20 +86,20 @@ EXPORT void minillm_rope(const float *x, const float *cos, const float *sin, flo
     kernels->rope(x, cos, sin, y, heads, n, d);
 }
 EXPORT void minillm_swiglu(float *gate, const float *up, int64_t n) { kernels->swiglu(gate, up, n); }
-EXPORT void minillm_linear(const Product *products, int count, const float *x, int64_t n) { kernels->linear(products, count, x, n, NULL, 0); }
+EXPORT void minillm_linear(const Product *products, int count, const float *x, int64_t n) { ATTEMPT(kernels->linear(products, count, x, n, NULL, 0)); }
 EXPORT void minillm_rows(const Matrix *w, const int64_t *ids, int64_t n, float *out) { kernels->rows(w, ids, n, out); }
-EXPORT void minillm_prefill_attention(const PrefillAttention *a) { kernels->prefill_attention(a); }
-EXPORT void minillm_decode_attention(const DecodeAttention *a) { kernels->decode_attention(a); }
-EXPORT void minillm_scores(const Scores *a) { kernels->scores(a); }
+EXPORT void minillm_prefill_attention(const PrefillAttention *a) { ATTEMPT(kernels->prefill_attention(a)); }
+EXPORT void minillm_decode_attention(const DecodeAttention *a) { ATTEMPT(kernels->decode_attention(a)); }
+EXPORT void minillm_scores(const Scores *a) { ATTEMPT(kernels->scores(a)); }
 EXPORT void minillm_unit_rows(const float *keys, int64_t n, int64_t d, float *unit) { kernels->unit_rows(keys, n, d, unit); }
-EXPORT void minillm_merge(const Merge *m) { kernels->merge(m); }
+EXPORT void minillm_merge(const Merge *m) { ATTEMPT(kernels->merge(m)); }
 EXPORT void minillm_write_entries(const Entries *e) { kernels->write_entries(e); }
-EXPORT void minillm_rewrite(const Rewrite *w) { kernels->rewrite(w); }
+EXPORT void minillm_rewrite(const Rewrite *w) { ATTEMPT(kernels->rewrite(w)); }
 EXPORT void minillm_clusters(const Segments *s, const float *taus, int n_taus, int64_t *counts, int64_t *seed, float *similarity)
 {
-    kernels->clusters(s, taus, n_taus, counts, seed, similarity);
+    ATTEMPT(kernels->clusters(s, taus, n_taus, counts, seed, similarity));
 }
-EXPORT void minillm_nearest(const Nearest *a) { kernels->nearest(a); }
+EXPORT void minillm_nearest(const Nearest *a) { ATTEMPT(kernels->nearest(a)); }
 EXPORT void minillm_bf16_from(const float *x, int64_t n, uint16_t *out) { kernels->bf16_from(x, n, out); }
 EXPORT void minillm_bf16_to(const uint16_t *x, int64_t n, float *out) { kernels->bf16_to(x, n, out); }
 EXPORT double minillm_stream(const float *x, int64_t n) { return kernels->stream(x, n); }

@@ -5,6 +5,7 @@
 #ifndef MINILLM_CPU_H
 #define MINILLM_CPU_H
 
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -212,9 +213,17 @@ void parallel(int64_t n_tasks, Task *task, void *context);
 int pool_threads(void);
 
 /* At least `bytes` of memory, aligned to 64; the same `slot` of the same thread gives the same memory, which only grows. A thread's
- * own slots are 0..7 (thread as given to a Task); the caller's are SHARED + 0..7. */
+ * own slots are 0..7 (thread as given to a Task); the caller's are SHARED + 0..7. Where the system has no memory left it does not
+ * return: the task ends, and the call after its region. So an exported function that comes here runs in an ATTEMPT, of which either
+ * all is done or minillm_missing is not 0. */
 enum { MAX_THREADS = 256, SLOTS = 8, SHARED = MAX_THREADS };
 void *scratch(int thread, int slot, size_t bytes);
+extern jmp_buf attempt;
+#define ATTEMPT(...)           \
+    do {                       \
+        if (!_setjmp(attempt)) \
+            __VA_ARGS__;       \
+    } while (0)
 
 /* Entry i of a head: its slab, and where it is in that. */
 static inline int64_t entry_of(const Paged *layer, int64_t head, int64_t i, const Slab **slab)

@@ -100,7 +100,7 @@ EXPORT void minillm_neighbours(const uint8_t *stays, const int32_t *pos, const i
     }
 }
 
-EXPORT void minillm_fold(const Fold *f)
+static void fold(const Fold *f)
 {
     int64_t n_rows = 0, n_entries;
     for (int64_t s = 0; s < f->n_stretches; s++)
@@ -133,3 +133,5 @@ EXPORT void minillm_fold(const Fold *f)
         if (f->dest[i] >= 0)
             f->weight[i] /= f->sizes[f->dest[i]];
 }
+
+EXPORT void minillm_fold(const Fold *f) { ATTEMPT(fold(f)); }

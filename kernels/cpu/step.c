@@ -7,8 +7,8 @@
 /* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, and lse (Hq, n) of its attention, or NULL; k, v
  * (H, n, d), q and k rotated, and mixed (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL.
  * cos, sin (n, d / 2). */
-EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
-                                    float *q, float *lse, float *k, float *v, float *score, float *mixed)
+static void layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past, float *q,
+                            float *lse, float *k, float *v, float *score, float *mixed)
 {
     const Block *block = &m->blocks[layer];
     const int64_t d = m->head_dim;
@@ -26,8 +26,14 @@ EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, i
     kernels->prefill_attention(&a);
 }
 
+EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
+                                    float *q, float *lse, float *k, float *v, float *score, float *mixed)
+{
+    ATTEMPT(layer_attention(m, layer, x, n, cos, sin, past, q, lse, k, v, score, mixed));
+}
+
 /* The second half: x += W_O mixed, x += mlp(norm(x)). Returns whether x is finite. */
-EXPORT int minillm_layer_output(const Model *m, int layer, float *x, int64_t n, const float *mixed)
+static int layer_output(const Model *m, int layer, float *x, int64_t n, const float *mixed)
 {
     const Block *block = &m->blocks[layer];
     const Product product = {block->wo, block->bo, x, 0, 1};
@@ -36,12 +42,21 @@ EXPORT int minillm_layer_output(const Model *m, int layer, float *x, int64_t n, 
     return kernels->finite(x, n * m->dim);
 }
 
+EXPORT int minillm_layer_output(const Model *m, int layer, float *x, int64_t n, const float *mixed)
+{
+    int finite = 0;
+    ATTEMPT(finite = layer_output(m, layer, x, n, mixed));
+    return finite;
+}
+
 /* logits (n, vocab) of hidden states (n, dim) before the last norm. */
-EXPORT void minillm_logits(const Model *m, const float *x, int64_t n, float *logits)
+static void logits_of(const Model *m, const float *x, int64_t n, float *logits)
 {
     const Product product = {m->head, NULL, logits, 0, 0};
     kernels->linear(&product, 1, x, n, m->norm, m->eps);
 }
+
+EXPORT void minillm_logits(const Model *m, const float *x, int64_t n, float *logits) { ATTEMPT(logits_of(m, x, n, logits)); }
 
 /* k, v (d,) into the last entry of a head; its page is this sequence's own. */
 static void append(const Paged *past, int64_t head, int64_t d, const float *k, const float *v)
@@ -58,8 +73,8 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
  * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
  * (L, B, Hq, d) that gets the rotated queries; scores: NULL, or (L, B, H) that gets what the profile predicts. Returns the first
  * layer whose output is not finite, or -1. */
-EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
-                          float *queries, float *scores)
+static int decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
+                  float *queries, float *scores)
 {
     const int64_t d = m->head_dim, q_dim = m->n_heads * d, kv_dim = m->n_kv_heads * d;
     float *x = scratch(SHARED, 6, sizeof(float) * (size_t)(batch * (m->dim + 2 * q_dim + 2 * kv_dim)) + sizeof(Paged) * (size_t)batch + 64);
@@ -96,6 +111,14 @@ EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, con
         if (!kernels->finite(x, batch * m->dim))
             return layer;
     }
-    minillm_logits(m, x, batch, logits);
+    logits_of(m, x, batch, logits);
     return -1;
+}
+
+EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
+                          float *queries, float *scores)
+{
+    int bad_layer = -1;
+    ATTEMPT(bad_layer = decode(m, ids, batch, cos, sin, caches, logits, queries, scores));
+    return bad_layer;
 }

@@ -1,10 +1,13 @@
-/* The thread pool, and scratch memory that outlives a call.
+/* The thread pool, scratch memory that outlives a call, and what happens where the system has none left.
  *
  * Of the tasks of a parallel region each thread has a stretch, which it goes through from its beginning: what lies side by side in
  * memory is read by one thread, and what was fetched ahead is what comes next. Whoever is done takes from the ends of the
  * others' stretches, so that a thread which the system has put aside delays nobody but its own task. Waiting threads spin for
  * about 0.1 ms, longer than the serial part of a layer, and then sleep: a sleeping thread costs 30-60 us to wake, and a decode
- * step has 150 regions. */
+ * step has 150 regions.
+ *
+ * A task that cannot have its memory ends there, and tasks that have not begun are left out: no thread leaves a region but by its
+ * end. Then the caller's thread leaves the call, for the ATTEMPT that it began with. */
 #include "minillm_cpu.h"
 
 #include <pthread.h>
@@ -36,9 +39,16 @@ static _Atomic int64_t done;
 static atomic_int sleepers, stopping;
 static Task *current;
 static void *current_context;
+static int sharing; /* whether the pool's threads are at tasks */
 
 static void *slots[MAX_THREADS + 1][SLOTS];
 static size_t slot_bytes[MAX_THREADS + 1][SLOTS];
+
+EXPORT _Atomic int64_t minillm_missing; /* bytes that a call could not have; who made the call sets it back to 0 */
+jmp_buf attempt;
+static struct {
+    _Alignas(64) jmp_buf end;
+} tasks[MAX_THREADS]; /* where a thread goes on after a task */
 
 /* A task of a thread's stretch, the first for that thread and the last for others; -1 if none is left. */
 static int64_t take(int owner, int thread)
@@ -54,12 +64,18 @@ static int64_t take(int owner, int thread)
     return -1;
 }
 
+static void run(int64_t task, int thread)
+{
+    if (!atomic_load_explicit(&minillm_missing, memory_order_relaxed) && !_setjmp(tasks[thread].end))
+        current(current_context, task, thread);
+}
+
 static void work(int thread)
 {
     int64_t count = 0;
     for (int i = 0; i < n_threads; i++)
         for (int64_t task; (task = take((thread + i) % n_threads, thread)) >= 0; count++)
-            current(current_context, task, thread);
+            run(task, thread);
     if (count)
         atomic_fetch_add(&done, count);
 }
@@ -87,14 +103,9 @@ static void *worker(void *argument)
     return NULL;
 }
 
-void parallel(int64_t n_tasks, Task *task, void *context)
+static void share(int64_t n_tasks, Task *task, void *context)
 {
-    if (n_threads == 1 || n_tasks <= 1) {
-        for (int64_t i = 0; i < n_tasks; i++)
-            task(context, i, 0);
-        return;
-    }
-    current = task, current_context = context;
+    current = task, current_context = context, sharing = 1;
     atomic_store(&done, 0);
     for (int64_t i = 0; i < n_threads; i++)
         atomic_store(&stretches[i].tasks, (uint64_t)(n_tasks * i / n_threads) << 32 | (uint64_t)(n_tasks * (i + 1) / n_threads));
@@ -110,6 +121,19 @@ void parallel(int64_t n_tasks, Task *task, void *context)
             RELAX();
         else
             sched_yield();
+    sharing = 0;
+    if (atomic_load(&minillm_missing))
+        _longjmp(attempt, 1);
+}
+
+void parallel(int64_t n_tasks, Task *task, void *context)
+{
+    if (n_threads > 1 && n_tasks > 1) {
+        share(n_tasks, task, context);
+        return;
+    }
+    for (int64_t i = 0; i < n_tasks; i++)
+        task(context, i, 0);
 }
 
 int pool_threads(void) { return n_threads; }
@@ -139,18 +163,31 @@ static void in_child(void)
     pthread_mutex_unlock(&lock);
     wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     atomic_store(&sleepers, 0);
-    n_threads = 1;
+    atomic_store(&stopping, 0);
+    atomic_store(&minillm_missing, 0);
+    sharing = 0, n_threads = 1;
 }
 __attribute__((constructor)) static void at_fork(void) { pthread_atfork(before_fork, in_parent, in_child); }
+
+/* A child that is forked in the middle of it leaves the memory be: it must not find what was freed. */
+static void give_back(int thread, int slot)
+{
+    void *memory = slots[thread][slot];
+    slot_bytes[thread][slot] = 0;
+    slots[thread][slot] = NULL;
+    free(memory);
+}
 
 void *scratch(int thread, int slot, size_t bytes)
 {
     if (slot_bytes[thread][slot] < bytes) {
-        free(slots[thread][slot]);
+        give_back(thread, slot);
         bytes = (size_t)round_up((int64_t)bytes, 4096);
         slots[thread][slot] = aligned_alloc(4096, bytes);
-        if (!slots[thread][slot])
-            abort(); /* the system gives address space freely: not reached before the process is killed for memory */
+        if (!slots[thread][slot]) {
+            atomic_store(&minillm_missing, (int64_t)bytes);
+            _longjmp(sharing && thread != SHARED ? tasks[thread].end : attempt, 1);
+        }
         slot_bytes[thread][slot] = bytes;
     }
     return slots[thread][slot];
@@ -160,9 +197,6 @@ void *scratch(int thread, int slot, size_t bytes)
 EXPORT void minillm_trim(void)
 {
     for (int thread = 0; thread <= MAX_THREADS; thread++)
-        for (int slot = 0; slot < SLOTS; slot++) {
-            free(slots[thread][slot]);
-            slots[thread][slot] = NULL;
-            slot_bytes[thread][slot] = 0;
-        }
+        for (int slot = 0; slot < SLOTS; slot++)
+            give_back(thread, slot);
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm.errors import UsageError
+from minillm.ops.pages import anonymous
 
 ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
@@ -178,19 +179,31 @@ _SIGNATURES = {  # name -> (result, arguments)
 
 class Library:
     """The functions of the library as attributes, without their prefix. One call at a time: they share threads and
-    scratch memory, and a call from a second Python thread waits."""
+    scratch memory, and a call from a second Python thread waits. MemoryError where the system had no memory for it;
+    what the call was to write is then undefined."""
 
     def __init__(self, file):
-        library, self.lock = ctypes.CDLL(str(file)), threading.Lock()
+        library = ctypes.CDLL(str(file))
+        self.missing = c_int64.in_dll(library, "minillm_missing")
+        self._unlock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._unlock)  # the thread that holds the lock is not in the child
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"minillm_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, self._alone(function))
 
+    def _unlock(self):
+        self.lock = threading.Lock()
+
     def _alone(self, function):
         def call(*arguments):
             with self.lock:
-                return function(*arguments)
+                result = function(*arguments)
+                if n_bytes := self.missing.value:
+                    self.missing.value = 0
+                    raise MemoryError(f"the system has no {n_bytes} bytes left")
+                return result
 
         return call
 
@@ -244,7 +257,7 @@ def huge_pages(nbytes):
     whole = _arena and _arena()
     if whole is None or nbytes > len(whole) - _used:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default, shared memory, has no huge pages
-        mapping = mmap.mmap(-1, max(nbytes, ARENA_BYTES), flags=private)
+        mapping = anonymous(max(nbytes, ARENA_BYTES), flags=private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(mapping, np.uint8)

@@ -67,10 +67,18 @@ def slab_in(memory, n_pages, page_size, head_dim, dtype, make=Slab, **more):
     return make(**arrays, **more)
 
 
+def anonymous(n_bytes, **how):
+    """A mapping of n_bytes zeros; how: as mmap.mmap. MemoryError where the system has none."""
+    try:
+        return mmap.mmap(-1, n_bytes, **how)
+    except OSError as error:
+        raise MemoryError(f"the system has no {n_bytes} bytes left: {error.strerror}") from None
+
+
 def new_slab(n_pages, page_size, head_dim, dtype):
     """A Slab in an anonymous mapping of its own: it goes back to the operating system when the last reference to it
     goes."""
-    memory = np.frombuffer(mmap.mmap(-1, n_pages * page_bytes(page_size, head_dim, dtype)), np.uint8)
+    memory = np.frombuffer(anonymous(n_pages * page_bytes(page_size, head_dim, dtype)), np.uint8)
     return slab_in(memory, n_pages, page_size, head_dim, dtype)
 
 
