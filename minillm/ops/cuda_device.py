@@ -2,6 +2,7 @@
 it does so when a GPU is asked for."""
 
 import functools
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,6 +103,7 @@ class CudaDevice:
 
     def __init__(self, cupy, cublas, index):
         self.cupy, self.cublas, self.index, self.name = cupy, cublas, index, f"cuda:{index}"
+        self.process = os.getpid()
         self.device = cupy.cuda.Device(index)
         self.device.use()
         self.stream = _stream(cupy, index)
@@ -113,7 +115,13 @@ class CudaDevice:
     def use(self):
         """Have CuPy work on this GPU and its stream from here on. It remembers both for each thread, and is back on its
         default stream after a `with stream`, its own too (get() of what is not contiguous): nothing waits for work
-        there, and a graph would not have it. So this comes before every launch, allocation and copy."""
+        there, and a graph would not have it. So this comes before every launch, allocation and copy. MinillmError in
+        a process that was forked: CUDA has no way into it."""
+        if os.getpid() != self.process:
+            raise MinillmError(
+                f"{self.name} was opened before this process was forked, and CUDA does not work in such a child: load "
+                'the model in the child, which multiprocessing\'s "spawn" starts afresh'
+            )
         self.device.use()
         self.stream.use()
 

@@ -4,6 +4,7 @@ emulated device."""
 import builtins
 import ctypes
 import gc
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -196,6 +197,27 @@ def fake_device(streams, calls):
     cupy = Module(cuda=cuda, empty=empty, RawModule=lambda **_: kernel, ndarray=emulator.device.Array)
     note.max_dynamic_shared_size_bytes = 48 << 10
     return cupy, cublas
+
+
+def test_a_forked_child_is_told_that_the_gpu_is_its_parents():
+    streams = Streams()
+    device = cuda_device.CudaDevice(*fake_device(streams, []), 0)
+    device.empty((1,), np.float32)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            device.empty((1,), np.float32)
+        except MinillmError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    assert "cuda:0 was opened before this process was forked" in said and "load the model in the child" in said
+    device.empty((1,), np.float32)
 
 
 def test_all_work_is_on_one_stream(monkeypatch):
