@@ -218,15 +218,20 @@ class Model:
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32."""
         if self.runner:
-            return self.runner.logits(hidden)
-        return self.ops.linear(self.ops.rms_norm(hidden, self.norm, self.config.rms_eps), self.head)
+            logits = self.runner.logits(hidden)
+        else:
+            logits = self.ops.linear(self.ops.rms_norm(hidden, self.norm, self.config.rms_eps), self.head)
+        self._check_finite(np.isfinite(logits).all(), len(self.blocks))
+        return logits
 
     def draw(self, hidden, draws):
         """Hidden states (B, dim) before the last norm -> the token that comes next in each of B sequences, by B
         Draws."""
-        if self.runner:
-            return self.runner.draw(hidden, draws)
-        return sample_each(self.logits(hidden), draws)
+        if not self.runner:
+            return sample_each(self.logits(hidden), draws)
+        tokens, finite = self.runner.draw(hidden, draws)
+        self._check_finite(finite, len(self.blocks))
+        return tokens
 
     def _qkv(self, block, x):
         """x (n, dim) -> q (Hq, n, d), k and v (H, n, d), not yet rotated."""
@@ -245,8 +250,14 @@ class Model:
         return ops.linear(h, block.w_down, block.b_down)
 
     def _check_finite(self, finite, layer):
-        if not finite:
-            raise MinillmError(
-                f"NaN or infinity in the output of layer {layer}: the weights of model.layers.{layer} are damaged or "
-                "do not fit this architecture; fetch the model again"
-            )
+        """layer: whose output it is, or the number of layers: the logits."""
+        if finite:
+            return
+        where, weights = f"output of layer {layer}", f"model.layers.{layer}"
+        if layer == len(self.blocks):
+            head = "model.embed_tokens, the head," if self.config.tied_head else "lm_head"
+            where, weights = "logits", f"model.norm or {head}"
+        raise MinillmError(
+            f"NaN or infinity in the {where}: the weights of {weights} are damaged or do not fit this architecture; "
+            "fetch the model again"
+        )

@@ -72,7 +72,7 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
 /* One token of each of B sequences: ids (B,), cos and sin (B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
  * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
  * (L, B, Hq, d) that gets the rotated queries; scores: NULL, or (L, B, H) that gets what the profile predicts. Returns the first
- * layer whose output is not finite, or -1. */
+ * layer whose output is not finite, L for the logits, or -1. */
 static int decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
                   float *queries, float *scores)
 {
@@ -112,7 +112,7 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
             return layer;
     }
     logits_of(m, x, batch, logits);
-    return -1;
+    return kernels->finite(logits, batch * m->vocab_size) ? -1 : m->n_layers;
 }
 
 EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,

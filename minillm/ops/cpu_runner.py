@@ -57,14 +57,17 @@ class Runner:
         return out
 
     def draw(self, hidden, draws):
-        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws."""
-        return sample_each(self.logits(hidden), draws)
+        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws, and whether
+        the logits are finite: there is no token if not."""
+        logits = self.logits(hidden)
+        finite = np.isfinite(logits).all()
+        return sample_each(logits, draws) if finite else None, finite
 
     def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> logits (B, vocab), or by B Draws the next tokens; the first layer whose
-        output is not finite, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None where no
-        cache collects them."""
+        output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H),
+        or None where no cache collects them. Where a layer is named, nothing else is there."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
@@ -77,4 +80,6 @@ class Runner:
         cos, sin, outputs = floats(cos), floats(sin), (logits, queries, scores)
         arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, *map(pointer, outputs)
         bad_layer = self.lib.decode(byref(self.table), *arguments)
-        return sample_each(logits, draws), None if bad_layer < 0 else bad_layer, queries, scores
+        if bad_layer >= 0:
+            return None, bad_layer, None, None
+        return sample_each(logits, draws), None, queries, scores

@@ -7,7 +7,7 @@ from minillm.ops import launch, say_once
 from minillm.ops.pages import PAGE_SIZE, from_words
 from minillm.sampling import GREEDY, PENALTY_WINDOW
 
-FINE = 1 << 30  # "the first layer whose output is not finite", where there is none
+FINE = 1 << 30  # "the first layer whose output is not finite" (the logits come after the last), where there is none
 
 
 class DecodeStep:
@@ -151,6 +151,7 @@ class DecodeStep:
             launch.not_finite(device, self.x, index, control["results"][:1])
         for rows in self._groups():
             launch.norm_gemv(device, self.x[rows], runner.norm, eps, runner.model.head, self.logits[rows])
+        launch.not_finite(device, self.logits, len(runner.layers), control["results"][:1])
         draws, tokens = (control["reals"], control["ints"]), control["results"][1:]
         launch.sample(device, self.logits, *draws, self.sample_space, tokens)
 

@@ -87,11 +87,14 @@ class Runner:
 
     def output(self, index, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
-        layer, device = self.layers[index], self.device
+        layer = self.layers[index]
         self._product_onto(x, mixed, layer.wo, layer.bo)
         for lo in range(0, len(x), MLP_ROWS):
             self._mlp(layer, x[lo : lo + MLP_ROWS])
-        launch.not_finite(device, x, 0, self.bad)
+        return self._finite(x)
+
+    def _finite(self, x):
+        launch.not_finite(self.device, x, 0, self.bad)
         if self.bad.get()[0] == FINE:
             return True
         self.bad.fill(FINE)
@@ -109,11 +112,13 @@ class Runner:
         return self._logits(hidden).get()
 
     def draw(self, hidden, draws):
-        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws."""
+        """Hidden states (B, dim) before the last norm -> the next token of each of B sequences, by B Draws, and whether
+        the logits are finite: the tokens mean nothing if not."""
         device, logits, tokens = self.device, self._logits(hidden), self.device.empty((len(draws),), np.int32)
+        finite = self._finite(logits)
         tables = (device.upload(table) for table in launch.draw_tables(draws))
         launch.sample(device, logits, *tables, launch.sample_space(device, *logits.shape), tokens)
-        return tokens.get().tolist()
+        return tokens.get().tolist(), finite
 
     def _logits(self, hidden):
         logits = self.device.empty((len(hidden), self.model.head.shape[0]), np.float32)
@@ -141,8 +146,8 @@ class Runner:
     def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
         written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the first
-        layer whose output is not finite, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H), or None
-        where no cache collects them."""
+        layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores
+        (L, B, H), or None where no cache collects them."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)

@@ -127,9 +127,9 @@ def test_bias_is_added(device, rng):
     np.testing.assert_array_equal(y.get(), x + bias)
 
 
-@pytest.mark.parametrize("at", [0, 2999])
-def test_the_first_layer_that_is_not_finite(device, rng, at):
-    x, bad = rng.normal(size=3000).astype(F32), device.upload(np.array([99], np.int32))
+@pytest.mark.parametrize("n, at", [(3000, 0), (3000, 2999), (3001, 2999), (3003, 3000), (3003, 3002), (1, 0)])
+def test_the_first_layer_that_is_not_finite(device, rng, n, at):
+    x, bad = rng.normal(size=n).astype(F32), device.upload(np.array([99], np.int32))
     for layer, value in ((7, 1.0), (6, np.inf), (5, np.nan), (8, -np.inf)):
         x[at] = value
         launch.not_finite(device, device.upload(x), layer, bad)

@@ -27,6 +27,5 @@ def add_bias(device, x, bias):
 
 def not_finite(device, x, layer, bad):
     """bad[0] = min(bad[0], layer) if x, float32, holds a NaN or an infinity."""
-    assert x.size % 4 == 0
     grid = (min(blocks(x.size, 1024), 8 * device.processors),)
     run(device, "not_finite", "not_finite", grid, (256,), {"x": x, "n": x.size, "layer": layer, "bad": bad})
