@@ -174,6 +174,7 @@ class Model:
         Draws the token that comes next in each.
 
         If anything is raised on the way the caches hold what they held before."""
+        self.check_ids(token_ids)
         before = [cache.lengths.copy() for cache in caches]
         try:
             result, queries, scores = self._decode(token_ids, caches, draws)
@@ -248,6 +249,15 @@ class Model:
         h = ops.rms_norm(x, block.mlp_norm, self.config.rms_eps)
         h = ops.swiglu(ops.linear(h, block.w_gate, block.b_gate), ops.linear(h, block.w_up, block.b_up))
         return ops.linear(h, block.w_down, block.b_down)
+
+    def check_ids(self, token_ids):
+        ids, rows = np.asarray(token_ids), self.embedding.shape[0]
+        wrong = ids[(ids < 0) | (ids >= rows)]
+        if wrong.size:
+            raise MinillmError(
+                f"token {wrong[0]} is not in 0..{rows - 1}, the rows of the model's embedding: the ids are of another "
+                "tokenizer; take the one that belongs to this model"
+            )
 
     def _check_finite(self, finite, layer):
         """layer: whose output it is, or the number of layers: the logits."""

@@ -43,6 +43,7 @@ def read(model, token_ids, caches, compressors, wants=()):
     of a part. wants: what a Step is to have beside what compression asks for, see Model.layers."""
     if len(caches) > 1 and any(cache.seen for cache in caches):
         raise ValueError("caches that are read into together must be empty: what they attend to must be the same")
+    model.check_ids(token_ids)
     n, hidden = len(token_ids), []
     size = compressors[0].block_tokens if len(caches) == 1 and compressors[0] else None
     with ExitStack() as undo:

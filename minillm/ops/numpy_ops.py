@@ -30,6 +30,8 @@ LINEAR_BYTES = 4 << 20  # a stored weight is widened in tiles of this many bytes
 def embed(table, ids):
     """Rows `ids` (n,) of the embedding table, a Weight (vocab, dim) -> (n, dim)."""
     unique, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
+    if unique.size and not 0 <= unique[0] <= unique[-1] < table.shape[0]:
+        raise IndexError(f"token ids are not all in 0..{table.shape[0] - 1}")
     if table.kind == "F32":
         return table.data[unique][inverse]
     return np.concatenate([table.rows(i, i + 1) for i in unique])[inverse]
