@@ -251,6 +251,7 @@ class Model:
         return ops.linear(h, block.w_down, block.b_down)
 
     def check_ids(self, token_ids):
+        """Raise MinillmError where a token id has no row in the embedding."""
         ids, rows = np.asarray(token_ids), self.embedding.shape[0]
         wrong = ids[(ids < 0) | (ids >= rows)]
         if wrong.size:

@@ -26,6 +26,7 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.reading import extend
 from minillm.ops import cpu_lib, cpu_ops
 
 faults = ctypes.CDLL(os.environ["FAULTS"])
@@ -127,7 +128,7 @@ def test_a_step_without_memory_leaves_the_caches_as_promised(program, path):
     assert "done" in program(
         """
         model, cache = model_and_cache()
-        model.extend(ids_of(70), cache)
+        extend(model, ids_of(70), cache)
         before, held, failed = cache.lengths.copy(), cache.read(0).k.copy(), 0
         logits = model.decode([5], [cache.fork()])
         for n in range(1, 200):
@@ -147,17 +148,17 @@ def test_a_step_without_memory_leaves_the_caches_as_promised(program, path):
         def compressor(method):
             config = CacheConfig(method, 0.3)
             classes = np.zeros(VOCAB, np.uint8)
-            return Compressor(config, model.rope, cpu_ops, classes, model.scale, None)
+            return Compressor(config.resolve(), model, classes)
 
         for method in ("snapkv", "semanticache", "h2o"):
             cache, failed = KVCache(PagePool(cpu_ops, 16), 2, 2), 0
-            expected = np.array(model.extend(ids_of(70), cache, compressor(method)))
+            expected = np.array(extend(model, ids_of(70), cache, compressor(method)))
             for n in range(1, 400):
                 cache = KVCache(PagePool(cpu_ops, 16), 2, 2)
                 cpu_ops.trim()
                 faults.fail_memory(n)
                 try:
-                    found = model.extend(ids_of(70), cache, compressor(method))
+                    found = extend(model, ids_of(70), cache, compressor(method))
                     break
                 except MemoryError:
                     failed += 1
@@ -209,7 +210,7 @@ def test_a_forked_child_reads_on(program, start):
         f"""
         import multiprocessing, threading, time
         model, cache = model_and_cache()
-        model.extend(ids_of(70), cache)
+        extend(model, ids_of(70), cache)
         other = cache.fork()
         expected = model.decode([5], [cache])
         lock, release = cpu_lib.library().lock, threading.Event()
