@@ -221,12 +221,12 @@ def check_nearest(ops, rng, n_keys, n, m, d, *, first_of_equals):
     assert cosine.dtype == np.float32 and len(found) == len(cosine) == n
     norms = [float(np.sqrt(np.float64(key) @ np.float64(key))) for key in keys]
     for i, row in enumerate(rows):
-        stretch = others[first[i] : last[i]]
-        products = [norms[row] * norms[other] for other in stretch]
-        exact = [np.float64(keys[row]) @ np.float64(keys[o]) / p if p else 0.0 for o, p in zip(stretch, products)]  # noqa: B905
-        if not len(stretch):
+        segment = others[first[i] : last[i]]
+        products = [norms[row] * norms[other] for other in segment]
+        exact = [np.float64(keys[row]) @ np.float64(keys[o]) / p if p else 0.0 for o, p in zip(segment, products)]  # noqa: B905
+        if not len(segment):
             assert found[i] == -1 and cosine[i] == 0
             continue
-        at = int(np.flatnonzero(stretch == found[i])[0])
+        at = int(np.flatnonzero(segment == found[i])[0])
         assert abs(exact[at] - max(exact)) < 2e-6 and abs(cosine[i] - exact[at]) < 2e-6
-        assert not first_of_equals or not any(np.array_equal(keys[other], keys[found[i]]) for other in stretch[:at])
+        assert not first_of_equals or not any(np.array_equal(keys[other], keys[found[i]]) for other in segment[:at])

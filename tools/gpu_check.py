@@ -350,21 +350,23 @@ class Kernels:
         mask, taken = np.arange(n_rows) % 5 == 0, device.empty((n_rows,), np.uint8)
         n_stays, counts = int(mask.sum()), up(np.full(heads, n // 5, np.int32))
         arguments = scores, first, counts, n, launch.select_space(device, heads, n), taken
-        self.add(f"largest {n}", scores.nbytes + taken.nbytes, 0, launch.largest, *arguments)
+        self.add(f"segment_topk {n}", scores.nbytes + taken.nbytes, 0, launch.segment_topk, *arguments)
 
         stays, number, rows = (
             up(mask.view(np.uint8)),
             device.empty((n_rows,), np.int32),
             device.empty((n_stays,), np.int32),
         )
-        self.add(f"count_true {n}", stays.nbytes, 0, launch.count_true, stays, first, device.empty((heads,), np.int32))
-        arguments, moved = (stays, launch.number_space(device, n_rows), rows, number), stays.nbytes + number.nbytes
-        self.add(f"number_true {n}", moved + rows.nbytes, 0, launch.number_true, *arguments)
+        self.add(
+            f"segment_count {n}", stays.nbytes, 0, launch.segment_count, stays, first, device.empty((heads,), np.int32)
+        )
+        arguments, moved = (stays, launch.compact_space(device, n_rows), rows, number), stays.nbytes + number.nbytes
+        self.add(f"compact {n}", moved + rows.nbytes, 0, launch.compact, *arguments)
         values, order = up(rng.random(n_rows)), up(np.arange(n_rows, dtype=np.int32))
         fives = up(np.minimum(np.arange(n_stays + 1) * 5, n_rows).astype(np.int32))
         sums = device.empty((n_stays,), np.float64)
         moved = values.nbytes + order.nbytes + fives.nbytes + sums.nbytes
-        self.add(f"totals {n}", moved, 0, launch.totals, values, order, fives, sums)
+        self.add(f"segment_sum {n}", moved, 0, launch.segment_sum, values, order, fives, sums)
         out, pos = device.empty((n_rows,), np.float32), up(np.tile(np.arange(n, dtype=np.int32), heads))
         self.add(f"pooled {n}", 2 * scores.nbytes, 0, launch.pooled, scores, first, out, width, True)
         moved = stays.nbytes + pos.nbytes + number.nbytes
@@ -375,9 +377,9 @@ class Kernels:
         found, cosine = device.empty((len(rest),), np.int32), device.empty((len(rest),), np.float32)
         for of, size in (("chunk", chunk), ("head", n)):
             begin = rest // size * size
-            stretch = np.searchsorted(stayed, [begin, begin + size])
-            compared = int(np.diff(stretch, axis=0).sum())
-            arguments = keys, gone, others, *map(up, stretch.astype(np.int32)), found, cosine, "bf16"
+            segment = np.searchsorted(stayed, [begin, begin + size])
+            compared = int(np.diff(segment, axis=0).sum())
+            arguments = keys, gone, others, *map(up, segment.astype(np.int32)), found, cosine, "bf16"
             flop = 2 * c.head_dim * compared if size == n else 0
             self.add(f"nearest of a {of} {n}", keys.nbytes, flop, launch.nearest, *arguments)
 

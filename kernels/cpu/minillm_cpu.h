@@ -154,17 +154,17 @@ typedef struct {
     int64_t n_heads, d;
 } Rewrite;
 
-/* R rows, S stretches of `lengths` one after another, of which those kept become entries and others join the nearest of these that is
+/* R rows, S segments of `lengths` one after another, of which those kept become entries and others join the nearest of these that is
  * not protected: see `fold` of minillm/ops/numpy_planning.py. */
 typedef struct {
     const float *scores, *size;          /* (R,) */
-    const int32_t *pos;                  /* (R,) ascending in each stretch */
+    const int32_t *pos;                  /* (R,) ascending in each segment */
     const uint8_t *kept, *protected;     /* (R,) */
     const int64_t *lengths;              /* (S,) */
     int64_t *dest;                       /* (R,) */
     float *weight, *sizes;               /* (R,), (E,) */
     int64_t *rows;                       /* (E,) */
-    int64_t n_stretches, reach;
+    int64_t n_segments, reach;
     float counts;
 } Fold;
 

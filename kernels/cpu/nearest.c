@@ -1,4 +1,4 @@
-/* For each row the one of a stretch of others whose product with it is the largest.
+/* For each row the one of a segment of others whose product with it is the largest.
  *
  * The others are packed once, side by side in panels, so that a step of the product is two loads for a tile of rows; the largest
  * products so far and whose they are go along, and no matrix of products is written. Every product is summed in one order, so that

@@ -37,10 +37,10 @@ static uint32_t last_of(const float *scores, int64_t n, int64_t count, int64_t *
     return last;
 }
 
-/* taken (R,): the counts[s] largest of each of S stretches of scores, one after another; of equal ones the earlier. */
-EXPORT void minillm_largest(const float *scores, const int64_t *lengths, const int64_t *counts, int64_t n_stretches, uint8_t *taken)
+/* taken (R,): the counts[s] largest of each of S segments of scores, one after another; of equal ones the earlier. */
+EXPORT void minillm_segment_topk(const float *scores, const int64_t *lengths, const int64_t *counts, int64_t n_segments, uint8_t *taken)
 {
-    for (int64_t s = 0; s < n_stretches; scores += lengths[s], taken += lengths[s], s++) {
+    for (int64_t s = 0; s < n_segments; scores += lengths[s], taken += lengths[s], s++) {
         const int64_t n = lengths[s];
         if (counts[s] <= 0 || counts[s] >= n) {
             memset(taken, counts[s] > 0, (size_t)n);
@@ -55,10 +55,10 @@ EXPORT void minillm_largest(const float *scores, const int64_t *lengths, const i
     }
 }
 
-/* counts (S,): how many are true of each stretch of mask. */
-EXPORT void minillm_counts(const uint8_t *mask, const int64_t *lengths, int64_t n_stretches, int64_t *counts)
+/* counts (S,): how many are true of each segment of mask. */
+EXPORT void minillm_segment_count(const uint8_t *mask, const int64_t *lengths, int64_t n_segments, int64_t *counts)
 {
-    for (int64_t s = 0; s < n_stretches; mask += lengths[s], s++) {
+    for (int64_t s = 0; s < n_segments; mask += lengths[s], s++) {
         int64_t count = 0;
         for (int64_t i = 0; i < lengths[s]; i++)
             count += mask[i];
@@ -67,7 +67,7 @@ EXPORT void minillm_counts(const uint8_t *mask, const int64_t *lengths, int64_t 
 }
 
 /* rows: where mask (n,) is true; number (n,): which of them each is, or -1. */
-EXPORT void minillm_places(const uint8_t *mask, int64_t n, int64_t *rows, int64_t *number)
+EXPORT void minillm_compact(const uint8_t *mask, int64_t n, int64_t *rows, int64_t *number)
 {
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -77,7 +77,7 @@ EXPORT void minillm_places(const uint8_t *mask, int64_t n, int64_t *rows, int64_
     }
 }
 
-/* Row i of a stretch [lo, end): the nearest of some rows, given the ones before and after it (none: before < lo, after == end),
+/* Row i of a segment [lo, end): the nearest of some rows, given the ones before and after it (none: before < lo, after == end),
  * within `reach` positions, of two as near the earlier; or -1. */
 static inline int64_t nearer(const int32_t *pos, int64_t i, int64_t before, int64_t after, int64_t lo, int64_t end, int64_t reach)
 {
@@ -86,10 +86,10 @@ static inline int64_t nearer(const int32_t *pos, int64_t i, int64_t before, int6
     return least(back, ahead) > reach ? -1 : back <= ahead ? before : after;
 }
 
-/* near (R,): of the rows of the same stretch that stay the nearest to each; of a row that stays, itself. pos ascend in each stretch. */
-EXPORT void minillm_neighbours(const uint8_t *stays, const int32_t *pos, const int64_t *lengths, int64_t n_stretches, int64_t reach, int64_t *near)
+/* near (R,): of the rows of the same segment that stay the nearest to each; of a row that stays, itself. pos ascend in each segment. */
+EXPORT void minillm_neighbours(const uint8_t *stays, const int32_t *pos, const int64_t *lengths, int64_t n_segments, int64_t reach, int64_t *near)
 {
-    for (int64_t s = 0, lo = 0; s < n_stretches; lo += lengths[s++]) {
+    for (int64_t s = 0, lo = 0; s < n_segments; lo += lengths[s++]) {
         const int64_t end = lo + lengths[s];
         for (int64_t i = lo, before = lo - 1, after = lo - 1; i < end; i++) {
             if (after < i) /* the next one that stays */
@@ -103,12 +103,12 @@ EXPORT void minillm_neighbours(const uint8_t *stays, const int32_t *pos, const i
 static void fold(const Fold *f)
 {
     int64_t n_rows = 0, n_entries;
-    for (int64_t s = 0; s < f->n_stretches; s++)
+    for (int64_t s = 0; s < f->n_segments; s++)
         n_rows += f->lengths[s];
-    minillm_counts(f->kept, &n_rows, 1, &n_entries);
-    minillm_places(f->kept, n_rows, f->rows, f->dest);
+    minillm_segment_count(f->kept, &n_rows, 1, &n_entries);
+    minillm_compact(f->kept, n_rows, f->rows, f->dest);
     memcpy(f->weight, f->size, sizeof(float) * (size_t)n_rows);
-    for (int64_t s = 0, lo = 0; s < f->n_stretches; lo += f->lengths[s++]) {
+    for (int64_t s = 0, lo = 0; s < f->n_segments; lo += f->lengths[s++]) {
         const int64_t end = lo + f->lengths[s];
         for (int64_t i = lo, before = lo - 1, after = lo - 1; i < end; i++) {
             if (after < i)

@@ -77,8 +77,8 @@ __device__ __forceinline__ int block_scan(int own, int* sums) {
     return sums[thread];
 }
 
-// The stretch of row `row`: first[i] <= row < first[i + 1]; first (n + 1,).
-__device__ __forceinline__ int stretch_of(int row, const int* first, int n) {
+// The segment of row `row`: first[i] <= row < first[i + 1]; first (n + 1,).
+__device__ __forceinline__ int segment_of(int row, const int* first, int n) {
     int low = 0, high = n;
     while (high - low > 1) {
         int middle = (low + high) / 2;

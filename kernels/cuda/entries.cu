@@ -10,7 +10,7 @@ static const int D = HEAD_DIM, THREADS = D / 8;  // 8 elements a thread
 // The page of row `row` of the entries, and its place in it.
 __device__ __forceinline__ Page<page_type, D> place(int row, const unsigned long long* slabs, int slab_pages, const int* pages,
                                                  int capacity, const int* first, const int* start, int n_kv_heads, int& at) {
-    int head = stretch_of(row, first, n_kv_heads), entry = start[head] + row - first[head];
+    int head = segment_of(row, first, n_kv_heads), entry = start[head] + row - first[head];
     at = entry % PAGE_SIZE;
     return page_at<page_type, D>(slabs, slab_pages, pages[(size_t)head * capacity + entry / PAGE_SIZE]);
 }

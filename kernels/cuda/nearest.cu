@@ -1,8 +1,8 @@
-// For each of some rows the one most like it of a stretch of others, by the cosine of their keys.
+// For each of some rows the one most like it of a segment of others, by the cosine of their keys.
 // Defines: real16 = half, bf16; HEAD_DIM = 64, 128
 //
 // keys (R, d) real16; rows (n,), others (m,): numbers of rows. rows[i] looks among others[first[i]], ..., others[last[i] - 1].
-// found (n,): number of the row, of equal ones the first in `others`, -1 where the stretch is empty; cosine (n,), 0 for none and
+// found (n,): number of the row, of equal ones the first in `others`, -1 where the segment is empty; cosine (n,), 0 for none and
 // for keys of norm zero. Grid: a warp to each of the n, 8 a block.
 #include "common.cuh"
 

@@ -5,24 +5,24 @@
 static const int THREADS = 256, OWN = 8;  // rows that a thread numbers
 
 // counts (S,): how many of mask[first[s] : first[s + 1]] are true; first NULL: of every OWN * THREADS rows of (n,). Grid:
-// a block a stretch.
+// a block a segment.
 extern "C" __global__ void __launch_bounds__(256)
-count_true(const unsigned char* mask, const int* first, int* counts, int n) {
+segment_count(const unsigned char* mask, const int* first, int* counts, int n) {
     __shared__ int total;
-    int stretch = blockIdx.x, own = 0, begin = stretch * OWN * THREADS, end = min(begin + OWN * THREADS, n);
-    if (first) begin = first[stretch], end = first[stretch + 1];
+    int segment = blockIdx.x, own = 0, begin = segment * OWN * THREADS, end = min(begin + OWN * THREADS, n);
+    if (first) begin = first[segment], end = first[segment + 1];
     if (threadIdx.x == 0) total = 0;
     __syncthreads();
     for (int i = begin + threadIdx.x; i < end; i += THREADS) own += mask[i] != 0;
     atomicAdd(&total, own);
     __syncthreads();
-    if (threadIdx.x == 0) counts[stretch] = total;
+    if (threadIdx.x == 0) counts[segment] = total;
 }
 
 // rows: where mask (n,) is true, in order; number (n,): the how-manieth of them each is, from 0, or -1. `before`: of
-// every OWN * THREADS rows how many are true, which count_true has found. Grid: so many rows a block.
+// every OWN * THREADS rows how many are true, which segment_count has found. Grid: so many rows a block.
 extern "C" __global__ void __launch_bounds__(256)
-number_true(const unsigned char* mask, const int* before, int* rows, int* number, int n) {
+compact(const unsigned char* mask, const int* before, int* rows, int* number, int n) {
     __shared__ int base, sums[THREADS];
     int thread = threadIdx.x, begin = (blockIdx.x * THREADS + thread) * OWN, own = 0, blocks = 0;
     if (thread == 0) base = 0;
@@ -40,7 +40,7 @@ number_true(const unsigned char* mask, const int* before, int* rows, int* number
 // out (E,): the sum of values (R,) over the rows of each group: order[first[e]], ..., order[first[e + 1] - 1].
 // Grid: a group a thread.
 extern "C" __global__ void __launch_bounds__(256)
-totals(const double* values, const int* order, const int* first, double* out, int n_groups) {
+segment_sum(const double* values, const int* order, const int* first, double* out, int n_groups) {
     int group = blockIdx.x * blockDim.x + threadIdx.x;
     if (group >= n_groups) return;
     double sum = 0;
@@ -49,25 +49,25 @@ totals(const double* values, const int* order, const int* first, double* out, in
 }
 
 // out (R,): the largest, or the mean (zeros beyond the ends count), of `width` neighbours of each of scores (R,) in its
-// stretch: width / 2 before it, itself, and the others after it. Grid: a row a thread.
+// segment: width / 2 before it, itself, and the others after it. Grid: a row a thread.
 extern "C" __global__ void __launch_bounds__(256)
-pooled(const float* scores, const int* first, float* out, int n_stretches, int n_rows, int width, int largest) {
+pooled(const float* scores, const int* first, float* out, int n_segments, int n_rows, int width, int largest) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= n_rows) return;
-    int stretch = stretch_of(row, first, n_stretches), from = row - width / 2;
+    int segment = segment_of(row, first, n_segments), from = row - width / 2;
     float x = largest ? NEG_INF : 0.f;
-    for (int i = max(from, first[stretch]); i < min(from + width, first[stretch + 1]); ++i)
+    for (int i = max(from, first[segment]); i < min(from + width, first[segment + 1]); ++i)
         x = largest ? fmaxf(x, scores[i]) : x + scores[i];
     out[row] = largest ? x : x / width;
 }
 
-// out (R,): of the rows of the same stretch that stay (R,), the one nearest to each row within `reach` positions, of two
-// as near the earlier; or -1. pos (R,) ascend within a stretch. Grid: a row a thread.
+// out (R,): of the rows of the same segment that stay (R,), the one nearest to each row within `reach` positions, of two
+// as near the earlier; or -1. pos (R,) ascend within a segment. Grid: a row a thread.
 extern "C" __global__ void __launch_bounds__(256)
-neighbours(const unsigned char* stays, const int* pos, const int* first, int* out, int n_stretches, int n_rows, int reach) {
+neighbours(const unsigned char* stays, const int* pos, const int* first, int* out, int n_segments, int n_rows, int reach) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= n_rows) return;
-    int stretch = stretch_of(row, first, n_stretches), begin = first[stretch], end = first[stretch + 1], at = pos[row];
+    int segment = segment_of(row, first, n_segments), begin = first[segment], end = first[segment + 1], at = pos[row];
     int before = row - 1, after = row + 1;
     while (before >= begin && !stays[before] && at - pos[before] <= reach) --before;
     while (after < end && !stays[after] && pos[after] - at <= reach) ++after;

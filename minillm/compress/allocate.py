@@ -116,23 +116,23 @@ def adaptive_counts(layer, scores, target, alpha, normalize):
 def best(layer, scores, counts, kept):
     """(R,) bool: `kept` and, of each head's other rows, the `counts` (H,) with the best scores; of equal ones the
     earlier."""
-    return kept | layer.ops.largest(others(scores, kept), layer.lengths, counts)
+    return kept | layer.ops.segment_topk(others(scores, kept), layer.lengths, counts)
 
 
 def best_of_all(layer, scores, count):
     """(R,) bool: of the rows of all heads that are not protected the `count` with the best scores; of equal ones the
     earlier. (And others, where there are not so many.)"""
-    return layer.ops.largest(others(scores, layer.protected), [len(scores)], [count])
+    return layer.ops.segment_topk(others(scores, layer.protected), [len(scores)], [count])
 
 
 def ranked(layer, scores, kept):
     """The rows that are not `kept`, best first in each head, heads one after another; and the rank of each in its
     head, from 0."""
     n = layer.count(~kept)
-    rows = layer.ops.true_rows(~kept, int(n.sum()))
+    rows = layer.ops.nonzero(~kept, int(n.sum()))
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     rows = rows[np.argsort(layer.heads[rows], kind="stable")]
-    first = layer.ops.array(np.cumsum(n) - n)[layer.ops.numbers(n)]
+    first = layer.ops.array(np.cumsum(n) - n)[layer.ops.segment_ids(n)]
     return rows, np.arange(len(rows), like=rows) - first
 
 
@@ -150,15 +150,15 @@ def composites(ledger, layer, scores, least):
     the heads of a layer keep as many rows each; the first `least` of each layer come before all others."""
     rows, rank = ranked(layer, scores, layer.protected)
     n_ranks = int(layer.n_free.max())
-    sums, heads = (layer.ops.totals(rank, x, n_ranks) for x in (scores[rows], np.ones_like(rank)))
+    sums, heads = (layer.ops.segment_sum(rank, x, n_ranks) for x in (scores[rows], np.ones_like(rank)))
     composite, of_rank = np.zeros(len(scores), np.float32, like=scores), sums / np.maximum(heads, 1)
     composite[rows] = np.where(rank < least, np.inf, of_rank[rank]).astype(np.float32)
     ledger.pool.append(others(composite, layer.protected))
     pool, lengths = np.concatenate(ledger.pool), [len(known) for known in ledger.pool]
-    kept = layer.ops.largest(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
-    counts = layer.ops.counts(kept, lengths)
+    kept = layer.ops.segment_topk(pool, [len(pool)], [ledger.room]) & (pool > -np.inf)
+    counts = layer.ops.segment_count(kept, lengths)
     ends = np.cumsum(counts).tolist()
-    ledger.pool = np.split(pool[layer.ops.true_rows(kept, ends[-1])], ends[:-1])
+    ledger.pool = np.split(pool[layer.ops.nonzero(kept, ends[-1])], ends[:-1])
     return (ledger.protected + counts).tolist()
 
 

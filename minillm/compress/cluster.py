@@ -99,7 +99,7 @@ def seeds(layer, scores, target, tau, rope, chunking):
     del layer.computed[rungs.key]  # the clusters are not needed any more
     rows = np.arange(len(into), like=into)
     least_alike = np.where(into == rows, np.float32(-np.inf), -similarity)
-    return Into(np.where(layer.ops.largest(least_alike, [len(into)], [room]), rows, into), tau)
+    return Into(np.where(layer.ops.segment_topk(least_alike, [len(into)], [room]), rows, into), tau)
 
 
 def spread(ledger, layer, scores, tau, rope, chunking):

@@ -28,7 +28,7 @@ def drop(layer, scores, into, positions):
     positions never grow beyond the entries there are."""
     plan = Plan.keep(layer, into == np.arange(len(into), like=into))
     if positions == "cache":
-        starts = layer.ops.array(np.cumsum(plan.lengths) - plan.lengths)[layer.ops.numbers(plan.lengths)]
+        starts = layer.ops.array(np.cumsum(plan.lengths) - plan.lengths)[layer.ops.segment_ids(plan.lengths)]
         plan.pos = (np.arange(len(plan.pos), like=into) - starts).astype(np.int32)
         plan.unrotate, plan.next_pos = True, int(plan.lengths.max())
     return plan
@@ -40,11 +40,11 @@ def cores(layer, scores, into, rope, log_size):
     stays, joined = into == np.arange(len(into), like=into), into >= 0
     lengths = layer.count(stays)
     n = int(lengths.sum())
-    rows, number = layer.ops.places(stays, n)
+    rows, number = layer.ops.compact(stays, n)
     dest = np.where(joined, number[into], -1)
-    size = layer.ops.totals(dest, layer.size, n).astype(np.float32)
+    size = layer.ops.segment_sum(dest, layer.size, n).astype(np.float32)
     weight = np.where(joined, layer.size / of_entries(size, dest), np.float32(0))
-    pos = np.rint(layer.ops.totals(dest, weight * layer.pos, n)).astype(np.int32)
+    pos = np.rint(layer.ops.segment_sum(dest, weight * layer.pos, n)).astype(np.int32)
     return Plan(dest, weight, size if log_size else np.ones_like(size), pos, lengths, rows, rope == "unrotated")
 
 
@@ -88,17 +88,17 @@ def nearest(layer, scores, into, weights, log_size):
     n_found = int(np.count_nonzero(found))
     if not n_found:
         return plan
-    mean = float(alike[layer.ops.true_rows(found, n_found)].mean())
+    mean = float(alike[layer.ops.nonzero(found, n_found)].mean())
     threshold = mean if layer.threshold is None else 0.5 * (layer.threshold + mean)
     plan.threshold = threshold
     joins = found & (alike >= np.float32(threshold))
     plan.dest, n = np.where(joins, plan.dest[target], plan.dest), len(plan.size)
     similarity = np.where(joins, alike, np.float32(1))
     share = np.exp(similarity) if weights == "exp" else similarity
-    total = layer.ops.totals(plan.dest, share if weights == "exp" else np.ones_like(share), n).astype(np.float32)
+    total = layer.ops.segment_sum(plan.dest, share if weights == "exp" else np.ones_like(share), n).astype(np.float32)
     plan.weight = share / of_entries(total, plan.dest)
     if log_size:
-        plan.size = layer.ops.totals(plan.dest, layer.size, n).astype(np.float32)
+        plan.size = layer.ops.segment_sum(plan.dest, layer.size, n).astype(np.float32)
     return plan
 
 

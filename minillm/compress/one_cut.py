@@ -61,7 +61,7 @@ class OneCut(Compression):
         together = Rows(protected=self._attributes(labels)["protected"], lengths=labels.lengths, ops=self.ops)
         kept = self.recipe.into(together, scores, self.ledger and self._target(n_stored)).rows >= 0
         rows = np.array([len(self.scores[index]) for index in known])
-        too_many, ends = rows - self.ops.counts(kept, rows), np.cumsum(rows)
+        too_many, ends = rows - self.ops.segment_count(kept, rows), np.cumsum(rows)
         order = np.argsort(-too_many, kind="stable")
         before = np.cumsum(too_many[order]) - too_many[order]  # that are gone when it is a layer's turn
         chosen = np.sort(order[(too_many[order] > 0) & (too_many.sum() - before > excess)])

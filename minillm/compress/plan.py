@@ -44,7 +44,7 @@ class Rows:
     @property
     def heads(self):
         """(R,) the KV head of each row."""
-        return self.once("heads", lambda: self.ops.numbers(self.lengths))
+        return self.once("heads", lambda: self.ops.segment_ids(self.lengths))
 
     @property
     def n_protected(self):
@@ -59,7 +59,7 @@ class Rows:
     @property
     def free(self):
         """(F,) the rows that are not protected."""
-        return self.once("free", lambda: self.ops.true_rows(~self.protected, int(self.n_free.sum())))
+        return self.once("free", lambda: self.ops.nonzero(~self.protected, int(self.n_free.sum())))
 
     def once(self, key, make):
         """What `make` makes of these rows, made once for all layers with rows of the same tokens."""
@@ -69,7 +69,7 @@ class Rows:
 
     def count(self, mask):
         """(H,) how many of each head's rows are true of mask (R,), on the host."""
-        return self.ops.counts(mask, self.lengths)
+        return self.ops.segment_count(mask, self.lengths)
 
     def of_heads(self, rows):
         """[(n, ...)] rows (R, ...) of each head."""
@@ -195,7 +195,7 @@ class Plan:
     def keep(cls, layer, kept):
         """The Plan of an eviction: rows with kept (R,) true stay as they are, the others are dropped."""
         lengths = layer.count(kept)
-        rows, dest = layer.ops.places(kept, int(lengths.sum()))
+        rows, dest = layer.ops.compact(kept, int(lengths.sum()))
         return cls(dest, np.ones_like(layer.size), layer.size[rows], layer.pos[rows], lengths, rows)
 
     def apply(self, layer):

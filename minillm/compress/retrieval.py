@@ -20,7 +20,7 @@ def heads(layer, scores, target, retrieval_heads):
     keep_all = _flags(retrieval_heads, layer.index + 1, len(layer.lengths))[layer.index]
     quotas = _quotas(target, layer.lengths, keep_all, _least(layer))
     best = np.maximum(quotas - 1 - layer.n_protected, 0)  # that stay, of a head that may not keep all
-    stays = layer.protected | layer.ops.largest(others(scores, layer.protected), layer.lengths, best)
+    stays = layer.protected | layer.ops.segment_topk(others(scores, layer.protected), layer.lengths, best)
     joins = ~stays & layer.ops.array(quotas < layer.lengths)[layer.heads]
     rows = np.arange(len(stays), like=scores)
     none = np.zeros((), rows.dtype, like=rows)

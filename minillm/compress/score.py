@@ -131,7 +131,7 @@ def contribution(layer, queries, pool, pooling):
 
 def over_heads(layer, scores):
     """(R,) for each row the sum of the scores (R,) of the rows that the heads have of its token."""
-    return layer.ops.totals(layer.pos, scores, len(layer.cos))[layer.pos].astype(np.float32)
+    return layer.ops.segment_sum(layer.pos, scores, len(layer.cos))[layer.pos].astype(np.float32)
 
 
 def pooled(layer, scores, width, kind):

@@ -18,18 +18,18 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
     GreedyClusters(keys, rows, starts, lengths, rotation)
                                                          greedy seed-based clustering inside segments, for any tau
     gather(rows)                                         StoredRows as an array
-    largest(scores, lengths, counts)                     which are the largest of each of some stretches
-    pooled(scores, lengths, width, kind)                 the largest or the mean of neighbours in their stretch
-    neighbours(stays, pos, lengths, reach)               the nearest row of the stretch that stays
+    segment_topk(scores, lengths, counts)                which are the largest of each of some segments
+    pooled(scores, lengths, width, kind)                 the largest or the mean of neighbours in their segment
+    neighbours(stays, pos, lengths, reach)               the nearest row of the segment that stays
     fold(scores, size, pos, kept, protected, lengths, reach, counts)
                                                          each row that does not stay joins a neighbour that does
-    totals(groups, values, n)                            sums over groups of rows
-    counts(mask, lengths)                                how many are true of each stretch, on the host
-    true_rows(mask, n), places(mask, n)                  where the n that are true are; and which of them each is
-    numbers(lengths)                                     of each row the number of its stretch
+    segment_sum(groups, values, n)                       sums over groups of rows
+    segment_count(mask, lengths)                         how many are true of each segment, on the host
+    nonzero(mask, n), compact(mask, n)                   where the n that are true are; and which of them each is
+    segment_ids(lengths)                                 of each row the number of its segment
     array(values), host(values)                          from the host, to the host
     merge(rows, dest, weight, n_entries)                 weighted sums of rows: any Plan
-    nearest(keys, rows, others, first, last)             of a stretch of other rows the one most alike, for each row
+    nearest(keys, rows, others, first, last)             of a segment of other rows the one most alike, for each row
     unrotated(rows, pos, cos, sin)                       keys with RoPE undone
     merge_unrotated(rows, pos, dest, weight, entry_pos, cos, sin)
                                                          merge of keys: summed without their rotation
@@ -52,7 +52,7 @@ A backend is a module with these functions. `numpy_ops` is the specification: fl
 Symbols: n tokens, B sequences, Hq query heads, H KV heads, G = Hq / H query heads a KV head, d head_dim.
 `ops` knows nothing of models and methods. Arrays are float32 unless said, and of the backend: on a GPU they stay there,
 as CuPy's, on which NumPy's functions run. Only these functions touch rows of K and V, and hidden states. What there is
-of each head or stretch (lengths, counts, start) is in NumPy everywhere.
+of each head or segment (lengths, counts, start) is in NumPy everywhere.
 """
 
 import functools

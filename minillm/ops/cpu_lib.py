@@ -129,7 +129,7 @@ class Fold(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("scores", "size", "pos", "kept", "protected", "lengths")),
         *((name, c_void_p) for name in ("dest", "weight", "sizes", "rows")),
-        *((name, c_int64) for name in ("n_stretches", "reach")),
+        *((name, c_int64) for name in ("n_segments", "reach")),
         ("counts", c_float),
     ]
 
@@ -161,9 +161,9 @@ _SIGNATURES = {  # name -> (result, arguments)
     "rewrite": (None, [POINTER(Rewrite)]),
     "clusters": (None, [POINTER(Segments), _P, c_int, _P, _P, _P]),
     "unit_rows": (None, [_P, _N, _N, _P]),
-    "largest": (None, [_P, _P, _P, _N, _P]),
-    "counts": (None, [_P, _P, _N, _P]),
-    "places": (None, [_P, _N, _P, _P]),
+    "segment_topk": (None, [_P, _P, _P, _N, _P]),
+    "segment_count": (None, [_P, _P, _N, _P]),
+    "compact": (None, [_P, _N, _P, _P]),
     "neighbours": (None, [_P, _P, _P, _N, _N, _P]),
     "fold": (None, [POINTER(Fold)]),
     "nearest": (None, [POINTER(Nearest)]),

@@ -15,7 +15,7 @@ from minillm.ops import cpu_lib, numpy_ops
 from minillm.ops.cpu_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.cpu_lib import KINDS, Matrix, Product, floats, pointer
 from minillm.ops.cpu_pages import CACHE_DTYPE, paged, slab_table, stored_rows  # noqa: F401
-from minillm.ops.cpu_planning import counts, fold, largest, neighbours, places, true_rows  # noqa: F401
+from minillm.ops.cpu_planning import compact, fold, neighbours, nonzero, segment_count, segment_topk  # noqa: F401
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import (  # noqa: F401
     DEVICE,
@@ -23,11 +23,11 @@ from minillm.ops.numpy_ops import (  # noqa: F401
     available_memory,
     concatenate,
     host,
-    numbers,
     pooled,
     random_words,
     read_labels,
-    totals,
+    segment_ids,
+    segment_sum,
 )
 from minillm.ops.pages import StoredRows
 from minillm.ops.pages import new_slab as new_slab
@@ -252,12 +252,12 @@ def rewrite(layer, start, dest, weights, entries):
 
 
 def nearest(keys, rows, others, first, last):
-    """For each of some rows the one most like it of a stretch of others. See numpy_ops."""
+    """For each of some rows the one most like it of a segment of others. See numpy_ops."""
     keys = floats(keys)
     unit, found, cosine = np.empty_like(keys), np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     _lib.unit_rows(pointer(keys), *keys.shape, pointer(unit))
-    stretches = (np.ascontiguousarray(a, np.int64) for a in (first, last))
-    arrays = unit.take(rows, axis=0), unit.take(others, axis=0), *stretches
+    segments = (np.ascontiguousarray(a, np.int64) for a in (first, last))
+    arrays = unit.take(rows, axis=0), unit.take(others, axis=0), *segments
     assert len(first) == len(last) == len(rows)
     _lib.nearest(byref(cpu_lib.Nearest(*map(pointer, (*arrays, found, cosine)), len(rows), len(others), keys.shape[1])))
     return np.append(others, -1)[found], cosine

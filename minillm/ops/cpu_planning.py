@@ -10,42 +10,42 @@ from minillm.ops.cpu_lib import floats, pointer
 _lib = cpu_lib.library()
 
 
-def counts(mask, lengths):
-    """(S,): how many are true of each stretch of mask (R,), of `lengths` (S,) one after another."""
+def segment_count(mask, lengths):
+    """(S,): how many are true of each segment of mask (R,), of `lengths` (S,) one after another."""
     mask, lengths = np.ascontiguousarray(mask, bool), np.ascontiguousarray(lengths, np.int64)
     assert lengths.sum() == len(mask)
     out = np.empty(len(lengths), np.int64)
-    _lib.counts(pointer(mask), pointer(lengths), len(lengths), pointer(out))
+    _lib.segment_count(pointer(mask), pointer(lengths), len(lengths), pointer(out))
     return out
 
 
-def true_rows(mask, n):
+def nonzero(mask, n):
     """(n,) where the n that are true of mask (R,) are."""
-    return places(mask, n)[0]
+    return compact(mask, n)[0]
 
 
-def places(mask, n):
+def compact(mask, n):
     """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
     mask = np.ascontiguousarray(mask, bool)
     assert np.count_nonzero(mask) == n
     rows, number = np.empty(n, np.int64), np.empty(len(mask), np.int64)
-    _lib.places(pointer(mask), len(mask), pointer(rows), pointer(number))
+    _lib.compact(pointer(mask), len(mask), pointer(rows), pointer(number))
     return rows, number
 
 
-def largest(scores, lengths, counts):
-    """Which are the counts[s] largest of each stretch of scores (R,), of `lengths` (S,) one after another; of equal
+def segment_topk(scores, lengths, counts):
+    """Which are the counts[s] largest of each segment of scores (R,), of `lengths` (S,) one after another; of equal
     ones the earlier. -> (R,) bool"""
     scores, lengths, counts = floats(scores), *(np.ascontiguousarray(a, np.int64) for a in (lengths, counts))
     assert lengths.sum() == len(scores) and len(counts) == len(lengths)
     taken = np.empty(len(scores), bool)
-    _lib.largest(pointer(scores), pointer(lengths), pointer(counts), len(lengths), pointer(taken))
+    _lib.segment_topk(pointer(scores), pointer(lengths), pointer(counts), len(lengths), pointer(taken))
     return taken
 
 
 def neighbours(stays, pos, lengths, reach):
-    """For each row the nearest row of its stretch that stays (R,), within `reach` positions, of two as near the
-    earlier; -1 where none is. pos (R,) ascend in each stretch, of `lengths` (S,) one after another."""
+    """For each row the nearest row of its segment that stays (R,), within `reach` positions, of two as near the
+    earlier; -1 where none is. pos (R,) ascend in each segment, of `lengths` (S,) one after another."""
     stays, pos = np.ascontiguousarray(stays, bool), np.ascontiguousarray(pos, np.int32)
     lengths, near = np.ascontiguousarray(lengths, np.int64), np.empty(len(pos), np.int64)
     assert lengths.sum() == len(pos) == len(stays)

@@ -215,7 +215,7 @@ class CudaOps:
         return values
 
     def _offsets(self, lengths, others):
-        """(S + 1,) int32: where each of S stretches of `lengths` begins; and others (n,) int32."""
+        """(S + 1,) int32: where each of S segments of `lengths` begins; and others (n,) int32."""
         tables = self.device.upload(np.concatenate([[0], np.cumsum(lengths), others]).astype(np.int32))
         return tables[: len(lengths) + 1], tables[len(lengths) + 1 :]
 
@@ -252,45 +252,45 @@ class CudaOps:
         launch.unrotate(self.device, rows, self._indices(pos), *tables, norm, out, self.real16)
         return out
 
-    def numbers(self, lengths):
-        """lengths (S,) on the host -> (R,) of each row the number of its stretch. See numpy_ops."""
+    def segment_ids(self, lengths):
+        """lengths (S,) on the host -> (R,) of each row the number of its segment. See numpy_ops."""
         ends = self.device.upload(np.cumsum(lengths))
         return np.searchsorted(ends, np.arange(int(np.sum(lengths)), like=ends), side="right")
 
-    def true_rows(self, mask, n):
+    def nonzero(self, mask, n):
         """(n,) where the n that are true of mask (R,) are: the host knows how many, and nobody waits to be told."""
         return self.places(mask, n)[0]
 
-    def places(self, mask, n):
+    def compact(self, mask, n):
         """rows (n,), and the number in them of each row of mask (R,), or -1. See numpy_ops."""
         rows, number = self.device.empty((n,), np.int32), self.device.empty(mask.shape, np.int32)
-        space = launch.number_space(self.device, len(mask))
-        launch.number_true(self.device, mask.view(np.uint8), space, rows, number)
+        space = launch.compact_space(self.device, len(mask))
+        launch.compact(self.device, mask.view(np.uint8), space, rows, number)
         return rows, number
 
-    def counts(self, mask, lengths):
-        """(S,) on the host: how many are true of each stretch. See numpy_ops."""
+    def segment_count(self, mask, lengths):
+        """(S,) on the host: how many are true of each segment. See numpy_ops."""
         counts = self.device.empty((len(lengths),), np.int32)
-        launch.count_true(self.device, mask.view(np.uint8), self._first(lengths), counts)
+        launch.segment_count(self.device, mask.view(np.uint8), self._first(lengths), counts)
         return counts.get().astype(np.int64)
 
-    def largest(self, scores, lengths, counts):
-        """(R,) bool: which are the counts[s] largest of each stretch. See numpy_ops."""
+    def segment_topk(self, scores, lengths, counts):
+        """(R,) bool: which are the counts[s] largest of each segment. See numpy_ops."""
         counts = np.clip(counts, 0, lengths)
         taken = self.device.empty(scores.shape, np.uint8)
         tables, longest = self._offsets(lengths, counts), int(np.max(lengths, initial=0))
         space = launch.select_space(self.device, len(counts), longest)
-        launch.largest(self.device, self._floats(scores), *tables, longest, space, taken)
+        launch.segment_topk(self.device, self._floats(scores), *tables, longest, space, taken)
         return taken.view(bool)
 
-    def totals(self, groups, values, n):
+    def segment_sum(self, groups, values, n):
         """(n,) float64: the sum of values (R,) over the rows of each group, in their order. See numpy_ops."""
         out = self.device.empty((n,), np.float64)
-        launch.totals(self.device, self._of_type(values, np.float64), *self._by_group(groups, n), out)
+        launch.segment_sum(self.device, self._of_type(values, np.float64), *self._by_group(groups, n), out)
         return out
 
     def pooled(self, scores, lengths, width, kind):
-        """(R,) the largest or the mean of `width` neighbours in their stretch. See numpy_ops."""
+        """(R,) the largest or the mean of `width` neighbours in their segment. See numpy_ops."""
         out = self.device.empty(scores.shape, np.float32)
         launch.pooled(self.device, self._floats(scores), self._first(lengths), out, width, kind == "max")
         return out
@@ -374,7 +374,7 @@ class CudaOps:
         return GreedyClusters(self.device, self.real16, keys, self.array(rows), n_rows, table)
 
     def nearest(self, keys, rows, others, first, last):
-        """For each of some rows the one most like it of a stretch of others. See numpy_ops."""
+        """For each of some rows the one most like it of a segment of others. See numpy_ops."""
         found, cosine = (self.device.empty((len(rows),), dtype) for dtype in (np.int32, np.float32))
         arguments = (self._indices(array) for array in (rows, others, first, last))
         launch.nearest(self.device, self._rows(keys), *arguments, found, cosine, self.real16)

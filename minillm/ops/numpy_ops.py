@@ -8,15 +8,15 @@ import numpy as np
 from minillm.memory import available_memory as available_memory
 from minillm.ops.numpy_clusters import GreedyClusters as GreedyClusters
 from minillm.ops.numpy_planning import (  # noqa: F401
-    counts,
+    compact,
     fold,
-    largest,
     neighbours,
-    numbers,
-    places,
+    nonzero,
     pooled,
-    totals,
-    true_rows,
+    segment_count,
+    segment_ids,
+    segment_sum,
+    segment_topk,
 )
 from minillm.ops.numpy_rope import rope, unrotated
 from minillm.ops.pages import StoredRows, from_int8, to_int8
@@ -247,10 +247,10 @@ def merge(rows, dest, weight, n_entries):
 
 
 def nearest(keys, rows, others, first, last):
-    """For each of some rows the one most like it, by the cosine of their keys, of a stretch of others.
+    """For each of some rows the one most like it, by the cosine of their keys, of a segment of others.
 
     keys (R, d); rows (n,), others (m,): numbers of rows. rows[i] looks among others[first[i] : last[i]]; first and last
-    (n,) ascend. -> (found (n,): number of the row, of equal ones the first in `others`, -1 where the stretch is empty;
+    (n,) ascend. -> (found (n,): number of the row, of equal ones the first in `others`, -1 where the segment is empty;
     cosine (n,) float32, 0 for none). A key of norm zero is similar to nothing (cosine 0)."""
     norms = np.linalg.norm(keys, axis=1, keepdims=True)
     unit = np.divide(keys, norms, out=np.zeros_like(keys), where=norms > 0)

@@ -1,40 +1,40 @@
-"""What planning needs beside NumPy's own functions: the largest, sums and neighbours in stretches of rows."""
+"""What planning needs beside NumPy's own functions: the largest, sums and neighbours in segments of rows."""
 
 import sys
 
 import numpy as np
 
 
-def numbers(lengths):
-    """lengths (S,) on the host -> (R,): of each row the number of its stretch, S stretches one after another."""
+def segment_ids(lengths):
+    """lengths (S,) on the host -> (R,): of each row the number of its segment, S segments one after another."""
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def joined(lengths, old, new):
-    """old (sum of lengths, ...), stretches of `lengths` (S,) one after another, and after each its new ones of (S, n,
+    """old (sum of lengths, ...), segments of `lengths` (S,) one after another, and after each its new ones of (S, n,
     ...): arrays of any backend."""
     ends = np.cumsum(lengths).tolist()
-    stretches = zip([0, *ends], ends, range(len(ends)), strict=False)
-    return np.concatenate([part for lo, hi, i in stretches for part in (old[lo:hi], new[i])])
+    segments = zip([0, *ends], ends, range(len(ends)), strict=False)
+    return np.concatenate([part for lo, hi, i in segments for part in (old[lo:hi], new[i])])
 
 
-def counts(mask, lengths):
-    """(S,) on the host: how many are true of each stretch of mask (R,), of `lengths` (S,) one after another."""
+def segment_count(mask, lengths):
+    """(S,) on the host: how many are true of each segment of mask (R,), of `lengths` (S,) one after another."""
     return np.diff(np.append(0, np.cumsum(mask))[np.append(0, np.cumsum(lengths))])
 
 
-def true_rows(mask, n):
+def nonzero(mask, n):
     """(n,) where the n that are true of mask (R,) are."""
     return np.flatnonzero(mask)
 
 
-def places(mask, n):
+def compact(mask, n):
     """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
     return np.flatnonzero(mask), np.where(mask, np.cumsum(mask) - 1, -1)
 
 
-def largest(scores, lengths, counts):
-    """Which are the counts[s] largest of each stretch of scores (R,), stretches of `lengths` one after another; of
+def segment_topk(scores, lengths, counts):
+    """Which are the counts[s] largest of each segment of scores (R,), segments of `lengths` one after another; of
     equal ones the earlier. lengths, counts (S,) on the host. -> (R,) bool"""
     taken, start = np.zeros(len(scores), bool), 0
     for n, count in zip(lengths, counts, strict=True):
@@ -49,19 +49,19 @@ def largest(scores, lengths, counts):
     return taken
 
 
-def totals(groups, values, n):
+def segment_sum(groups, values, n):
     """(n,) float64: the sum of values (R,) over the rows of each group; groups (R,): 0 .. n - 1, or -1 for none."""
     return np.bincount(groups + 1, values, n + 1)[1:]
 
 
 def pooled(scores, lengths, width, kind):
     """The largest ("max") or the mean ("avg": zeros beyond the ends count) of `width` neighbours of each of scores (R,)
-    in its stretch, of `lengths` (S,) one after another: width // 2 before it, itself, and the others after it."""
+    in its segment, of `lengths` (S,) one after another: width // 2 before it, itself, and the others after it."""
     beyond, together = (-np.inf, np.maximum) if kind == "max" else (0, np.add)
     between, ends = np.full(width - 1, beyond, scores.dtype), np.cumsum(lengths).tolist()
     parts = [part for lo, hi in zip([0, *ends], ends, strict=False) for part in (scores[lo:hi], between)]
     padded = np.concatenate([np.full(width // 2, beyond, scores.dtype), *parts])
-    at = np.arange(len(scores)) + (width - 1) * numbers(lengths)
+    at = np.arange(len(scores)) + (width - 1) * segment_ids(lengths)
     around = padded[: len(padded) - width + 1].copy()
     for shift in range(1, width):
         together(around, padded[shift : shift + len(around)], out=around)
@@ -69,30 +69,30 @@ def pooled(scores, lengths, width, kind):
 
 
 def neighbours(stays, pos, lengths, reach):
-    """For each row the nearest row of its stretch that stays (R,), within `reach` positions, of two as near the
-    earlier; -1 where none is. pos (R,) ascend in each stretch, of `lengths` (S,) one after another. Of a row that stays
+    """For each row the nearest row of its segment that stays (R,), within `reach` positions, of two as near the
+    earlier; -1 where none is. pos (R,) ascend in each segment, of `lengths` (S,) one after another. Of a row that stays
     something is returned that means nothing."""
     number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)
     beside = np.stack([number[i - 1], number[i]])  # of those that stay, the one before each and the one after
-    place = (numbers(lengths) << 32) + pos
+    place = (segment_ids(lengths) << 32) + pos
     far = np.where(beside < 0, reach + 1, np.abs(place[beside] - place))
     return np.where(far.min(axis=0) > reach, -1, np.where(far[1] < far[0], beside[1], beside[0]))
 
 
 def fold(scores, size, pos, kept, protected, lengths, reach, counts, ops=sys.modules[__name__]):
     """Which entry each row goes to, where those `kept` (R,) become entries and each other row is folded into the
-    nearest of these, but the protected ones, that its stretch has within `reach` positions: for so much of its size as
+    nearest of these, but the protected ones, that its segment has within `reach` positions: for so much of its size as
     `counts`, times its score over that row's, 1 at most.
 
-    scores, size, pos, protected (R,): stretches of `lengths` (S,) one after another. ops: whose `neighbours`, `places`
-    and `totals`. -> dest (R,), -1 for no entry; weight (R,) float32, the share in its entry; sizes (E,) float32; rows
-    (E,), the row that each entry was."""
+    scores, size, pos, protected (R,): segments of `lengths` (S,) one after another. ops: whose `neighbours`, `compact`
+    and `segment_sum`. -> dest (R,), -1 for no entry; weight (R,) float32, the share in its entry; sizes (E,) float32;
+    rows (E,), the row that each entry was."""
     target = ops.neighbours(kept > protected, pos, lengths, reach)
-    rows, dest = ops.places(kept, int(ops.counts(kept, lengths).sum()))
+    rows, dest = ops.compact(kept, int(ops.segment_count(kept, lengths).sum()))
     folded = (target >= 0) > kept
     most = np.maximum(scores[target], np.finfo(np.float32).tiny)
     ratio = np.minimum(np.maximum(scores, np.float32(0)), most) / most
     mass = np.where(folded, size * (np.float32(counts) * ratio), size).astype(np.float32, copy=False)
     dest = np.where(folded, dest[target], dest)
-    sizes = ops.totals(dest, mass, len(rows)).astype(np.float32)
+    sizes = ops.segment_sum(dest, mass, len(rows)).astype(np.float32)
     return dest, mass / sizes[dest] if len(rows) else mass, sizes, rows

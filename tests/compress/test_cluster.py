@@ -39,7 +39,7 @@ def literal_clusters(keys, starts, lengths, tau):
 
 
 def clusters_of(keys, starts, lengths):
-    """GreedyClusters whose segments are stretches of the keys."""
+    """GreedyClusters whose segments are slices of the keys."""
     return numpy_ops.GreedyClusters(keys, np.arange(len(keys)), starts, lengths)
 
 

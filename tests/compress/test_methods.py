@@ -15,7 +15,7 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.plan import Queries
 from minillm.files.weights import Weight
 from minillm.ops import numpy_ops
-from minillm.ops.numpy_ops import largest
+from minillm.ops.numpy_ops import segment_topk
 from minillm.ops.pages import page_bytes
 from minillm.output_projection import OutputProjection
 
@@ -440,7 +440,7 @@ def test_the_best_of_many_with_ties():
         scores[rng.random(n) < 0.2] = -np.inf
         for count in (-1, 0, 1, n // 2, n, n + 3):
             expected = sorted(sorted(range(n), key=lambda i: (-scores[i], i))[: max(count, 0)])
-            assert np.flatnonzero(largest(scores, [n], [count])).tolist() == expected
+            assert np.flatnonzero(segment_topk(scores, [n], [count])).tolist() == expected
 
 
 def test_heads_are_filled_level_by_level():

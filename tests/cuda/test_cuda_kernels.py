@@ -377,7 +377,7 @@ def test_merge(device, rng, d, n_rows, n_entries):
 
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("d", HEAD_DIMS)
-def test_the_nearest_of_a_stretch(device, rng, real16, d):
+def test_the_nearest_of_a_segment(device, rng, real16, d):
     """Of no candidates, of one, of many; of equal ones the first; rows of zeros are like nothing."""
     words = to_words(rng.normal(size=(40, d)), real16)
     words[7] = 0
@@ -405,8 +405,8 @@ def test_the_nearest_of_a_stretch(device, rng, real16, d):
 
 
 @pytest.mark.parametrize("lengths", cases([[1], [70, 0, 33], [3000, 5, 9000]], races=[[3000, 5, 9000]]))
-def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
-    """Many that are equal, on both sides of zero, infinite; all, none and some of a stretch."""
+def test_the_largest_of_each_segment(device, rng, lengths, monkeypatch):
+    """Many that are equal, on both sides of zero, infinite; all, none and some of a segment."""
     monkeypatch.setattr(planning, "ROWS", 1000)  # several blocks
     ops, lengths = CudaOps(device), np.array(lengths)
     ends = np.cumsum(lengths)
@@ -420,14 +420,14 @@ def test_the_largest_of_each_stretch(device, rng, lengths, monkeypatch):
             for n, end, count in zip(lengths, ends, counts, strict=True):
                 best = sorted(range(end - n, end), key=lambda i: (-scores[i], i))
                 expected[best[: max(count, 0)]] = True
-            taken = ops.largest(device.upload(scores), lengths, counts)
+            taken = ops.segment_topk(device.upload(scores), lengths, counts)
             assert taken.dtype == bool
             np.testing.assert_array_equal(taken.get(), expected)
-            numbered = [found.get() for found in ops.places(taken, int(expected.sum()))]
-            for ours, numpys in zip(numbered, numpy_ops.places(expected, int(expected.sum())), strict=True):
+            numbered = [found.get() for found in ops.compact(taken, int(expected.sum()))]
+            for ours, numpys in zip(numbered, numpy_ops.compact(expected, int(expected.sum())), strict=True):
                 np.testing.assert_array_equal(ours, numpys)
-            assert ops.counts(taken, lengths).tolist() == numpy_ops.counts(expected, lengths).tolist()
-            assert [part.sum() for part in np.split(expected, ends[:-1])] == ops.counts(taken, lengths).tolist()
+            assert ops.segment_count(taken, lengths).tolist() == numpy_ops.segment_count(expected, lengths).tolist()
+            assert [part.sum() for part in np.split(expected, ends[:-1])] == ops.segment_count(taken, lengths).tolist()
 
 
 def test_sums_over_groups(device, rng):
@@ -439,9 +439,9 @@ def test_sums_over_groups(device, rng):
     for group, value in zip(groups, values, strict=True):
         if group >= 0:
             expected[group] += float(value)
-    found = ops.totals(device.upload(groups), device.upload(values), 402)
+    found = ops.segment_sum(device.upload(groups), device.upload(values), 402)
     assert found.get().tolist() == expected
-    assert ops.numbers([3, 0, 2]).get().tolist() == [0, 0, 0, 2, 2]
+    assert ops.segment_ids([3, 0, 2]).get().tolist() == [0, 0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("width", cases([1, 2, 7, 40], races=[7]))
@@ -532,7 +532,7 @@ def test_the_order_of_threads_does_not_matter(rng, monkeypatch):
         launch.rms_norm(device, x, norm, 1e-5, h, "half")
         segments = cuda_clusters.segments(device, *(device.upload(np.array(table)) for table in ([0, 33], [33, 27])))
         clusters = cuda_clusters.GreedyClusters(device, "half", keys, device.upload(np.arange(60)), 60, segments)
-        largest = CudaOps(device).largest(scores, [40, 20], [11, 7])
+        largest = CudaOps(device).segment_topk(scores, [40, 20], [11, 7])
         results.append([y.get(), h.get(), largest.get(), *(found.get() for found in clusters.assign(0.5))])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):

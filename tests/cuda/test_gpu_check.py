@@ -46,7 +46,7 @@ def test_ceilings_and_kernels(check):
     timing.sampling(2)
     assert len(timing.rows) == 38 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
     said = check.table({"run": {}, "kernels": timing.rows})
-    for kernel in ("largest", "count_true", "number_true", "totals", "pooled", "neighbours"):
+    for kernel in ("segment_topk", "segment_count", "compact", "segment_sum", "pooled", "neighbours"):
         assert f"\n{kernel} 70 " in said
     for kernel in (
         "nearest of a chunk 70",

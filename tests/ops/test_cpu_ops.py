@@ -391,7 +391,7 @@ def test_entries_become_sums_of_themselves(path, rng, ops, store, lengths, start
 
 @pytest.mark.parametrize("case", range(40))
 def test_planning_is_numpy_s(case):
-    """Bit for bit, stretches of no rows and ties among them."""
+    """Bit for bit, segments of no rows and ties among them."""
     rng = np.random.default_rng(case)
     lengths = rng.integers(0, 60, rng.integers(1, 5))
     n = int(lengths.sum())
@@ -401,9 +401,9 @@ def test_planning_is_numpy_s(case):
     mask, reach = rng.random(n) < rng.random(), int(rng.integers(1, 20))
     most = rng.integers(-1, 70, len(lengths))
     same = np.testing.assert_array_equal
-    same(cpu_ops.largest(scores, lengths, most), numpy_ops.largest(scores, lengths, most))
-    same(cpu_ops.counts(mask, lengths), numpy_ops.counts(mask, lengths))
-    for ours, numpys in zip(cpu_ops.places(mask, mask.sum()), numpy_ops.places(mask, mask.sum()), strict=True):
+    same(cpu_ops.segment_topk(scores, lengths, most), numpy_ops.segment_topk(scores, lengths, most))
+    same(cpu_ops.segment_count(mask, lengths), numpy_ops.segment_count(mask, lengths))
+    for ours, numpys in zip(cpu_ops.compact(mask, mask.sum()), numpy_ops.compact(mask, mask.sum()), strict=True):
         same(ours, numpys)
     near = [of.neighbours(mask, pos, lengths, reach) for of in (cpu_ops, numpy_ops)]
     same(near[0][~mask], near[1][~mask])
@@ -416,7 +416,7 @@ def test_planning_is_numpy_s(case):
 
 
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
-def test_the_nearest_of_a_stretch(path, rng, n_keys, n, m, d):
+def test_the_nearest_of_a_segment(path, rng, n_keys, n, m, d):
     check_nearest(cpu_ops, rng, n_keys, n, m, d, first_of_equals=True)
 
 

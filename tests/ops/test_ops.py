@@ -337,7 +337,7 @@ def test_merge_copies_a_row_of_weight_one():
 
 
 @pytest.mark.parametrize("n_keys, n, m, d", NEAREST)
-def test_the_nearest_of_a_stretch(n_keys, n, m, d, monkeypatch):
+def test_the_nearest_of_a_segment(n_keys, n, m, d, monkeypatch):
     monkeypatch.setattr(numpy_ops, "NEAREST_ROWS", 16)
     check_nearest(numpy_ops, np.random.default_rng(n), n_keys, n, m, d, first_of_equals=False)
 

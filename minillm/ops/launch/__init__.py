@@ -18,14 +18,14 @@ from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swigl
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
 from minillm.ops.launch.pages import Paged, last_pages, read_entries, write_entries
 from minillm.ops.launch.planning import (
-    count_true,
-    largest,
+    compact,
+    compact_space,
     neighbours,
-    number_space,
-    number_true,
     pooled,
+    segment_count,
+    segment_sum,
+    segment_topk,
     select_space,
-    totals,
 )
 from minillm.ops.launch.products import (
     dequantize,
