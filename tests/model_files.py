@@ -3,13 +3,15 @@
 import json
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import safetensors.numpy
 
 from minillm.files.config import ModelConfig, RopeConfig
-from minillm.files.weights import tensor_shapes
+from minillm.files.gguf_file import read_gguf
+from minillm.files.stored_model import StoredModel, folder_tensors, gguf_tensors, tensor_shapes
 
 CONFIG = ModelConfig(
     name="tiny",
@@ -40,6 +42,15 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def stored(path, config):
+    """The StoredModel of files that hold no config, or another one."""
+    path = Path(path)
+    if path.is_dir():
+        return StoredModel(path, config, folder_tensors(path, config), None)
+    gguf_file = read_gguf(path)
+    return StoredModel(path, config, gguf_tensors(path, gguf_file, config), gguf_file.metadata)
 
 
 def bf16(array):

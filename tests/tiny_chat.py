@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from minillm.files.config import ModelConfig
-from minillm.files.weights import tensor_shapes
+from minillm.files.stored_model import tensor_shapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -13,6 +13,7 @@ from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend
 from minillm.compress.recipe import Recipe
+from minillm.files.stored_model import tensor_shapes
 from minillm.files.weights import Weight, tensor_shapes
 from minillm.model import Model
 from minillm.ops import numpy_ops

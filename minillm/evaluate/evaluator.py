@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_haystack, read_text
 from minillm.files import hub
-from minillm.files.profile_file import of_files
+from minillm.files.profile_file import find as find_profile
+from minillm.files.stored_model import open_model
 from minillm.llm import LLM
-
-HASHED = 1 << 20  # bytes of the beginning and of the end of each file of weights
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,23 @@ class Job:
 
 
 def identify(setup):
-    """{"name", "sha256", "dtype", "profile"} of the model. sha256: of its files: their sizes, the first and the last
-    MiB of weights, and all of the other files. profile: digest of its profile, or None."""
-    files = hub.resolve(setup.model, offline=setup.offline)
-    digest = hashlib.sha256()
-    paths = [files.path] if files.kind == "gguf" else sorted(path for path in files.path.iterdir() if path.is_file())
-    for path in paths:
-        if path.suffix in (".safetensors", ".gguf", ".json", ".jinja", ".model"):
-            digest.update(f"{path.name if len(paths) > 1 else ''} {path.stat().st_size}\n".encode())
-            digest.update(_ends(path))
-    profile = of_files(files)
+    """{"name", "sha256", "dtype", "profile"} of the model. sha256: of the digest of config and weights, and of the
+    vocabulary and chat template. profile: digest of its profile, or None."""
+    stored = open_model(hub.resolve(setup.model, offline=setup.offline))
+    digest = hashlib.sha256(stored.digest.encode())
+    if stored.metadata is not None:
+        digest.update(repr(sorted(stored.metadata.items())).encode())
+    else:
+        for path in sorted(stored.path.iterdir()):
+            if path.suffix in (".json", ".jinja", ".model"):
+                digest.update(path.name.encode() + path.read_bytes())
+    profile = find_profile(stored)
     return {
-        "name": files.name,
+        "name": stored.name,
         "sha256": digest.hexdigest()[:16],
         "dtype": setup.dtype,
         "profile": profile and profile.digest,
     }
-
-
-def _ends(path: Path):
-    whole = path.suffix not in (".safetensors", ".gguf")
-    with open(path, "rb") as file:
-        data = file.read(-1 if whole else HASHED)
-        if not whole and path.stat().st_size > HASHED:
-            file.seek(-HASHED, 2)
-            data += file.read()
-    return data
 
 
 def ready_methods(profile):

@@ -194,22 +194,10 @@ class ModelConfig:
         )
 
 
-def read_config(path: Path, name: str = "") -> ModelConfig:
-    """The config of a model folder (config.json, end tokens of generation_config.json added) or of a .gguf file."""
-    path = Path(path)
-    name = name or path.name
-    if path.is_file():
-        from minillm.files.gguf_file import read_gguf
-
-        gguf = read_gguf(path)
-        factors = gguf.tensors.get("rope_freqs.weight")
-        if factors is not None and factors.kind != "F32":
-            raise factors.error(f"is of type {factors.kind}; it must be F32")
-        if factors is not None:
-            factors = tuple(factors.file.bytes_at(factors.offset, factors.nbytes).view("<f4").tolist())
-        return ModelConfig.from_gguf(gguf.metadata, name, gguf.tensors, factors)
-    config = _read_json(path / "config.json")
-    generation = path / "generation_config.json"
+def read_config(folder: Path, name: str) -> ModelConfig:
+    """The config of a model folder: config.json, end tokens of generation_config.json added. name: for people."""
+    config = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
     if generation.exists():  # Llama 3 lists its second end token only here
         ids = [config.get("eos_token_id", 2), _read_json(generation).get("eos_token_id")]
         ids = [i for some in ids for i in (some if isinstance(some, list) else [some]) if i is not None]

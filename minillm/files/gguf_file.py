@@ -6,7 +6,6 @@ length is checked against the bytes that are left before it is believed.
 
 import math
 import struct
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,23 +38,9 @@ class GGUFFile:
     tensors: dict[str, StoredTensor]
 
 
-# Files that somebody still holds: the config, tokenizer and weights of a model need one parse between them.
-_open: "weakref.WeakValueDictionary[tuple, GGUFFile]" = weakref.WeakValueDictionary()
-
-
 def read_gguf(path: Path) -> GGUFFile:
-    """Metadata and tensors; the same object again while somebody holds it and the file is unchanged.
-
-    Raises MinillmError naming the file, the tensor or key at fault, and what is wrong with it.
-    """
+    """Metadata and tensors. Raises MinillmError naming the file, the tensor or key at fault, and what is wrong."""
     file = MappedFile(path)
-    gguf = _open.get(file.identity)
-    if gguf is None:
-        gguf = _open[file.identity] = _parse(file)
-    return gguf
-
-
-def _parse(file: MappedFile) -> GGUFFile:
     reader = _Reader(file)
     if file.map[:4] != b"GGUF":
         raise file.error("is no GGUF file: it does not begin with the letters GGUF")

@@ -1,7 +1,6 @@
 """A read-only mapped file and the tensors that lie in it: what the safetensors and the GGUF reader have in common."""
 
 import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +19,9 @@ class MappedFile:
         try:
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                status = os.fstat(file.fileno())
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise MinillmError(f"{path} cannot be read ({error}); check the path or download it again") from None
         self.size = len(self.map)
-        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self.map[:24] == b"version https://git-lfs.":
             raise self.error("is a Git LFS pointer, not the model itself; run `git lfs pull` in its folder")
 

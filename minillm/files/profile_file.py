@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from minillm.errors import MinillmError
-from minillm.files.config import read_config
-from minillm.files.safetensors_file import write
+from minillm.files import own_file
+from minillm.files.quants import FLOATS
+from minillm.files.stored_model import StoredModel
 from minillm.files.weights import load_weights
 from minillm.ops import say_once
 
@@ -74,7 +75,7 @@ class Profile:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MinillmError(f"cannot write {path} ({error}): name another file") from error
-        write(path, arrays, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
+        own_file.write(path, arrays, {"minillm_profile": json.dumps({"format": FORMAT} | self.about)})
 
 
 CURVE = ("threshold", "kept", "quality")
@@ -83,12 +84,9 @@ REMEDY = "make one with python -m minillm.profile, or take that file away"
 
 def load(path):
     """The Profile of a file. Raises MinillmError for what is none."""
-    from safetensors import SafetensorError, safe_open
-
+    arrays, texts = own_file.read(path, "profile", REMEDY)
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["minillm_profile"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about = json.loads(texts["minillm_profile"])
         if not isinstance(about, dict):
             raise ValueError("it does not say what model it is of")
         if about.pop("format") != FORMAT:
@@ -96,7 +94,7 @@ def load(path):
         weight, bias, worth = arrays.pop("weight").astype(np.float32), arrays.pop("bias"), arrays.pop("worth")
         profile = Profile(weight, bias, worth, {name: arrays[name] for name in CURVE}, about)
         _check(profile)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MinillmError(f"{path} is not a minillm profile ({error}): {REMEDY}") from None
     return profile
 
@@ -145,40 +143,44 @@ def places(mark, path):
     ]
 
 
-def of_files(files):
-    """The Profile of the model of ModelFiles, or None."""
-    config = read_config(files.path, files.name)
-    weights = load_weights(files.path, config, dtype="stored", only=norm_names(config).__contains__)
-    return find(config, weights, files.path)
-
-
 def norm_names(config):
     """Of the weights that `fingerprint` takes, in its order."""
     layers = range(config.n_layers)
     return [f"model.layers.{i}.{norm}_layernorm.weight" for i in layers for norm in ("input", "post_attention")]
 
 
-def find(config, weights, path, name=None):
-    """The Profile of a model, or None where there is none. weights: name -> Weight, its norms among them; path: of its
-    files; name: of a file that was asked for: MinillmError where it is no profile of this model. Where none was asked
-    for, such a file is passed over with a line on stderr: it must not stop what can do without it."""
-    mark = fingerprint(config, [weights[norm].data for norm in norm_names(config)])
+def find(stored: StoredModel, name=None):
+    """The Profile of a model, or None where there is none. name: of a file that was asked for: MinillmError where it is
+    no profile of this model. Where none was asked for, such a file is passed over with a line on stderr: it must not
+    stop what can do without it."""
+    names = norm_names(stored.config)
+    norms = load_weights(stored, dtype="stored", only=set(names).__contains__)
+    mark = fingerprint(stored.config, [norms[name].data for name in names])
     if name:
-        return _load_for(Path(name).expanduser(), config, mark)
-    for place in places(mark, path):
+        return _load_for(stored, mark, Path(name).expanduser())
+    for place in places(mark, stored.path):
         if place.is_file():
             try:
-                return _load_for(place, config, mark)
+                return _load_for(stored, mark, place)
             except MinillmError as error:
                 say_once(f"minillm: passed over: {error}")
     return None
 
 
-def _load_for(path, config, mark):
-    """`load` for the model of a config with the fingerprint `mark`."""
-    found, shape = load(path), (config.n_layers, config.n_kv_heads, config.dim)
-    if found.about["fingerprint"] != mark:
-        raise MinillmError(f"{path} is the profile of {found.about['model']}, not of {config.name}: {REMEDY}")
+def _load_for(stored, mark, path):
+    """`load` for a model with the fingerprint `mark`. A fine-tune may have left the norms alone. Where the profile was
+    made from files of the same format, other bytes are other weights; blocks may also have been quantised in another
+    way. From files of another format a fine-tune cannot be told."""
+    found, config = load(path), stored.config
+    about, shape = found.about, (config.n_layers, config.n_kv_heads, config.dim)
+    if about["fingerprint"] != mark:
+        raise MinillmError(f"{path} is the profile of {about['model']}, not of {config.name}: {REMEDY}")
     if found.weight.shape != shape:
         raise MinillmError(f"{path} is damaged (its weight is {found.weight.shape}, not {shape}): {REMEDY}")
+    made_from, here = about.get("weights"), stored.digest
+    if made_from and made_from != here and made_from.split()[:-1] == here.split()[:-1]:
+        reason = f"{path} was made from other weights than these of {config.name}, which have the same norms"
+        if set(here.split()[1:-1]) <= set(FLOATS):
+            raise MinillmError(f"{reason}: {REMEDY}")
+        say_once(f"minillm: {reason}: another quantisation, or a fine-tune that wants a profile of its own")
     return found

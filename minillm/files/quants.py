@@ -8,11 +8,18 @@ In a byte of 4-bit q, the low half is weight i and the high half weight i + 16.
 
 import numpy as np
 
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # kind -> type of its words
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 BLOCK_WEIGHTS = 32
+KINDS = (*FLOATS, *BLOCK_BYTES)  # what a Weight may be
 _CHUNK = (
     8192  # blocks: what passes through the temporaries at a time stays in the cache (measured: twice as fast as all)
 )
+
+
+def kind_bytes(kind: str, n: int) -> int:
+    """Bytes of n weights of a kind; of blocks, n is a multiple of BLOCK_WEIGHTS."""
+    return n // BLOCK_WEIGHTS * BLOCK_BYTES[kind] if kind in BLOCK_BYTES else n * np.dtype(FLOATS[kind]).itemsize
 
 
 def widen(kind: str, data: np.ndarray, out: np.ndarray) -> None:

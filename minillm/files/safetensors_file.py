@@ -1,5 +1,4 @@
 """The tensors of a Hugging Face model folder: headers of the safetensors files, checked before any tensor is touched.
-And how a file of minillm's own comes to be.
 
 The header is parsed here because safetensors.numpy cannot read BF16. Format: 8 bytes little-endian length, that many
 bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors without holes.
@@ -7,7 +6,6 @@ bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors without hol
 
 import json
 import math
-import os
 from pathlib import Path
 
 from minillm.errors import MinillmError
@@ -78,23 +76,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not good or not weight_map:
         raise MinillmError(f"{index} is damaged: weight_map must name .safetensors files beside it; download it again")
     return weight_map
-
-
-def write(path: Path, arrays: dict, metadata: dict[str, str]) -> None:
-    """Write NumPy arrays by name to a file, all of it or nothing. Raises MinillmError."""
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.array(array, order="C") for name, array in arrays.items()}  # it writes memory as it lies
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(arrays, unfinished, metadata)
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        raise MinillmError(f"cannot write {path} ({error}): free some space there or name another file") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _no_duplicates(pairs: list) -> dict:

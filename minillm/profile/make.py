@@ -159,6 +159,7 @@ def make(llm, fitted, held_out, done=lambda: None):
     about = {
         "model": config.name,
         "fingerprint": fingerprint(config, llm.model.norms),
+        "weights": llm.weights_digest,
         "date": datetime.date.today().isoformat(),
         "versions": {"minillm": version("minillm-engine"), "numpy": np.__version__},
     }

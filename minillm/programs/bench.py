@@ -25,9 +25,7 @@ from minillm.compress.config import unusual
 from minillm.compress.methods import methods_table
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
-from minillm.files.config import read_config
-from minillm.files.gguf_file import read_gguf
-from minillm.files.weights import n_parameters
+from minillm.files.stored_model import n_parameters, open_model
 from minillm.programs import cli
 from minillm.programs.run import guarded
 from minillm.programs.terminal import count, size
@@ -187,17 +185,17 @@ def _text(file):
 
 def _measure_model(name, args, caches, tests, text, source, out):
     """The rows of one model; in Markdown they go to `out` as they come."""
-    files = hub.resolve(name, offline=args.offline)
-    config = read_config(files.path, files.name)
+    stored = open_model(hub.resolve(name, offline=args.offline))
+    config = stored.config
     longest = max(test.n + test.depth for test in tests)
     if longest > config.context:
         raise UsageError(
-            f"{files.name} reads {config.context} tokens, and -d with -p or -n comes to {longest}: lower one"
+            f"{config.name} reads {config.context} tokens, and -d with -p or -n comes to {longest}: lower one"
         )
-    ids = _encode(files, text, longest, source)
+    ids = _encode(stored, text, longest, source)
     load = cli.machine(args) | {"offline": True}
     common = {
-        "model": files.name,
+        "model": config.name,
         "model_n_params": n_parameters(config),
         "cpu_info": cpu_name(),
         "n_threads": args.threads or n_cores(),
@@ -208,7 +206,7 @@ def _measure_model(name, args, caches, tests, text, source, out):
         for test in tests:
             for label, cache in caches.items():
                 bar.set_description(f"{label}, {test.name}")
-                request = {"model": str(files.path), "load": load, "cache": cache, "repetitions": args.repetitions}
+                request = {"model": str(stored.path), "load": load, "cache": cache, "repetitions": args.repetitions}
                 request |= {"kind": test.kind, "depth": test.depth, "ids": ids[: test.depth + test.n]}
                 found = _measure_row(request, bar)
                 rows.append(common | {"cache": label, "test": test.name} | _row(test, found))
@@ -217,12 +215,11 @@ def _measure_model(name, args, caches, tests, text, source, out):
     return rows
 
 
-def _encode(files, text, n, source):
+def _encode(stored, text, n, source):
     """The first n token ids of the text."""
-    gguf = read_gguf(files.path) if files.kind == "gguf" else None
-    tokenizer = Tokenizer.from_gguf(gguf.metadata) if gguf else Tokenizer.from_folder(files.path)
+    tokenizer = Tokenizer.of(stored)
     if tokenizer is None:
-        raise MinillmError(f"{files.name} has no tokenizer, and what is read is a text: add its tokenizer.json")
+        raise MinillmError(f"{stored.name} has no tokenizer, and what is read is a text: add its tokenizer.json")
     ids = tokenizer.encode(text[: n * CHARACTERS])
     if len(ids) < n:
         ids = tokenizer.encode(text)

@@ -6,7 +6,7 @@ import sys
 import time
 
 from minillm.compress.plan import SHORT
-from minillm.files.weights import n_parameters
+from minillm.files.stored_model import n_parameters
 from minillm.memory import resident_memory
 
 PATIENCE = 2.0  # seconds after which a second Ctrl-C does not wait any more

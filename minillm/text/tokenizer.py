@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm.errors import MinillmError
+from minillm.files.stored_model import StoredModel
 from minillm.text.chat_template import ChatTemplate, find_template
 from minillm.text.delimiters import classify
 from minillm.text.gguf_vocab import read_gguf_vocabulary
@@ -37,6 +38,11 @@ class Tokenizer:
         self._classes = {}  # reading -> what delimiter_classes made of it
         self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
         self.vocab_size = max([self._library.get_vocab_size() - 1, *self._added]) + 1
+
+    @classmethod
+    def of(cls, stored: StoredModel) -> "Tokenizer | None":
+        """Of a model's files; None where they hold none. Raises MinillmError."""
+        return cls.from_folder(stored.path) if stored.metadata is None else cls.from_gguf(stored.metadata)
 
     @classmethod
     def from_folder(cls, path: Path) -> "Tokenizer | None":

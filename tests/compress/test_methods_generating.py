@@ -13,8 +13,6 @@ import tiny_chat
 from literal import NEEDS, attend, rotated
 from oracle import rms_norm
 from paths import ROOT
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from sequences import Sequence
 from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
@@ -26,6 +24,7 @@ from minillm.compress.methods import METHODS, methods_table
 from minillm.compress.one_cut import OneCut
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError, UsageError
+from minillm.files import own_file
 
 GENERATING = [name for name, method in METHODS.items() if method.generates]
 
@@ -270,11 +269,9 @@ def test_a_session_file_without_its_scores_is_refused(tmp_path):
         assert [piece.token_id for piece in other.stream(params)] == [
             piece.token_id for piece in session.stream(params)
         ]
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
-        arrays = load_file(path)
+        arrays, texts = own_file.read(path, "session", "")
         del arrays["scores"]
-        save_file(arrays, path, metadata)
+        own_file.write(path, arrays, texts)
         with pytest.raises(MinillmError, match="is damaged .it lacks scores.: delete it and read the prompt again"):
             llm.session().restore(path)
 

@@ -9,6 +9,8 @@ import pytest
 
 from minillm.errors import MinillmError
 from minillm.files.config import ModelConfig, RopeConfig, read_config
+from minillm.files.gguf_file import read_gguf
+from minillm.files.stored_model import gguf_config
 
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
@@ -265,27 +267,26 @@ def test_odd_values_are_read_or_refused():
 def test_read_config_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     assert read_config(tmp_path, "llama") == ModelConfig.from_dict(LLAMA_2_7B, "llama")
-    assert read_config(tmp_path).name == tmp_path.name
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
-    assert read_config(tmp_path).eos_ids == (2, 7)
+    assert read_config(tmp_path, "llama").eos_ids == (2, 7)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B | {"eos_token_id": None}))
     (tmp_path / "generation_config.json").write_text("{}")
-    assert read_config(tmp_path).eos_ids == ()
+    assert read_config(tmp_path, "llama").eos_ids == ()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [[2]]}))
     with pytest.raises(MinillmError, match="eos_token_id"):
-        read_config(tmp_path)
+        read_config(tmp_path, "llama")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"llama"', b"\xff\xfe", "[" * 100_000], ids=range(5))
 def test_damaged_config_json(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(MinillmError, match="config.json.*download it again"):
-        read_config(tmp_path)
+        read_config(tmp_path, "llama")
 
 
 def test_missing_config_json(tmp_path):
     with pytest.raises(MinillmError, match="config.json is missing"):
-        read_config(tmp_path)
+        read_config(tmp_path, "llama")
 
 
 def test_gguf():
@@ -397,7 +398,7 @@ def test_read_config_of_a_gguf_file(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config = read_config(path)
+    config = gguf_config(read_gguf(path), "tiny.gguf")
     assert (config.name, config.n_heads, config.n_kv_heads, config.head_dim) == ("tiny.gguf", 2, 2, 8)
     assert not config.tied_head
     assert config.rope.freq_factors == (1.0, 2.0, 4.0, 8.0)

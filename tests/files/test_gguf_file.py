@@ -76,15 +76,6 @@ def test_reads_what_the_library_reads(tmp_path, alignment, version):
         assert bytes(mine.file.bytes_at(mine.offset, mine.nbytes)) == tensor.data.tobytes()
 
 
-def test_one_parse_while_somebody_holds_it(tmp_path):
-    path = write(tmp_path / "a.gguf")
-    held = read_gguf(path)
-    assert read_gguf(path) is held
-    path.unlink()
-    write(path, alignment=64)
-    assert read_gguf(path) is not held
-
-
 def header(version=3, magic=b"GGUF", tensors=0, keys=(), infos=()):
     """Bytes of a file: keys as (name, type number, value bytes), infos as (name, dims, type number, offset)."""
 

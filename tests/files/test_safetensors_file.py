@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from model_files import CONFIG, MODEL, UP, raw_model, write_raw, write_safetensors, write_shards
+from model_files import CONFIG, MODEL, UP, raw_model, stored, write_raw, write_safetensors, write_shards
 
 from minillm.errors import MinillmError
 from minillm.files.safetensors_file import read_safetensors
@@ -13,7 +13,7 @@ from minillm.files.weights import load_weights
 
 
 def load(path):
-    return load_weights(path, CONFIG, dtype="stored", progress=False)
+    return load_weights(stored(path, CONFIG), dtype="stored")
 
 
 def shift(header, name, begin, end):

@@ -20,6 +20,7 @@ from model_files import (
     gguf_name,
     random_model,
     raw_model,
+    stored,
     write_gguf,
     write_raw,
     write_safetensors,
@@ -27,12 +28,13 @@ from model_files import (
 )
 
 from minillm.errors import MinillmError, UsageError
-from minillm.files.config import RopeConfig, read_config
-from minillm.files.weights import Weight, load_weights, tensor_shapes, weight_bytes
+from minillm.files.hub import ModelFiles
+from minillm.files.stored_model import open_model, tensor_shapes
+from minillm.files.weights import Weight, load_weights
 
 
 def load(path, config=CONFIG, dtype="stored"):
-    return load_weights(path, config, dtype=dtype, progress=False)
+    return load_weights(stored(path, config), dtype=dtype, progress=False)
 
 
 def assert_same(weights, want, config, path, dtype):
@@ -46,7 +48,7 @@ def assert_same(weights, want, config, path, dtype):
         np.testing.assert_array_equal(weight.widened().data, array, err_msg=name)
         np.testing.assert_array_equal(weight.rows(1, 5), array[1:5], err_msg=name)
         assert weight.rows(1, 5).dtype == np.float32
-    assert weight_bytes(path, config, dtype) == sum(w.nbytes for w in weights.values())
+    assert stored(path, config).weight_bytes(dtype) == sum(w.nbytes for w in weights.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "stored"])
@@ -99,7 +101,7 @@ def test_k_quants(tmp_path):
     weights = load(tmp_path / "k.gguf", config)
     want = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q6_K)
     np.testing.assert_array_equal(weights["model.embed_tokens.weight"].data, want)
-    assert weight_bytes(tmp_path / "k.gguf", config, "stored") == sum(w.nbytes for w in weights.values())
+    assert stored(tmp_path / "k.gguf", config).weight_bytes("stored") == sum(w.nbytes for w in weights.values())
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
@@ -149,14 +151,6 @@ def test_harmless_extras_are_left_out(tmp_path):
     assert set(load(tmp_path, config)) == set(model)
 
 
-def test_rope_freqs_must_be_in_the_config(tmp_path):
-    factors = np.linspace(1, 8, CONFIG.head_dim // 2).astype(np.float32)
-    path = write_gguf(tmp_path / "m.gguf", random_model(CONFIG), CONFIG, extra={"rope_freqs.weight": factors})
-    with pytest.raises(MinillmError, match="tensor rope_freqs.weight is not in the config"):
-        load(path)
-    load(path, replace(CONFIG, rope=RopeConfig(freq_factors=tuple(factors.tolist()))))
-
-
 # -- refused: a model whose tensors are not those of the config
 
 
@@ -187,7 +181,7 @@ def test_foreign_safetensors(tmp_path, model, said):
         load(tmp_path)
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(MinillmError, match=said):
-        weight_bytes(tmp_path, CONFIG, "float32")
+        stored(tmp_path, CONFIG).weight_bytes("float32")
 
 
 @pytest.mark.parametrize(
@@ -228,9 +222,11 @@ def test_gguf_types_that_cannot_be_read(tmp_path):
         load(path)
 
 
-def test_unknown_dtype():
-    with pytest.raises(UsageError, match="'int8'; use float32, stored, q8_0 or q4_0"):
-        load("nowhere", dtype="int8")
+def test_unknown_dtype(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", MODEL)
+    for call in (load, lambda path, dtype: stored(path, CONFIG).weight_bytes(dtype)):
+        with pytest.raises(UsageError, match="'int8'; use float32, stored, q8_0 or q4_0"):
+            call(tmp_path, dtype="int8")
 
 
 # -- blocks made at load
@@ -294,7 +290,7 @@ def test_blocks_at_load(tmp_path, file, kind, dtype, config):
         assert weights[name].kind == expected and weights[name].shape == array.shape
         blocks = gguf.quantize(floats[name].data, gguf.GGMLQuantizationType[expected])
         np.testing.assert_array_equal(weights[name].data, blocks)
-    assert weight_bytes(path, config, dtype) == sum(w.nbytes for w in weights.values())
+    assert stored(path, config).weight_bytes(dtype) == sum(w.nbytes for w in weights.values())
 
 
 def test_blocks_of_blocks_and_of_odd_rows_are_refused(tmp_path):
@@ -304,7 +300,7 @@ def test_blocks_of_blocks_and_of_odd_rows_are_refused(tmp_path):
     odd = replace(CONFIG, ffn_dim=100)
     write_safetensors(tmp_path / "model.safetensors", random_model(odd))
     with pytest.raises(MinillmError, match=r"down_proj.weight has rows of 100, which are no blocks of 32"):
-        weight_bytes(tmp_path, odd, "q4_0")
+        stored(tmp_path, odd).weight_bytes("q4_0")
 
 
 # -- what loading costs
@@ -330,14 +326,16 @@ def test_peak_memory_is_the_weights_and_one_tensor(tmp_path, dtype):
 import re, sys
 from pathlib import Path
 from minillm.files.config import ModelConfig, RopeConfig
-from minillm.files.weights import load_weights, weight_bytes
+from minillm.files.stored_model import StoredModel, folder_tensors
+from minillm.files.weights import load_weights
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 config, folder = {config!r}, Path(sys.argv[1])
+stored = StoredModel(folder, config, folder_tensors(folder, config), None)
 from gguf import quantize  # a package's own memory is not what is measured
 before = resident("VmHWM")
-weights = load_weights(folder, config, dtype={dtype!r}, progress=False)
-print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), weight_bytes(folder, config, {dtype!r}))
+weights = load_weights(stored, dtype={dtype!r}, progress=False)
+print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), stored.weight_bytes({dtype!r}))
 """
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     grown, loaded, foretold = map(int, run.stdout.split())
@@ -349,7 +347,7 @@ print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), weigh
 
 def test_progress_is_silent_off_a_terminal(tmp_path, capfd):
     write_safetensors(tmp_path / "model.safetensors", MODEL)
-    load_weights(tmp_path, CONFIG, dtype="float32", progress=True)
+    load_weights(stored(tmp_path, CONFIG), dtype="float32", progress=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -360,8 +358,8 @@ def test_importing_takes_no_gguf_package():
 
 
 def test_default_model(default_model_path):
-    config = read_config(default_model_path)
-    weights = load(default_model_path, config)
+    model = open_model(ModelFiles("gguf", default_model_path, "default"))
+    config, weights = model.config, load_weights(model, dtype="stored")
     assert (config.n_layers, config.n_heads, config.n_kv_heads, config.vocab_size) == (30, 9, 3, 49152)
     assert sum(int(np.prod(w.shape)) for w in weights.values()) == 134_515_008
     assert weights["model.embed_tokens.weight"].kind == "Q8_0"

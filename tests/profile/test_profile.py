@@ -10,8 +10,7 @@ import pytest
 import tiny_chat
 from oracle import rms_norm
 from paths import ROOT
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, CacheConfig, SamplingParams
@@ -19,6 +18,7 @@ from minillm.cache import state as cache_state
 from minillm.compress import compressor as compressor_module
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError, UsageError
+from minillm.files import own_file
 from minillm.files.profile_file import CURVE, Profile, fingerprint, load, places
 from minillm.ops import numpy_ops
 from minillm.profile import fit, make, worth
@@ -348,7 +348,7 @@ def test_a_profile_that_cannot_be_used_stops_nobody_who_did_not_ask_for_it(folde
     beside, user, _ = places(mark, folder)
     profile.save(beside)
     old = {"minillm_profile": json.dumps({"format": 1} | profile.about)}
-    save_file(load_file(beside), beside, old)
+    own_file.write(beside, load_file(beside), old)
     flags = ["-m", str(folder), "-qn", "1", "x"]
     assert run.main([*flags, "--kv-method", "full"]) == 0
     said = capfd.readouterr().err
@@ -401,12 +401,10 @@ def test_a_profile_whose_parts_do_not_fit_is_refused(damage, folder, tmp_path):
     with LLM.load(folder) as llm:
         profile_of(llm).save(tmp_path / "a.profile")
     changes, message = DAMAGE[damage]
-    arrays = load_file(tmp_path / "a.profile")
-    with safe_open(tmp_path / "a.profile", framework="numpy") as file:
-        metadata = file.metadata()
+    arrays, texts = own_file.read(tmp_path / "a.profile", "profile", "")
     for name, change in changes.items():
         arrays[name] = np.array(change(arrays[name]), order="C")
-    save_file(arrays, tmp_path / "a.profile", metadata)
+    own_file.write(tmp_path / "a.profile", arrays, texts)
     with pytest.raises(MinillmError, match=f"a.profile .*{message}.*: make one with python -m minillm.profile"):
         LLM.load(folder, profile=tmp_path / "a.profile")
 
@@ -418,7 +416,7 @@ NAMED = '{"format": 2, "model": "a", "fingerprint": "b", "repeated": '
 def test_a_profile_that_does_not_say_what_it_is_of_is_refused(about, folder, tmp_path):
     with LLM.load(folder) as llm:
         profile_of(llm).save(tmp_path / "a.profile")
-    save_file(load_file(tmp_path / "a.profile"), tmp_path / "a.profile", {"minillm_profile": about})
+    own_file.write(tmp_path / "a.profile", load_file(tmp_path / "a.profile"), {"minillm_profile": about})
     with pytest.raises(MinillmError, match="is not a minillm profile .it does not say "):
         load(tmp_path / "a.profile")
 

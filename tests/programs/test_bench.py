@@ -187,11 +187,11 @@ def test_markdown_and_csv_say_the_same(run, tmp_path):
 
 def test_the_text_that_python_brings_is_long_enough(default_model_path, tiny):
     text, source = bench._text(None)
-    files = bench.hub.resolve(str(default_model_path))
-    ids = bench._encode(files, text, 8192, source)
+    stored = bench.open_model(bench.hub.resolve(str(default_model_path)))
+    ids = bench._encode(stored, text, 8192, source)
     assert len(ids) == 8192 and "Python" in source
     llm_ids = LLM.load(tiny).encode(text[:100])  # another tokenizer: a byte a token
-    assert bench._encode(bench.hub.resolve(tiny), text, 100, source) == llm_ids[:100]
+    assert bench._encode(bench.open_model(bench.hub.resolve(tiny)), text, 100, source) == llm_ids[:100]
 
 
 def labels(flags):

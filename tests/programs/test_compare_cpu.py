@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
-from model_files import CONFIG, MODEL, write_gguf
+from model_files import CONFIG, MODEL, stored, write_gguf
 from paths import ROOT
 
 from minillm.files.weights import load_weights
@@ -30,9 +30,9 @@ def test_files_hold_the_same_weights(tool, tmp_path, kind):
     source, target = tmp_path / "source.gguf", tmp_path / "target.gguf"
     write_gguf(source, MODEL, CONFIG, "Q4_1")
     tool.write_gguf(source, target, kind)
-    made = load_weights(target, CONFIG, dtype="stored", progress=False)
+    made = load_weights(stored(target, CONFIG), dtype="stored")
     number, q4_1 = (gguf.GGMLQuantizationType[name] for name in (kind, "Q4_1"))
-    for name, before in load_weights(source, CONFIG, dtype="float32", progress=False).items():
+    for name, before in load_weights(stored(source, CONFIG), dtype="float32").items():
         after = made[name]
         if len(before.shape) == 1:
             np.testing.assert_array_equal(after.data, before.data)

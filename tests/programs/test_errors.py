@@ -12,6 +12,7 @@ from fake_hub import FakeHub, Repository, point_library_at
 from safetensors.numpy import load_file, save_file
 
 from minillm import LLM, CacheConfig, MinillmError
+from minillm.files import own_file
 from minillm.memory import available_memory
 from minillm.programs import run
 
@@ -228,18 +229,15 @@ def saved(tiny, tmp_path):
 
 
 def change_identity(path, **change):
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
-    identity = json.loads(metadata["minillm_session"]) | change
-    save_file(load_file(path), path, metadata | {"minillm_session": json.dumps(identity)})
+    arrays, texts = own_file.read(path, "session", "")
+    identity = json.loads(texts["minillm_session"]) | change
+    own_file.write(path, arrays, texts | {"minillm_session": json.dumps(identity)})
 
 
 @pytest.mark.parametrize(
     "change, flags, words",
     [
-        ({"version": 0}, [], "version 0 and this is 3"),
+        ({"version": 0}, [], "version 0 and this is 4"),
         ({"cache dtype": "float16"}, [], "cache dtype 'float16' and this is 'float32'"),
         ({}, ["--quantize", "q8_0"], "quantize None and this is 'q8_0'"),
         ({}, ["--kv-method", "streaming"], "method 'hindsight' and this is 'streaming'"),
@@ -260,7 +258,7 @@ def test_session_of_another_model(saved, fails, capfd, tmp_path):
     capfd.readouterr()
     other = tiny_chat.make(tmp_path / "other", seed=5)
     said = fails(other, "x", "--prompt-cache", saved)
-    assert holds(said, "was saved with model 'tiny ", "and this is 'other ")
+    assert holds(said, "was saved with weights 'safetensors F32 ", "and this is 'safetensors F32 ")
 
 
 def test_session_that_is_none(tiny, saved, fails, capfd):
@@ -285,11 +283,8 @@ DAMAGED_STATES = {
 
 @pytest.mark.parametrize("damage", DAMAGED_STATES)
 def test_session_file_with_a_damaged_state_changes_nothing(damage, tiny, saved):
-    from safetensors import safe_open
-
-    with safe_open(saved, framework="numpy") as file:
-        metadata = file.metadata()
-    save_file(load_file(saved), saved, metadata | {"state": json.dumps(DAMAGED_STATES[damage])})
+    arrays, texts = own_file.read(saved, "session", "")
+    own_file.write(saved, arrays, texts | {"state": json.dumps(DAMAGED_STATES[damage])})
     with LLM.load(tiny) as llm:
         session = llm.session()
         session.feed("abc")
@@ -303,13 +298,9 @@ def test_session_file_with_a_damaged_state_changes_nothing(damage, tiny, saved):
 
 
 def test_session_file_with_tokens_of_another_vocabulary(tiny, saved):
-    from safetensors import safe_open
-
-    with safe_open(saved, framework="numpy") as file:
-        metadata = file.metadata()
-    arrays = load_file(saved)
+    arrays, texts = own_file.read(saved, "session", "")
     arrays["token_ids"] += 10_000
-    save_file(arrays, saved, metadata)
+    own_file.write(saved, arrays, texts)
     with LLM.load(tiny) as llm, pytest.raises(MinillmError, match="is damaged .token id 1"):
         llm.session().restore(saved)
 

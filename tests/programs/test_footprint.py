@@ -21,7 +21,8 @@ from minillm.files.config import ModelConfig, RopeConfig
 from minillm.memory import peak_memory, resident_memory
 from minillm.model import Model
 from minillm.preflight import workspace_bytes
-from minillm.files.weights import Weight, tensor_shapes
+from minillm.files.stored_model import tensor_shapes
+from minillm.files.weights import Weight
 
 ops = importlib.import_module("minillm.ops." + sys.argv[3])
 config = ModelConfig("wide", "LlamaForCausalLM", 12, 8, 8, 64, 64, 64, 64, 8192, 1e-5, RopeConfig(), tied_head=True)

@@ -461,7 +461,7 @@ def test_ctrl_c_again_does_not_wait(minillm, talk, llm, monkeypatch):
 
 
 def test_ctrl_c_while_the_model_loads(minillm, monkeypatch):
-    monkeypatch.setattr("minillm.llm.read_config", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("minillm.llm.open_model", lambda *_: signal.raise_signal(signal.SIGINT))
     assert minillm("x", "-q") == (130, "", "minillm: interrupted\n")
 
 
