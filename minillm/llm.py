@@ -5,7 +5,6 @@ import math
 import operator
 import reprlib
 import time
-from dataclasses import asdict
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
-from minillm.files.config import read_config
-from minillm.files.gguf_file import read_gguf
 from minillm.files.profile_file import find as find_profile
-from minillm.files.weights import QUANTIZED, Weight, load_weights, tensor_shapes, weight_bytes
+from minillm.files.stored_model import QUANTIZED, open_model, tensor_shapes
+from minillm.files.weights import Weight, load_weights
 from minillm.model import MLP_ROWS, Model
 from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
@@ -35,6 +33,8 @@ class LLM:
 
     Wherever a prompt goes in, it is text (completed as it stands; special tokens in it are recognised), a list of
     token ids, or a list of chat messages ({"role", "content"}) for the model's chat template."""
+
+    weights_digest = None  # StoredModel.digest; None: they were not loaded from files
 
     def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids, profile=None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -118,41 +118,22 @@ class LLM:
         model's own, where there is one; False: none). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        if quantize is not None:
-            if quantize not in QUANTIZED:
-                raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
-            if dtype != "auto":
-                raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
-            dtype = quantize
+        dtype = _asked_dtype(dtype, quantize)
         backend = ops.backend(device)
         if threads is not None:
             backend.set_threads(threads)
-        files = hub.resolve(model, offline=offline, progress=progress)
-        # Held here, so that the header of a .gguf is read once for config, tokenizer and weights.
-        gguf = read_gguf(files.path) if files.kind == "gguf" else None
-        config = read_config(files.path, files.name)
-        if context is not None and not 1 <= context <= config.context:
-            raise UsageError(f"context {context} is not in 1..{config.context}, what {files.name} was made for")
-        tokenizer = Tokenizer.from_gguf(gguf.metadata) if gguf else Tokenizer.from_folder(files.path)
-        if chat_template is not None and tokenizer:
-            tokenizer = tokenizer.with_chat_template(chat_template)
-        if dtype == "auto":
-            free = backend.available_memory()
-            fits = free is None or weight_bytes(files.path, config, "float32") < 0.9 * free
-            dtype = "stored" if backend.READS_STORED or not fits else "float32"
-        promised = {}  # a context that was asked for must fit; the model's own is only a limit
-        if context is not None:
-            cache_size = cache_bytes(config, cache, backend, context)
-            promised = {"cache": cache_size, "workspace": workspace_bytes(config, context)}
-        require(backend, files.name, context or 0, weights=weight_bytes(files.path, config, dtype), **promised)
-        weights = load_weights(files.path, config, dtype=dtype, progress=progress)
-        stop_ids = frozenset(config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
-        profile = None if profile is False else find_profile(config, weights, files.path, profile)
-        model = Model(config, weights, backend, profile and profile.projection)
-        llm = cls(config, model, tokenizer, cache, context or config.context, dtype, stop_ids, profile)
-        llm.load_seconds = time.perf_counter() - start
+        stored = open_model(hub.resolve(model, offline=offline, progress=progress))
+        tokenizer = _tokenizer(stored, chat_template)
+        dtype = _fitting_dtype(stored, dtype, backend)
+        _require_room(stored, dtype, backend, cache, context)
+        digest = stored.digest  # before the weights: the pages it looks at are given back with theirs
+        profile = None if profile is False else find_profile(stored, profile)
+        weights = load_weights(stored, dtype=dtype, progress=progress)
+        model = Model(stored.config, weights, backend, profile and profile.projection)
+        stop_ids = frozenset(stored.config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
+        context = context or stored.config.context
+        llm = cls(stored.config, model, tokenizer, cache, context, dtype, stop_ids, profile)
+        llm.weights_digest, llm.load_seconds = digest, time.perf_counter() - start
         return llm
 
     @classmethod
@@ -176,11 +157,20 @@ class LLM:
         return llm
 
     def encode(self, prompt, bos=True):
-        """Token ids of a prompt (text, ids or messages). UsageError for what is none of these."""
-        if isinstance(prompt, str):
-            return self._needs_tokenizer().encode(prompt, bos=bos)
+        """Token ids of a prompt (text, ids or messages), each a row of the embedding. UsageError for what is none of
+        these and for ids out of range; MinillmError where the text has a token that the model has no row for."""
         if is_chat(prompt):
-            return self._needs_tokenizer().encode(self.tokenizer.render_chat(prompt), bos=bos)
+            prompt = self._needs_tokenizer().render_chat(prompt)
+        if isinstance(prompt, str):
+            tokenizer = self._needs_tokenizer()
+            ids = tokenizer.encode(prompt, bos=bos)
+            if beyond := self._not_embedded(ids):
+                raise MinillmError(
+                    f"the text has the token {tokenizer.token_bytes(beyond[0]).decode(errors='replace')!r}, whose id "
+                    f"{beyond[0]} is not in 0..{self.config.vocab_size - 1}, what {self.config.name} has embeddings "
+                    "for: leave it out of the text, or take the tokenizer that belongs to this model"
+                )
+            return ids
         try:
             ids = [operator.index(token) for token in prompt]
         except TypeError:
@@ -188,10 +178,12 @@ class LLM:
                 f"{reprlib.repr(prompt)} is no prompt: give a text, a list of token ids (whole numbers), or a list of "
                 'chat messages ({"role": ..., "content": ...})'
             ) from None
-        bad = [token for token in ids if not 0 <= token < self.config.vocab_size]
-        if bad:
-            raise UsageError(f"token id {bad[0]} is not in 0..{self.config.vocab_size - 1}")
+        if beyond := self._not_embedded(ids):
+            raise UsageError(f"token id {beyond[0]} is not in 0..{self.config.vocab_size - 1}")
         return ids
+
+    def _not_embedded(self, ids):
+        return [token for token in ids if not 0 <= token < self.config.vocab_size]
 
     def session(self):
         """A Session: a conversation whose later turns read only their own tokens."""
@@ -255,15 +247,12 @@ class LLM:
         return self._last.stats if self._last else {}
 
     def identity(self):
-        """What a session file must agree with."""
-        import hashlib
-
-        digest = hashlib.sha256(repr(asdict(self.config) | {"name": ""}).encode())
-        for block in self.model.blocks:
-            digest.update(block.attention_norm.tobytes() + block.mlp_norm.tobytes())
+        """What a session file must agree with. Raises MinillmError."""
+        if self.weights_digest is None:
+            raise MinillmError("sessions are saved and taken up only of models that were loaded from files")
         return {
             "version": SESSION_FORMAT,
-            "model": f"{self.config.name} {digest.hexdigest()[:12]}",
+            "weights": self.weights_digest,
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
             "cache dtype": self.pool.dtype,
             "profile": self.profile.digest if self.profile and self.cache_config.profiled else None,
@@ -300,3 +289,46 @@ class _Closed:
 
     def __getattr__(self, name):
         raise MinillmError("this LLM is closed and its memory given back: load it again")
+
+
+# The steps of `load`
+
+
+def _asked_dtype(dtype, quantize):
+    """How weights are to be held: one of DTYPES or of QUANTIZED. Raises UsageError."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if quantize is None:
+        return dtype
+    if quantize not in QUANTIZED:
+        raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
+    if dtype != "auto":
+        raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
+    return quantize
+
+
+def _tokenizer(stored, chat_template):
+    """The Tokenizer of a StoredModel, or None; with another chat template where one is named."""
+    tokenizer = Tokenizer.of(stored)
+    return tokenizer.with_chat_template(chat_template) if tokenizer and chat_template is not None else tokenizer
+
+
+def _fitting_dtype(stored, dtype, backend):
+    """`dtype`, or for "auto" what suits the backend and its free memory."""
+    if dtype != "auto":
+        return dtype
+    free = backend.available_memory()
+    fits = free is None or stored.weight_bytes("float32") < 0.9 * free
+    return "stored" if backend.READS_STORED or not fits else "float32"
+
+
+def _require_room(stored, dtype, backend, cache, context):
+    """Raise MinillmError where the weights do not fit into memory, or with them a context that was asked for (the
+    model's own is only a limit)."""
+    config, promised = stored.config, {}
+    if context is not None:
+        if not 1 <= context <= config.context:
+            raise UsageError(f"context {context} is not in 1..{config.context}, what {stored.name} was made for")
+        promised["cache"] = cache_bytes(config, cache, backend, context)
+        promised["workspace"] = workspace_bytes(config, context)
+    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype), **promised)

@@ -12,13 +12,13 @@ from pathlib import Path
 from minillm.cache import state as cache_state
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
-from minillm.files.safetensors_file import write
+from minillm.files import own_file
 from minillm.memory import peak_memory
 from minillm.preflight import require, workspace_bytes
 from minillm.sampling import PENALTY_WINDOW, Sampler
 from minillm.text.stream import StreamDecoder
 
-SESSION_FORMAT = 3
+SESSION_FORMAT = 4
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
 
 
@@ -268,23 +268,14 @@ class Session:
         """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""
         self._finish_turn()
         state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
-        metadata = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
-        write(Path(path).expanduser(), cache_state.state(self.cache), metadata)
+        texts = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
+        own_file.write(Path(path).expanduser(), cache_state.state(self.cache), texts)
 
     def restore(self, path):
-        """Take up a saved session. A file of another model, dtype, method or version raises MinillmError and changes
-        nothing."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
-            saved, state = json.loads(metadata["minillm_session"]), json.loads(metadata["state"])
-            if not isinstance(saved, dict):
-                raise ValueError("it does not say what model it is of")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise MinillmError(f"{path} is not a minillm session ({error}): delete it or name another file") from None
+        """Take up a saved session. A file that is damaged, or of other weights or another dtype, method or version,
+        raises MinillmError and changes nothing."""
+        arrays, texts = own_file.read(Path(path).expanduser(), "session", "delete it or name another file")
+        saved, cache = json.loads(texts["minillm_session"]), self.llm.new_cache(self.cache.window)
         for name, here in self.llm.identity().items():
             if saved.get(name) != here:
                 raise MinillmError(
@@ -292,21 +283,24 @@ class Session:
                     "delete it"
                 )
         try:
-            unread, messages, rendered = self._checked(state)
+            unread, messages, rendered = self._checked(json.loads(texts["state"]))
             self.llm.encode(arrays["token_ids"].tolist())
             self.llm.compressor.check_left(arrays, self.llm.config.n_heads)
-            cache_state.restore(self.cache, arrays)
+            cache_state.restore(cache, arrays)
         except (KeyError, TypeError, ValueError, MinillmError) as error:
             raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
-        self.unread, self.messages, self.rendered, self.answer = unread, messages, rendered, None
+        self.cache.clear()
+        self.cache, self.answer = cache, None
+        self.unread, self.messages, self.rendered = unread, messages, rendered
 
     def _checked(self, state):
         """(unread, messages, rendered) of the state that `save` wrote, or KeyError, TypeError, ValueError,
         UsageError."""
         unread, messages, rendered = state["unread"], state["messages"], state["rendered"]
         if not isinstance(unread, list) or not isinstance(messages, list) or not isinstance(rendered, str | None):
-            raise TypeError("its state is none")
+            raise TypeError("its state is not an object")
         for message in messages:
-            if set(message) != {"role", "content"} or not all(isinstance(text, str) for text in message.values()):
-                raise ValueError("a message of it is none")
+            words = isinstance(message, dict) and all(isinstance(text, str) for text in message.values())
+            if not words or set(message) != {"role", "content"}:
+                raise ValueError("it holds a malformed message")
         return self.llm.encode(unread), messages, rendered
