@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.files.mapped_file import MappedFile, StoredTensor, check_layout
+from minillm.files.mapped_file import MappedFile, StoredTensor
 
 # ggml type number -> (name, elements a block, bytes a block): the types minillm keeps as they are. The rest are looked
 # up in the gguf package, which takes 0.1 s to import.
@@ -75,16 +75,26 @@ def _read_tensors(reader: "_Reader", count: int, alignment) -> dict[str, StoredT
         infos[name] = (dims, reader.number("I", name), reader.number("Q", name))
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise file.error(f"is damaged: general.alignment = {alignment} is no power of two; download it again")
-    start = reader.at + -reader.at % alignment
+    start = end = reader.at + -reader.at % alignment
     tensors = {}
     for name, (dims, type_number, offset) in infos.items():
         kind, block, block_bytes = _type(type_number)
-        if kind is None or dims[0] % block or offset % alignment:
-            what = f"type number {type_number}, dimensions {dims}, offset {offset}"
+        if kind is None or dims[0] % block:
+            what = f"type number {type_number}, dimensions {dims}"
             raise file.error(f"is damaged or too new: tensor {name} has {what}; download it again")
         nbytes = math.prod(dims) // block * block_bytes
-        tensors[name] = StoredTensor(file, name, kind, tuple(reversed(dims)), start + offset, nbytes)
-    check_layout(list(tensors.values()), start, holes=True)
+        tensor = tensors[name] = StoredTensor(file, name, kind, tuple(reversed(dims)), start + offset, nbytes)
+        if tensor.offset != end:  # llama.cpp's rule; without it a wrong count or alignment shifts all that is read
+            raise tensor.error(
+                f"has offset {offset}, but the tensors before it end at {end - start}; download it again"
+            )
+        if tensor.end > file.size:
+            raise tensor.cut_off()
+        end = tensor.end + -tensor.end % alignment
+    if file.size > end:
+        raise file.error(
+            f"has {file.size - end} bytes after its last tensor: its tensor count or alignment is wrong; download it again"
+        )
     return tensors
 
 

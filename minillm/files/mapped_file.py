@@ -52,27 +52,15 @@ class StoredTensor:
     offset: int  # from the start of the file
     nbytes: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    def cut_off(self) -> MinillmError:
+        return self.error(
+            f"ends at byte {self.end}, but the file has {self.file.size}: it is truncated, or its header lies; "
+            "download it again"
+        )
+
     def error(self, what: str) -> MinillmError:
         return MinillmError(f"{self.file.path}: tensor {self.name} {what}")
-
-
-def check_layout(tensors: list[StoredTensor], start: int, *, holes: bool) -> None:
-    """Raises MinillmError unless the tensors lie after `start`, inside their file and clear of one another; without
-    `holes`, one directly after the other up to the end of the file. All of them are in one file."""
-    end = start
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
-        last = tensor.offset + tensor.nbytes
-        if last > tensor.file.size:
-            raise tensor.error(
-                f"ends at byte {last}, but the file has {tensor.file.size}: it is truncated, or its header lies; "
-                "download it again"
-            )
-        if tensor.offset < end:
-            raise tensor.error("overlaps the one before it: the header lies; download the file again")
-        if tensor.offset > end and not holes:
-            raise tensor.error(f"leaves a hole of {tensor.offset - end} bytes before it; download the file again")
-        end = last
-    if tensors and end < tensors[0].file.size and not holes:
-        raise tensors[0].file.error(
-            f"has {tensors[0].file.size - end} bytes after its last tensor: the header lies; download it again"
-        )

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from minillm.errors import MinillmError
-from minillm.files.mapped_file import MappedFile, StoredTensor, check_layout
+from minillm.files.mapped_file import MappedFile, StoredTensor
 
 _DTYPE_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -32,7 +32,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise file.error("has a damaged header (not a JSON object); download it again")
     header.pop("__metadata__", None)
     tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
-    check_layout(list(tensors.values()), 8 + length, holes=False)
+    _check_layout(file, tensors, 8 + length)
     return tensors
 
 
@@ -76,6 +76,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not good or not weight_map:
         raise MinillmError(f"{index} is damaged: weight_map must name .safetensors files beside it; download it again")
     return weight_map
+
+
+def _check_layout(file: MappedFile, tensors: dict[str, StoredTensor], start: int) -> None:
+    """Raises MinillmError unless one tensor follows directly on the other, from `start` up to the end of the file."""
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.end > file.size:
+            raise tensor.cut_off()
+        if tensor.offset < end:
+            raise tensor.error("overlaps the one before it: the header lies; download the file again")
+        if tensor.offset > end:
+            raise tensor.error(f"leaves a hole of {tensor.offset - end} bytes before it; download the file again")
+        end = tensor.end
+    if tensors and end < file.size:
+        raise file.error(f"has {file.size - end} bytes after its last tensor: the header lies; download it again")
 
 
 def _no_duplicates(pairs: list) -> dict:

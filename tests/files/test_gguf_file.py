@@ -121,14 +121,20 @@ HUGE = 2**62
         (header(keys=[(b"split.count", 2, struct.pack("<H", 3))]), "split model.*--merge"),
         (header(infos=[(b"t", [HUGE], 0, 0)]), "tensor t ends at byte.*truncated"),
         (header(infos=[(b"t", [HUGE] * 4, 0, 0)]), "tensor t ends at byte"),
-        (header(infos=[(b"t", [1], 0, HUGE)]), "tensor t ends at byte"),
+        (
+            header(infos=[(b"t", [1], 0, HUGE)]),
+            "tensor t has offset 4611686018427387904, but the tensors before it end at 0",
+        ),
         (header(infos=[(b"t", [], 0, 0)]), "tensor t has 0 dimensions"),
         (header(infos=[(b"t", [1] * 5, 0, 0)]), "tensor t has 5 dimensions"),
         (header(infos=[(b"t", [1], 77, 0)]), "tensor t has type number 77"),
         (header(infos=[(b"t", [31], 8, 0)]), r"tensor t has type number 8, dimensions \[31\]"),
         (header(infos=[(b"t", [1], 0, 3)]), "tensor t has .*offset 3"),
         (header(infos=[(b"t", [1], 0, 0), (b"t", [1], 0, 32)]) + b"\0" * 64, "tensor t twice"),
-        (header(infos=[(b"t", [64], 0, 0), (b"u", [64], 0, 32)]) + b"\0" * 512, "tensor u overlaps"),
+        (
+            header(infos=[(b"t", [64], 0, 0), (b"u", [64], 0, 32)]) + b"\0" * 512,
+            "tensor u has offset 32, but the tensors before it end at 256",
+        ),
     ],
 )
 def test_lies_are_refused(tmp_path, data, said):
@@ -137,6 +143,62 @@ def test_lies_are_refused(tmp_path, data, said):
     with pytest.raises(MinillmError, match=said) as caught:
         read_gguf(path)
     assert str(path) in str(caught.value)
+
+
+def split(path):
+    """(the file's parts up to its tensors' data: before the tensor count, after it, each tensor's info; the data)"""
+    want, data = gguf.GGUFReader(path), path.read_bytes()
+    offsets = [int(tensor.field.offset) for tensor in want.tensors]
+    ends = [
+        *offsets[1:],
+        int(want.tensors[-1].field.offset) + sum(part.nbytes for part in want.tensors[-1].field.parts),
+    ]
+    return (
+        data[:8],
+        data[16 : offsets[0]],
+        [data[a:b] for a, b in zip(offsets, ends, strict=True)],
+        data[want.data_offset :],
+    )
+
+
+def join(head, keys, infos, data, count=None, alignment=32):
+    start = head + struct.pack("<Q", len(infos) if count is None else count) + keys + b"".join(infos)
+    return start + b"\0" * (-len(start) % alignment) + data
+
+
+@pytest.mark.parametrize("alignment", [None, 64])
+def test_a_count_or_an_offset_that_is_off_is_refused(tmp_path, alignment):
+    """Every tensor would be read from a shifted place: no check of one tensor alone notices."""
+    path = write(tmp_path / "a.gguf", alignment)
+    head, keys, infos, data = split(path)
+    n = alignment or 32
+    assert join(head, keys, infos, data, alignment=n) == path.read_bytes()
+    for count in (len(infos) - 1, 0):
+        path.write_bytes(join(head, keys, infos, data, count, n))
+        with pytest.raises(MinillmError, match="a.gguf has [0-9]+ bytes after its last tensor: its tensor count"):
+            read_gguf(path)
+    path.write_bytes(join(head, keys, infos, data, len(infos) + 1, n))
+    with pytest.raises(MinillmError, match="damaged|truncated"):
+        read_gguf(path)
+    for dropped in range(len(infos) - 1):
+        name = infos[dropped + 1][8 : 8 + infos[dropped + 1][0]].decode()
+        path.write_bytes(join(head, keys, infos[:dropped] + infos[dropped + 1 :], data, alignment=n))
+        with pytest.raises(MinillmError, match=f"tensor {name} has offset [0-9]+, but the tensors before it end at"):
+            read_gguf(path)
+    path.write_bytes(join(head, keys, [*infos[:-1], infos[-1][:-8] + struct.pack("<Q", 0)], data, alignment=n))
+    with pytest.raises(MinillmError, match="tensor Q6_K has offset 0, but the tensors before it end at"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("written, claimed", [(32, 64), (64, 32), (32, 16), (32, 8), (64, 128), (32, 1)])
+def test_another_alignment_than_the_file_was_written_with_is_refused(tmp_path, written, claimed):
+    path = write(tmp_path / "a.gguf", written)
+    key = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<I", U32)
+    data = path.read_bytes()
+    assert data.count(key) == 1
+    path.write_bytes(data.replace(key + struct.pack("<I", written), key + struct.pack("<I", claimed)))
+    with pytest.raises(MinillmError, match="has offset|ends at byte|after its last tensor"):
+        read_gguf(path)
 
 
 def test_missing_file(tmp_path):

@@ -384,7 +384,7 @@ def test_cache_folder_that_cannot_be_made(tmp_path, wheel, fake_hub, monkeypatch
 
 def test_two_processes_at_once(tmp_path, wheel, fake_hub):
     script = (
-        "import sys; from minillm import hub;"
+        "import sys; from minillm.files import hub;"
         "hub.GGUF_BYTES, hub.GGUF_SHA256, hub.WHEEL_SHA256 = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
         "print(hub.resolve(progress=False).path)"
     )
