@@ -85,15 +85,14 @@ def _read_tensors(reader: "_Reader", count: int, alignment) -> dict[str, StoredT
         nbytes = math.prod(dims) // block * block_bytes
         tensor = tensors[name] = StoredTensor(file, name, kind, tuple(reversed(dims)), start + offset, nbytes)
         if tensor.offset != end:  # llama.cpp's rule; without it a wrong count or alignment shifts all that is read
-            raise tensor.error(
-                f"has offset {offset}, but the tensors before it end at {end - start}; download it again"
-            )
+            raise tensor.error(f"has offset {offset}, but those before it end at {end - start}; download it again")
         if tensor.end > file.size:
             raise tensor.cut_off()
         end = tensor.end + -tensor.end % alignment
     if file.size > end:
         raise file.error(
-            f"has {file.size - end} bytes after its last tensor: its tensor count or alignment is wrong; download it again"
+            f"has {file.size - end} bytes after its last tensor: its tensor count or alignment is wrong; "
+            "download it again"
         )
     return tensors
 

