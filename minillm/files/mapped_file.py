@@ -9,6 +9,7 @@ import numpy as np
 from minillm.errors import MinillmError
 
 _NEIGHBOURS = 2**21  # bytes, the largest piece that the kernel maps at once
+_SAMPLES, _SAMPLE_BYTES = 4, 1024  # of a tensor
 
 
 class MappedFile:
@@ -32,13 +33,26 @@ class MappedFile:
         """(nbytes,) uint8 view of the map."""
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
 
+    def sample(self, offset: int, nbytes: int) -> bytes:
+        """Up to 4 KiB, of the first and the last bytes here and of some between them, read without what is around
+        them."""
+        size = min(_SAMPLE_BYTES, nbytes)
+        places = sorted({(nbytes - size) * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
+        self._advise("MADV_RANDOM", 0, self.size)
+        try:
+            return b"".join(self.map[offset + place : offset + place + size] for place in places)
+        finally:
+            self._advise("MADV_NORMAL", 0, self.size)
+
     def release(self, offset: int, nbytes: int) -> None:
         """Takes these pages out of the process's resident memory; the next touch maps them again."""
-        if hasattr(self.map, "madvise"):
-            # a touch maps the pages around it too, so the neighbours go as well: 7 % of a file stayed without this
-            start = max(0, offset - _NEIGHBOURS) // mmap.PAGESIZE * mmap.PAGESIZE
-            end = min(self.size, offset + nbytes + _NEIGHBOURS)
-            self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        # a touch maps the pages around it too, so the neighbours go as well: 7 % of a file stayed without this
+        start = max(0, offset - _NEIGHBOURS) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._advise("MADV_DONTNEED", start, min(self.size, offset + nbytes + _NEIGHBOURS) - start)
+
+    def _advise(self, advice: str, start: int, nbytes: int) -> None:
+        if hasattr(self.map, "madvise"):  # not on Windows
+            self.map.madvise(getattr(mmap, advice), start, nbytes)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from minillm.files.quants import BLOCK_WEIGHTS, FLOATS, KINDS, kind_bytes
 from minillm.files.safetensors_file import read_folder
 
 QUANTIZED = ("q8_0", "q4_0")  # what floats can be turned into at load
-_SAMPLES, _SAMPLE_BYTES = 8, 512  # of each tensor, for the digest
 
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -57,14 +56,13 @@ class StoredModel:
         """Of the config and the weights as they are stored: "gguf F32 Q4_1 Q8_0 2f4c0e61b8a97d35", the types of the
         tensors before it. The names of model, folder and files do not count.
 
-        Of each tensor 4 KiB in 8 places are looked at, some milliseconds for any model. That tells another training,
-        fine-tune, merge, quantisation or rounding. It does not tell an edit of a few rows or single weights.
+        Of each tensor 4 KiB are looked at (MappedFile.sample): milliseconds for any model. That tells another training,
+        fine-tune, merge, quantisation or rounding. It does not tell an edit of a few rows or of single weights.
         """
         digest = hashlib.sha256(repr(asdict(self.config) | {"name": ""}).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(repr((name, tensor.kind, tensor.shape)).encode())
-            for place in _places(tensor.nbytes):
-                digest.update(tensor.file.bytes_at(tensor.offset + place, min(_SAMPLE_BYTES, tensor.nbytes)))
+            digest.update(tensor.file.sample(tensor.offset, tensor.nbytes))
         kinds = " ".join(sorted({tensor.kind for tensor in self.tensors.values()}))
         return f"{'safetensors' if self.metadata is None else 'gguf'} {kinds} {digest.hexdigest()[:16]}"
 
@@ -199,9 +197,3 @@ def _kind(tensor: StoredTensor, dtype: str, is_head: bool) -> str:
             f"has rows of {tensor.shape[1]}, which are no blocks of {BLOCK_WEIGHTS}: load it without quantize"
         )
     return "Q8_0" if is_head else dtype.upper()
-
-
-def _places(nbytes: int) -> list[int]:
-    """Where the samples of a tensor of so many bytes begin: evenly, the first and the last bytes among them."""
-    last = max(0, nbytes - _SAMPLE_BYTES)
-    return sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})

@@ -24,6 +24,7 @@ _BYTE_OF = {0x100 + i: byte for i, byte in enumerate(b for b in range(256) if b 
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _WORDLIKE = frozenset(string.ascii_letters + string.digits)
 _PROBE = "minillm-probe"
+_MOST = 1 << 22  # ids: sixteen times those of the largest vocabularies; there are tables of all of them
 
 
 class Tokenizer:
@@ -38,6 +39,12 @@ class Tokenizer:
         self._classes = {}  # reading -> what delimiter_classes made of it
         self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
         self.vocab_size = max([self._library.get_vocab_size() - 1, *self._added]) + 1
+        if self.vocab_size > _MOST:
+            last = self.vocab_size - 1
+            raise MinillmError(
+                f"the vocabulary gives the token {self._added[last]!r} the id {last}, and no model has so many: get "
+                "the tokenizer's files again"
+            )
 
     @classmethod
     def of(cls, stored: StoredModel) -> "Tokenizer | None":
@@ -88,6 +95,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; of a special token its name; none for an id beyond the vocabulary."""
         token_id = int(token_id)
+        if not 0 <= token_id < 1 << 32:  # what the library takes
+            return b""
         piece = self._added.get(token_id) or self._library.id_to_token(token_id)
         return self._spell(piece, token_id in self._added) if piece else b""
 

@@ -4,31 +4,34 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import processors
 
 from minillm.errors import MinillmError
+from minillm.text.added_tokens import add_tokens, read, read_json
 from minillm.text.sentencepiece_file import read_sentencepiece
 from minillm.text.vocabulary import Vocabulary, add_typed_tokens, sentencepiece_bpe
 
 
 def read_folder_vocabulary(folder: Path) -> Vocabulary | None:
     """None where the folder has no tokenizer. Raises MinillmError naming the file at fault."""
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
-        library, structure, named = _load(folder / "tokenizer.json"), frozenset(), {}
+        library, structure, named, flags = _load(folder / "tokenizer.json"), frozenset(), {}, {}
     elif (folder / "tokenizer.model").exists():
         library, structure, named = _from_sentencepiece(folder / "tokenizer.model", config)
+        flags = {"normalized": False}  # its normalizer puts a space before a text: no token would be met in it
     elif (folder / "tekken.json").exists():
         raise MinillmError(f"{folder} has only Mistral's tekken.json: add the model's tokenizer.json to the folder")
     else:
         return None
-    named |= _read_json(folder / "special_tokens_map.json") | config  # the map: repositories older than 2023
+    named |= read_json(folder / "special_tokens_map.json") | config  # the map: repositories older than 2023
+    add_tokens(library, folder, config, **flags)
     bos_id, eos_id = (_id(library, named.get(name)) for name in ("bos_token", "eos_token"))
     adds_bos, bos_id = _bos(library, bos_id, config.get("add_bos_token"))
     n_tokens = library.get_vocab_size()
     stop_ids = {eos_id} - {None}
     for name in ("config.json", "generation_config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
+        ids = read_json(folder / name).get("eos_token_id")
         stop_ids |= {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < n_tokens}
     added = {i for i, token in library.get_added_tokens_decoder().items() if token.special}
     byte_level, strips_space = _decoding(library, folder)
@@ -61,15 +64,6 @@ def _from_sentencepiece(path: Path, config: dict) -> tuple[tokenizers.Tokenizer,
     prefix = "never" if not model.adds_space else "first" if config.get("legacy") is False else "always"
     library = sentencepiece_bpe(model.pieces, model.scores, model.types, prefix=prefix)
     structure = add_typed_tokens(library, model.pieces, model.types)
-    extra = _read_json(path.parent / "added_tokens.json")  # {"<|im_end|>": 32000}: tokens beyond the model file
-    extra |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    flags = {token["content"]: bool(token.get("special")) for token in config.get("added_tokens_decoder", {}).values()}
-    for text, token_id in sorted(extra.items(), key=lambda item: item[1]):
-        library.add_tokens([AddedToken(text, special=flags.get(text, True), normalized=False)])
-        if library.token_to_id(text) != token_id:
-            raise MinillmError(
-                f"{path.parent} gives {text!r} an id that {path.name} uses ({token_id}): add the model's tokenizer.json"
-            )
     if model.bos:  # every Llama and Mistral of this kind begins with BOS; `add_bos_token` can say otherwise
         pair = (model.bos, library.token_to_id(model.bos))
         library.post_processor = processors.TemplateProcessing(single=[model.bos, "$A"], special_tokens=[pair])
@@ -108,8 +102,8 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     """A template file goes before tokenizer_config.json, where it may be one of several by name."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return _read(path)
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+        return read(path)
+    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
         if "default" not in by_name and len(by_name) != 1:
@@ -125,23 +119,3 @@ def _chat_template(folder: Path, config: dict) -> str | None:
 def _id(library: tokenizers.Tokenizer, token: str | dict | None) -> int | None:
     text = token.get("content") if isinstance(token, dict) else token
     return library.token_to_id(text) if text else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise MinillmError(f"cannot read {path} ({error}): get it again") from error
-
-
-def _read_json(path: Path) -> dict:
-    """{} where the file is missing."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise MinillmError(f"{path} is not JSON ({error}): get it again") from error
-    if not isinstance(content, dict):
-        raise MinillmError(f"{path} is not a JSON object: get it again")
-    return content

@@ -134,8 +134,15 @@ def _ranked_merges(pieces: Sequence[str], scores: Sequence[float], types: Sequen
 
 
 def _bpe(pieces: Sequence[str], pairs: list[tuple[str, str]], **options) -> models.BPE:
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocab) < len(pieces):  # llama.cpp and SentencePiece refuse it too
+        first, piece = next((i, piece) for i, piece in enumerate(pieces) if vocab[piece] != i)
+        raise MinillmError(
+            f"the vocabulary has the piece {piece!r} twice, as the ids {first} and {vocab[piece]}: get a file whose "
+            "pieces are all different"
+        )
     try:
-        return models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs, **options)
+        return models.BPE(vocab=vocab, merges=pairs, **options)
     except Exception as error:  # the library's own exception type is plain Exception
         raise MinillmError(f"the vocabulary contradicts itself ({error}): get a complete file") from error
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -386,3 +387,107 @@ def test_ids_beyond_the_vocabulary_have_no_text(default_tokenizer):
 def test_lone_surrogates_are_refused(default_tokenizer):
     with pytest.raises(MinillmError, match="Unicode"):
         default_tokenizer.encode("abc\udcff")
+
+
+# Tokens that files beside the tokenizer's own name
+
+
+FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+
+
+def added(content, **flags):
+    return {"content": content} | FLAGS | flags
+
+
+BESIDE = {
+    "tokenizer_config": {"tokenizer_config": {"added_tokens_decoder": {"400": added("<|t|>")}}},
+    "added_tokens": {"added_tokens": {"<|t|>": 400}},
+    "special_tokens_map": {"special_tokens_map": {"additional_special_tokens": ["<|t|>"]}},
+    "an object there": {"special_tokens_map": {"additional_special_tokens": [added("<|t|>")]}},
+    "as the padding": {"tokenizer_config": {"pad_token": "<|t|>"}},
+    "as the end": {"tokenizer_config": {"eos_token": added("<|t|>")}, "added_tokens": {"<|t|>": 400}},
+    "extra": {"tokenizer_config": {"extra_special_tokens": {"tool": "<|t|>"}}},
+}
+
+
+def sized_library():
+    """A byte-level vocabulary of 400 ids."""
+    library = train_library()
+    library.add_tokens([f"filler{i}" for i in range(400 - library.get_vocab_size())])
+    assert library.get_vocab_size() == 400
+    return library
+
+
+@pytest.mark.parametrize("where", BESIDE)
+def test_tokens_that_only_another_file_names_are_recognised(tmp_path, where):
+    """The ids are what transformers 5 gives for such folders."""
+    folder = write_folder(tmp_path, sized_library(), **BESIDE[where])
+    tokenizer = Tokenizer.from_folder(folder)
+    plain = Tokenizer.from_folder(write_folder(tmp_path, None, **dict.fromkeys(BESIDE[where], {})))
+    assert tokenizer.encode("the<|t|>fox") == [*plain.encode("the"), 400, *plain.encode("fox")]
+    assert len(plain.encode("<|t|>")) > 1
+    assert tokenizer.vocab_size == 401 and tokenizer.token_bytes(400) == b"<|t|>"
+    assert (400 in tokenizer.special_ids) == (where != "added_tokens")  # nothing says that it is one
+    assert tokenizer.stop_ids == ({400} if where == "as the end" else set())
+
+
+def test_added_tokens_come_in_the_order_of_their_ids_and_keep_their_flags(tmp_path):
+    decoder = {"401": added("<b>", special=False, rstrip=True), "400": added("<a>", lstrip=True)}
+    config = {"added_tokens_decoder": decoder | {"2": added("<|turn|>", lstrip=True)}, "pad_token": "<p>"}
+    folder = write_folder(tmp_path, sized_library(), tokenizer_config=config, added_tokens={"<c>": 403})
+    write_folder(tmp_path, None, special_tokens_map={"additional_special_tokens": ["<d>"]})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("<p> <a><b> <|turn|>") == [402, 400, 401, 2]  # with the blanks before and after them
+    assert tokenizer.encode("a <|turn|>") == [67, 2]  # tokenizer.json leaves the blank
+    assert len(tokenizer.encode("<c>")) > 1 < len(tokenizer.encode("<d>"))  # files of older folders
+    assert tokenizer.decode([400, 401, 402]) == "<b>"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"5": added("<|t|>")}, r"the token '<\|t\|>' the id 5, and by its vocabulary it has 400"),
+        ({"402": added("<|t|>")}, r"the token '<\|t\|>' the id 402, and by its vocabulary it has 400"),
+        ({"400": added("<|t|>"), "401": added("<|t|>")}, r"'<\|t\|>' the id 40[01], and by its vocabulary it has"),
+        ({"400": added("<|turn|>")}, r"the token '<\|turn\|>' the id 400, and by its vocabulary it has 2"),
+        ({str(2**40): added("<|t|>")}, r"the id 1099511627776"),
+        ({"400": {"special": True}}, "have token {'special': True}: get them again"),
+        ({"400": added(7)}, "have token {'content': 7"),
+        ({"four": added("<|t|>")}, "have added tokens {'four'"),
+        (["<|t|>"], r"have added tokens \['<\|t\|>'\]"),
+    ],
+)
+def test_added_tokens_that_contradict_the_vocabulary_are_refused(tmp_path, decoder, message):
+    folder = write_folder(tmp_path, sized_library(), tokenizer_config={"added_tokens_decoder": decoder})
+    with pytest.raises(MinillmError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [{"pad_token": 5}, {"additional_special_tokens": "<|t|>"}, {"eos_token": {"id": 3}}])
+def test_named_tokens_that_are_none_are_refused(tmp_path, named):
+    with pytest.raises(MinillmError, match="the tokenizer's files have .*: get them again"):
+        Tokenizer.from_folder(write_folder(tmp_path, sized_library(), special_tokens_map=named))
+
+
+def test_a_special_token_beyond_every_vocabulary_is_refused(tmp_path):
+    """It would make tables of four thousand million entries."""
+    write_folder(tmp_path, sized_library())
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["<|turn|>"] = 2**32 - 1
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "<|turn|>"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(MinillmError, match=r"the token '<\|turn\|>' the id 4294967295, and no model has so many"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [byte_level_metadata(words=("he", "hel", "he")), sentencepiece_metadata()])
+def test_a_piece_at_two_ids_is_refused(metadata):
+    """As llama.cpp refuses it: one of the two could be neither written nor read."""
+    pieces = list(metadata["tokenizer.ggml.tokens"])
+    if "tokenizer.ggml.scores" in metadata:
+        pieces[-1] = pieces[300]
+    first = next(i for i, piece in enumerate(pieces) if piece == pieces[-1])
+    with pytest.raises(MinillmError, match=f"the piece {re.escape(repr(pieces[-1]))} twice, as the ids {first} and"):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.tokens": pieces})
