@@ -14,7 +14,7 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend
 from minillm.compress.recipe import Recipe
 from minillm.files.stored_model import tensor_shapes
-from minillm.files.weights import Weight, tensor_shapes
+from minillm.files.weights import Weight
 from minillm.model import Model
 from minillm.ops import numpy_ops
 from minillm.ops.cuda_ops import CudaOps
