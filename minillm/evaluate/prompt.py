@@ -51,7 +51,13 @@ def encode(llm, head, tail):
 
 
 def largest(fits, low, high):
-    """The largest n of low..high with fits(n), by binary search; low where none does. fits: n -> bool, falling."""
+    """The largest n of low..high with fits(n); low where none does. fits: n -> bool, falling.
+
+    n is doubled until it does not fit, and then halved in: nothing is tried that is twice too long."""
+    step = 1
+    while low + step <= high and fits(low + step):
+        low, step = low + step, 2 * step
+    high = min(high, low + step - 1)
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):
