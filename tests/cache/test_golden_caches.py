@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_chat
 from paths import DATA
+from threadpoolctl import threadpool_limits
 
 from minillm import LLM, CacheConfig, SamplingParams
 from minillm.cache import state as cache_state
@@ -125,6 +126,13 @@ def arithmetic():
     """Which bits this machine's NumPy computes: a digest of the full cache's logits."""
     with LLM.load(model(), cache=CacheConfig("full")) as llm:
         return hashlib.sha256(llm.logits(llm.encode(text(300, 0))).tobytes()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_many_threads_of_blas_as_when_it_was_written():
+    """They decide in which order a product is summed."""
+    with threadpool_limits(2):
+        yield
 
 
 @pytest.fixture(scope="module")
