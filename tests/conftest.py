@@ -2,7 +2,11 @@
 
 import functools
 import os
+import signal
 from pathlib import Path
+
+# Tests run side by side, one on a core. NumPy reads this once, when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import emulator
 import pytest
@@ -21,10 +25,51 @@ TINY = sorted(path.name for path in (DATA / "tiny").iterdir() if path.is_dir())
 
 # Why a test may be skipped even in CI: no compiler, no GPU, and NVRTC, which .ci/run installs and tests by itself.
 MAY_SKIP = (NO_COMPILER, "no GPU", "no CuPy or no NVRTC")
+AHEAD = pytest.StashKey()  # the process that compiles kernels
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """None: one on each core. But one process has the GPU: its tests measure what it has free."""
+    return None if no_gpu() else 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What cannot run here is skipped before anything is made for it."""
+    for item in items:
+        if reason := cannot_run(device_of(item)):
+            item.add_marker(pytest.mark.skip(reason))
+
+
+def device_of(item):
+    """The parameter of the fixture `device`, or None."""
+    return item.callspec.params.get("device") if hasattr(item, "callspec") else None
+
+
+def cannot_run(device):
+    """None, or why nothing runs on a device here."""
+    if device == "emulator":
+        return emulator.available()
+    return no_gpu() if device == "gpu" else None
+
+
+def pytest_collection_finish(session):
+    """While the first tests run, kernels are compiled for others, by one process beside the first worker."""
+    first = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
+    wanted = any(device_of(item) == "emulator" for item in session.items) and not emulator.available()
+    if first and wanted and not session.config.option.collectonly:
+        session.config.stash[AHEAD] = emulator.start_ahead()
 
 
 def pytest_sessionfinish(session):
-    """In CI nothing else is skipped."""
+    """A worker tells which kernels it ran. In the end, in CI, nothing else than MAY_SKIP is skipped."""
+    if ahead := session.config.stash.get(AHEAD, None):
+        ahead.terminate()
+        ahead.wait()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernels"] = emulator.Kernel.started_with
+        return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])]
     wrong = [reason for reason in reasons if not any(allowed in reason for allowed in MAY_SKIP)]
@@ -36,6 +81,13 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker's kernels did, added to what is known here."""
+    for name, told in getattr(node, "workeroutput", {}).get("kernels", {}).items():
+        emulator.Kernel.note(name, *told)
+
+
 def kernels_seen(reporter):
     """Says how often each kernel ran under the sanitizer. -> names of those that never ran on several blocks"""
     seen = emulator.Kernel.started_with
@@ -45,6 +97,15 @@ def kernels_seen(reporter):
         launches, most = seen.get(name, (0, 0))
         reporter.write_line(f"{name:<20}{launches:>9}{most:>8}")
     return [name for name in every if seen.get(name, (0, 0))[1] < 2]
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT is as a terminal's Ctrl-C finds it, here and in children; a shell ignores it for what it starts in the
+    background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -76,16 +137,17 @@ def tiny_models() -> dict[str, Path]:
 @pytest.fixture(params=["emulator", "gpu"])
 def device(request):
     """Where CUDA kernels are run: the emulator, and a GPU where there is one."""
-    if request.param == "emulator":
-        if reason := emulator.available():
-            pytest.skip(reason)
-        return emulator.EmulatedDevice()
-    return cuda_device_or_skip()
+    return emulator.EmulatedDevice() if request.param == "emulator" else cuda_device_or_skip()
 
 
 def cuda_device_or_skip():
+    return pytest.skip(no_gpu()) if no_gpu() else _cuda_device()
+
+
+def no_gpu():
+    """None, or why there is none."""
     device = _cuda_device()
-    return pytest.skip(device) if isinstance(device, str) else device
+    return device if isinstance(device, str) else None
 
 
 @functools.cache

@@ -1,25 +1,15 @@
-"""A CUDA C source -> a shared library built by g++ -> kernels that are called as CuPy's are."""
+"""A CUDA C source -> a translation unit for g++ -> kernels that are called as CuPy's are."""
 
 import ctypes
-import hashlib
 import math
-import os
 import platform
 import re
 import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-SANITIZER = os.environ.get("MINILLM_EMULATOR", "")
-SANITIZERS = {
-    "": ["-O1"],
-    "address": ["-O1", "-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
-    "thread": ["-O1", "-fsanitize=thread"],
-}
+from .build import PRELUDE, EmulatorError, library
+
 _TYPE = r"(?:__align__\([^)]*\)\s*)?[\w:]+(?:\s+(?!__align__)[\w:]+)*?"
 _DYNAMIC = re.compile(rf"extern\s+__shared__\s+({_TYPE})\s+(\w+)\s*\[\s*\]\s*;")
 _STATIC = re.compile(rf"(?<!\w)__shared__\s+({_TYPE})\s+(\w+(?:\[[^\]]*\])*(?:\s*,\s*\w+(?:\[[^\]]*\])*)*)\s*;")
@@ -33,10 +23,6 @@ def available():
     return None if shutil.which("g++") else "the CUDA emulator needs g++ 11 or later"
 
 
-class EmulatorError(RuntimeError):
-    """A kernel does what CUDA does not allow, or is called with what does not fit its parameters."""
-
-
 class Config(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
@@ -47,17 +33,20 @@ class Config(ctypes.Structure):
     ]
 
 
+def translation_unit(source):
+    """What g++ compiles of a CUDA C source: shared memory as macros of cuda_cpu.h, and an entry for each kernel."""
+    # A static __shared__ variable makes itself known when it is first met; a dynamic one is a pointer.
+    body = _DYNAMIC.sub(lambda m: f"CUEMU_DYNAMIC_SHARED({_element(m[1])}, {m[2]});", source)
+    body = _STATIC.sub(_static_shared, body)
+    return f"{PRELUDE}{body}\n" + "".join(f"CUEMU_KERNEL({name})\n" for name in _KERNEL.findall(body))
+
+
 class Module:
-    """The kernels of one source text; each launch is told to started(kernel name). Libraries are kept by the hash of
-    all that goes into them."""
+    """The kernels of one source text; each launch is told to started(kernel name)."""
 
     def __init__(self, source, started=lambda name: None):
         self.started = started
-        # A static __shared__ variable makes itself known when it is first met; a dynamic one is a pointer.
-        body = _DYNAMIC.sub(lambda m: f"CUEMU_DYNAMIC_SHARED({_element(m[1])}, {m[2]});", source)
-        body = _STATIC.sub(_static_shared, body)
-        unit = f'#include "cuda_cpu.h"\n{body}\n' + "".join(f"CUEMU_KERNEL({name})\n" for name in _KERNEL.findall(body))
-        self.lib = ctypes.CDLL(str(_built(unit)))
+        self.lib = ctypes.CDLL(str(library(translation_unit(source))))
 
     def get_function(self, name):
         return Kernel(self.lib, name, self.started)
@@ -73,27 +62,6 @@ def _static_shared(declaration):
     return " ".join(
         f"CUEMU_SHARED({element}, {name}, {dimensions});" for name, dimensions in (p.groups() for p in parts)
     )
-
-
-def _built(unit):
-    """The library of a translation unit, from the cache or new."""
-    flags = ["-std=c++20", "-g1", "-shared", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[SANITIZER]]
-    headers = [text.read_bytes() for text in sorted(HERE.rglob("*.h"))]
-    key = hashlib.sha256(b"\0".join([unit.encode(), " ".join(flags).encode(), *headers])).hexdigest()[:20]
-    folder = Path(tempfile.gettempdir()) / f"minillm-emulator-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{key}.so"
-    if not library.exists():
-        unfinished = folder / f"{key}.{os.getpid()}"
-        command = ["g++", *flags, f"-I{HERE}", f"-I{HERE}/include", "-xc++", "-", "-o", unfinished]
-        environment = {
-            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
-        }  # for the kernels only
-        done = subprocess.run(command, input=unit, text=True, capture_output=True, env=environment)
-        if done.returncode:
-            raise EmulatorError(done.stderr)
-        unfinished.replace(library)
-    return library
 
 
 class Kernel:
@@ -124,8 +92,13 @@ class Kernel:
         if self.launch(ctypes.byref(config), pointers, error, len(error)):
             raise EmulatorError(f"{self.name}: {error.value.decode()}")
         self.started(self.name)
-        launches, most = self.started_with.get(self.name, (0, 0))
-        self.started_with[self.name] = launches + 1, max(most, math.prod(grid))
+        self.note(self.name, 1, int(math.prod(grid)))
+
+    @classmethod
+    def note(cls, name, launches, blocks):
+        """So many launches, of so many blocks at most."""
+        before, most = cls.started_with.get(name, (0, 0))
+        cls.started_with[name] = before + launches, max(most, blocks)
 
     def _value(self, number, argument, parameter):
         """The bytes of one argument, as an array of one element. CuPy checks nothing of this."""
