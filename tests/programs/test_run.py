@@ -427,6 +427,7 @@ def press_ctrl_c(monkeypatch, name, nth):
     monkeypatch.setattr(Model, name, pressed)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_answer(minillm, llm, monkeypatch):
     text = llm.generate(user("tell me"), SamplingParams(30))
     press_ctrl_c(monkeypatch, "decode", 3)
@@ -440,12 +441,14 @@ def test_ctrl_c_ends_the_answer(minillm, llm, monkeypatch):
     assert (status, record["stop_reason"], record["generated_tokens"]) == (130, "interrupted", 4)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_prompt_is_read(minillm, monkeypatch):
     press_ctrl_c(monkeypatch, "extend", 1)
     status, out, err = minillm("tell me")
     assert (status, out) == (130, "") and err.endswith("interrupted while the prompt was read\n")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_again_does_not_wait(minillm, talk, llm, monkeypatch):
     def hang(*_):
         signal.raise_signal(signal.SIGINT)  # noted
@@ -460,6 +463,7 @@ def test_ctrl_c_again_does_not_wait(minillm, talk, llm, monkeypatch):
     assert (status, out) == (130, text + "\n") and err.endswith("minillm: interrupted\n")
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_model_loads(minillm, monkeypatch):
     monkeypatch.setattr("minillm.llm.open_model", lambda *_: signal.raise_signal(signal.SIGINT))
     assert minillm("x", "-q") == (130, "", "minillm: interrupted\n")
@@ -606,6 +610,7 @@ def test_chat_ctrl_c_at_the_prompt(talk):
     assert status == 0 and out.count("\n") == 1 and err.count("Ctrl-C again, Ctrl-D or /exit leaves") == 2
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_chat_ctrl_c_in_an_answer_and_in_a_prompt(talk, monkeypatch):
     whole = talk("tell me")[1]
     press_ctrl_c(monkeypatch, "decode", 3)
@@ -703,6 +708,7 @@ class PseudoTerminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_chat_at_a_terminal(tiny):
     terminal = PseudoTerminal("-m", tiny, "--kv-budget", "full", "--ignore-eos", "-n", "300")
     terminal.wait("/help lists the commands")
