@@ -119,9 +119,7 @@ class LLM:
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
         dtype = _asked_dtype(dtype, quantize)
-        backend = ops.backend(device)
-        if threads is not None:
-            backend.set_threads(threads)
+        backend = ops.backend(device, threads)
         stored = open_model(hub.resolve(model, offline=offline, progress=progress))
         tokenizer = _tokenizer(stored, chat_template)
         dtype = _fitting_dtype(stored, dtype, backend)

@@ -47,7 +47,7 @@ class OutputProjection:
         """W_O^h (d, dim), on the host."""
         columns = np.zeros((self.head_dim, self.wo.shape[1]), np.float32)
         columns[:, head * self.head_dim :][:, : self.head_dim] = np.eye(self.head_dim)
-        return self.ops.linear(columns, self.wo)
+        return self.ops.host(self.ops.linear(self.ops.array(columns), self.wo))
 
     @cached_property
     def _factors(self):

@@ -15,4 +15,6 @@ if not PATHS:
     built = "there is a C compiler, but the kernels were not built: install minillm again and see what it says"
     pytest.skip(built if any(map(shutil.which, names)) else NO_COMPILER, allow_module_level=True)
 
-from minillm.ops import cpu_ops as cpu_ops  # noqa: E402 (it needs the library)
+from minillm.ops.cpu_ops import CpuOps  # noqa: E402 (it needs the library)
+
+cpu_ops = CpuOps(PATHS[0])

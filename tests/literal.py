@@ -9,7 +9,7 @@ import numpy as np
 from minillm.cache.kv_cache import PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.compress.plan import Layer
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import page_bytes
 
 NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by method

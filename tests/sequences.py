@@ -7,7 +7,7 @@ from small_models import CLASSES_OF_14, bare_compressor, bare_model
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.plan import Queries
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import page_bytes
 
 F32 = np.float32

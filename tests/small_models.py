@@ -14,7 +14,7 @@ from minillm.compress.recipe import Recipe
 from minillm.files.config import ModelConfig, RopeConfig
 from minillm.files.weights import Weight
 from minillm.model import Model
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import page_bytes
 from minillm.output_projection import OutputProjection
 

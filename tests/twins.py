@@ -16,8 +16,8 @@ from minillm.compress.recipe import Recipe
 from minillm.files.stored_model import tensor_shapes
 from minillm.files.weights import Weight
 from minillm.model import Model
-from minillm.ops import numpy_ops
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 
 SMALL = replace(CONFIG, head_dim=64, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=72, context=512)
 

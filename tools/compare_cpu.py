@@ -439,10 +439,10 @@ def main():
     text, source = bench._text(None)
     ids = bench._encode(files, text, max(args.lengths) + N_GENERATED, source)
     found = contestants(args, files.path, notes)
-    ops.backend("cpu").set_threads(args.threads)
-    load, bandwidth = os.getloadavg()[0], ops.backend("cpu").bandwidth()
+    backend = ops.backend("cpu", args.threads)
+    load, bandwidth = os.getloadavg()[0], backend.bandwidth()
     figures = compare(args, found, ids, notes)
-    shown = tables(args, found, figures, notes, load, (bandwidth, ops.backend("cpu").bandwidth()))
+    shown = tables(args, found, figures, notes, load, (bandwidth, backend.bandwidth()))
     print(shown)
     if args.write:
         before, after = around_marks(args.write)

@@ -318,7 +318,7 @@ class Kernels:
         self.add(f"window_scores {queries} x {n}", keys.nbytes + out.nbytes, 0, launch.window_scores, *arguments)
 
         starts = np.arange(0, n_rows, chunk)
-        made = ops.GreedyClusters(keys, np.arange(n_rows), starts, np.diff(starts, append=n_rows))
+        made = ops.greedy_clusters(keys, np.arange(n_rows), starts, np.diff(starts, append=n_rows))
         tables = made.segments.starts, made.segments.lengths, made.segments.place
         taus, counts = up(np.float32([0.7, 0.75, 0.8])), up(np.zeros(3, np.int32))
         self.add(f"unit_rows {n}", 3 * keys.nbytes, 0, launch.unit_rows, keys, made.unit, "bf16")

@@ -160,7 +160,7 @@ class Rungs(list):
                 self._clusters.pop(next(iter(self._clusters)))
             layer = self.layer
             rotation = (layer.pos, layer.cos, layer.sin) if self.rope == "unrotated" else None
-            self._clusters[chunks] = layer.ops.GreedyClusters(layer.k, *_segments(layer, chunks), rotation)
+            self._clusters[chunks] = layer.ops.greedy_clusters(layer.k, *_segments(layer, chunks), rotation)
         return self._clusters[chunks]
 
 

@@ -103,7 +103,7 @@ class Evaluator:
             "minillm": version("minillm-engine"),
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "backend": ops.__name__.rpartition(".")[2],
+            "backend": ops.name,
             "cache_dtype": ops.CACHE_DTYPE,
         }
 

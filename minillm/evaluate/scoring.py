@@ -9,7 +9,6 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend, finish, read, recompress
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
-from minillm.memory import available_memory
 from minillm.preflight import cache_bytes
 from minillm.sampling import log_softmax
 
@@ -41,7 +40,7 @@ def groups(llm, prompt, configs, processes):
     def size(config):
         return cache_bytes(llm.config, config, llm.model.ops, prompt.length)
 
-    room, free = float("inf"), available_memory()
+    room, free = float("inf"), llm.model.ops.available_memory()
     if free is not None:
         room = FREE_SHARE * free / processes - size(CacheConfig("full"))
     group, taken = [], 0

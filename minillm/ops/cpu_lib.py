@@ -6,6 +6,7 @@ taken.
 """
 
 import ctypes
+import functools
 import mmap
 import os
 import threading
@@ -143,10 +144,7 @@ class Segments(Structure):
 
 _P, _N = c_void_p, c_int64
 _SIGNATURES = {  # name -> (result, arguments)
-    "set_threads": (c_int, [c_int]),
     "trim": (None, []),
-    "has_path": (c_int, [ctypes.c_char_p]),
-    "use_path": (c_int, [ctypes.c_char_p]),
     "repack": (None, [c_int, c_int, c_int, _P, _P]),
     "rms_norm": (None, [_P, _P, c_float, _P, _N, _N]),
     "rope": (None, [_P, _P, _P, _P, _N, _N, _N]),
@@ -176,11 +174,17 @@ _SIGNATURES = {  # name -> (result, arguments)
     "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),
 }
 
+_SETTINGS = {
+    "set_threads": (c_int, [c_int]),
+    "has_path": (c_int, [ctypes.c_char_p]),
+    "use_path": (c_int, [ctypes.c_char_p]),
+}
+
 
 class Library:
-    """The functions of the library as attributes, without their prefix. One call at a time: they share threads and
-    scratch memory, and a call from a second Python thread waits. MemoryError where the system had no memory for it;
-    what the call was to write is then undefined."""
+    """The compiled library, which a process has once: its threads, its path and its scratch memory are everybody's.
+    So it is called by one Python thread at a time, with the path and the threads that the caller wants. MemoryError
+    where the system had no memory for a call; what it was to write is then undefined."""
 
     def __init__(self, file):
         library = ctypes.CDLL(str(file))
@@ -188,63 +192,72 @@ class Library:
         self._unlock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._unlock)  # the thread that holds the lock is not in the child
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, f"minillm_{name}")
+        self.functions = {}
+        for name, (result, arguments) in (_SIGNATURES | _SETTINGS).items():
+            function = self.functions[name] = getattr(library, f"minillm_{name}")
             function.restype, function.argtypes = result, arguments
-            setattr(self, name, self._alone(function))
+        self.paths = [path for path in PATHS if self.functions["has_path"](path.encode())]
+        self.path = self.threads = None  # that are set
 
     def _unlock(self):
         self.lock = threading.Lock()
 
-    def _alone(self, function):
-        def call(*arguments):
-            with self.lock:
-                result = function(*arguments)
-                if n_bytes := self.missing.value:
-                    self.missing.value = 0
-                    raise MemoryError(f"the system has no {n_bytes} bytes left")
-                return result
+    def call(self, function, path, threads, arguments):
+        with self.lock:
+            if path != self.path:
+                self.functions["use_path"](path.encode())
+                self.path = path
+            if threads != self.threads:
+                self.functions["set_threads"](threads)
+                self.threads = threads
+            result = function(*arguments)
+            if n_bytes := self.missing.value:
+                self.missing.value = 0
+                raise MemoryError(f"the system has no {n_bytes} bytes left")
+            return result
 
-        return call
+
+class Kernels:
+    """The functions of the library as attributes, without their prefix, on one path and with so many threads."""
+
+    def __init__(self, path, threads=None):
+        self.library, self.path = library(), path
+        self.threads = processors() if threads is None else max(1, threads)
+        for name in _SIGNATURES:
+            setattr(self, name, self._call(name))
+
+    def _call(self, name):
+        function = self.library.functions[name]
+        return lambda *arguments: self.library.call(function, self.path, self.threads, arguments)
 
 
-_library = None
+def processors():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+@functools.cache
 def library():
     """The Library, or None where it was not built."""
-    global _library
-    if _library is None:
-        files = [f for f in sorted(Path(__file__).parent.glob("_cpu.*")) if f.suffix in (".so", ".dylib")]
-        if files:
-            _library = Library(files[0])
-            _library.set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return _library
+    files = [f for f in sorted(Path(__file__).parent.glob("_cpu.*")) if f.suffix in (".so", ".dylib")]
+    return Library(files[0]) if files else None
 
 
 def available_paths():
     """Names of the paths this processor and this build can take, best first."""
-    lib = library()
-    return [path for path in PATHS if lib.has_path(path.encode())] if lib else []
+    return library().paths if library() else []
 
 
-def choose_path(name=None):
-    """Takes the path `name` (default: MINILLM_CPU, or the best there is) and returns it; "numpy" where the library is
-    not there and nothing was asked for. UsageError if what was asked for cannot be had."""
-    name = name or os.environ.get("MINILLM_CPU") or None
-    if name == "numpy":
-        return name
-    paths = available_paths()
-    if name is None and not paths:
-        return "numpy"
-    if name is not None and name not in paths:
+def choose_path():
+    """The path that MINILLM_CPU names, or the best there is; "numpy" where the library is not there and nothing was
+    asked for. UsageError if what was asked for cannot be had."""
+    name, paths = os.environ.get("MINILLM_CPU") or None, available_paths()
+    if name is not None and name not in ("numpy", *paths):
         there = ", ".join(["numpy", *reversed(paths)])
         raise UsageError(
             f"MINILLM_CPU={name} cannot be had on this machine: set it to one of {there}, or leave it unset"
         )
-    name = name or paths[0]
-    library().use_path(name.encode())
-    return name
+    return name or next(iter(paths), "numpy")
 
 
 _arena, _used = None, 0  # a weak reference to the newest arena; how many of its bytes are taken
@@ -279,3 +292,13 @@ def pointer(array):
 def floats(array):
     """`array` as contiguous float32: itself if it is."""
     return np.ascontiguousarray(array, np.float32)
+
+
+def whole(array):
+    """`array` as contiguous int64: itself if it is."""
+    return np.ascontiguousarray(array, np.int64)
+
+
+def pointing(arrays):
+    """name -> pointer of arrays by name, which must stay where they are until the call has returned."""
+    return {name: pointer(array) for name, array in arrays.items()}

@@ -1,64 +1,57 @@
-"""What planning needs beside NumPy's own functions, compiled: see numpy_planning, whose results these are."""
+"""What planning needs beside NumPy's own functions, compiled: the results of numpy_planning."""
 
 from ctypes import byref
 
 import numpy as np
 
 from minillm.ops import cpu_lib
-from minillm.ops.cpu_lib import floats, pointer
-
-_lib = cpu_lib.library()
-
-
-def segment_count(mask, lengths):
-    """(S,): how many are true of each segment of mask (R,), of `lengths` (S,) one after another."""
-    mask, lengths = np.ascontiguousarray(mask, bool), np.ascontiguousarray(lengths, np.int64)
-    assert lengths.sum() == len(mask)
-    out = np.empty(len(lengths), np.int64)
-    _lib.segment_count(pointer(mask), pointer(lengths), len(lengths), pointer(out))
-    return out
+from minillm.ops.contract import Planning
+from minillm.ops.cpu_lib import floats, pointer, pointing, whole
 
 
-def nonzero(mask, n):
-    """(n,) where the n that are true of mask (R,) are."""
-    return compact(mask, n)[0]
+class CpuPlanning(Planning):
+    """By the Kernels of `self.lib`."""
 
+    def segment_count(self, mask, lengths):
+        mask, lengths = np.ascontiguousarray(mask, bool), whole(lengths)
+        assert lengths.sum() == len(mask)
+        out = np.empty(len(lengths), np.int64)
+        self.lib.segment_count(pointer(mask), pointer(lengths), len(lengths), pointer(out))
+        return out
 
-def compact(mask, n):
-    """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
-    mask = np.ascontiguousarray(mask, bool)
-    assert np.count_nonzero(mask) == n
-    rows, number = np.empty(n, np.int64), np.empty(len(mask), np.int64)
-    _lib.compact(pointer(mask), len(mask), pointer(rows), pointer(number))
-    return rows, number
+    def segment_topk(self, scores, lengths, counts):
+        scores, lengths, counts = floats(scores), whole(lengths), whole(counts)
+        assert lengths.sum() == len(scores) and len(counts) == len(lengths)
+        taken = np.empty(len(scores), bool)
+        self.lib.segment_topk(pointer(scores), pointer(lengths), pointer(counts), len(lengths), pointer(taken))
+        return taken
 
+    def nonzero(self, mask, n):
+        return self.compact(mask, n)[0]
 
-def segment_topk(scores, lengths, counts):
-    """Which are the counts[s] largest of each segment of scores (R,), of `lengths` (S,) one after another; of equal
-    ones the earlier. -> (R,) bool"""
-    scores, lengths, counts = floats(scores), *(np.ascontiguousarray(a, np.int64) for a in (lengths, counts))
-    assert lengths.sum() == len(scores) and len(counts) == len(lengths)
-    taken = np.empty(len(scores), bool)
-    _lib.segment_topk(pointer(scores), pointer(lengths), pointer(counts), len(lengths), pointer(taken))
-    return taken
+    def compact(self, mask, n):
+        mask = np.ascontiguousarray(mask, bool)
+        assert np.count_nonzero(mask) == n
+        rows, number = np.empty(n, np.int64), np.empty(len(mask), np.int64)
+        self.lib.compact(pointer(mask), len(mask), pointer(rows), pointer(number))
+        return rows, number
 
+    def neighbours(self, stays, pos, lengths, reach):
+        stays, pos = np.ascontiguousarray(stays, bool), np.ascontiguousarray(pos, np.int32)
+        lengths, near = whole(lengths), np.empty(len(pos), np.int64)
+        assert lengths.sum() == len(pos) == len(stays)
+        self.lib.neighbours(pointer(stays), pointer(pos), pointer(lengths), len(lengths), reach, pointer(near))
+        return near
 
-def neighbours(stays, pos, lengths, reach):
-    """For each row the nearest row of its segment that stays (R,), within `reach` positions, of two as near the
-    earlier; -1 where none is. pos (R,) ascend in each segment, of `lengths` (S,) one after another."""
-    stays, pos = np.ascontiguousarray(stays, bool), np.ascontiguousarray(pos, np.int32)
-    lengths, near = np.ascontiguousarray(lengths, np.int64), np.empty(len(pos), np.int64)
-    assert lengths.sum() == len(pos) == len(stays)
-    _lib.neighbours(pointer(stays), pointer(pos), pointer(lengths), len(lengths), reach, pointer(near))
-    return near
-
-
-def fold(scores, size, pos, kept, protected, lengths, reach, counts):
-    """dest, weight (R,), sizes and rows (E,) of rows that stay or are folded into one that does."""
-    n, n_rows = int(np.count_nonzero(kept)), len(pos)
-    given = floats(scores), floats(size), np.ascontiguousarray(pos, np.int32)
-    given += tuple(np.ascontiguousarray(a, kind) for a, kind in ((kept, bool), (protected, bool), (lengths, np.int64)))
-    assert given[5].sum() == n_rows and all(len(array) == n_rows for array in given[:5])
-    made = np.empty(n_rows, np.int64), np.empty(n_rows, np.float32), np.empty(n, np.float32), np.empty(n, np.int64)
-    _lib.fold(byref(cpu_lib.Fold(*map(pointer, (*given, *made)), len(lengths), reach, counts)))
-    return made
+    def fold(self, scores, size, pos, kept, protected, lengths, reach, counts):
+        n, n_rows = int(np.count_nonzero(kept)), len(pos)
+        given = {"scores": floats(scores), "size": floats(size), "pos": np.ascontiguousarray(pos, np.int32)}
+        given |= {"kept": np.ascontiguousarray(kept, bool), "protected": np.ascontiguousarray(protected, bool)}
+        assert all(len(array) == n_rows for array in given.values())
+        given["lengths"] = whole(lengths)
+        assert given["lengths"].sum() == n_rows
+        made = {"dest": np.empty(n_rows, np.int64), "weight": np.empty(n_rows, np.float32)}
+        made |= {"sizes": np.empty(n, np.float32), "rows": np.empty(n, np.int64)}
+        shape = {"n_segments": len(lengths), "reach": reach, "counts": counts}
+        self.lib.fold(byref(cpu_lib.Fold(**pointing(given | made), **shape)))
+        return tuple(made.values())

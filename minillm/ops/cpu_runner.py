@@ -18,7 +18,7 @@ class Runner:
     """The prepared tables of one Model, whose weights are CpuWeights."""
 
     def __init__(self, model):
-        c, self.lib, self.model = model.config, cpu_lib.library(), model
+        c, self.lib, self.model = model.config, model.ops.lib, model
         blocks = (cpu_lib.Block * c.n_layers)()
         for block, table in zip(model.blocks, blocks, strict=True):
             for name in _MATRICES:
@@ -26,9 +26,16 @@ class Runner:
                     setattr(table, name, getattr(block, name).matrix)
             for name in _VECTORS:
                 setattr(table, name, pointer(getattr(block, name)))
+        sizes = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "dim", "ffn_dim", "vocab_size")
         self.table = cpu_lib.Model(
-            *(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.dim, c.ffn_dim, c.vocab_size, c.sliding_window or 0),
-            *(c.rms_eps, model.scale, blocks, pointer(model.norm), model.embedding.matrix, model.head.matrix),
+            **{name: getattr(c, name) for name in sizes},
+            window=c.sliding_window or 0,
+            eps=c.rms_eps,
+            scale=model.scale,
+            blocks=blocks,
+            norm=pointer(model.norm),
+            embedding=model.embedding.matrix,
+            head=model.head.matrix,
         )
 
     def attention(self, layer, x, cos, sin, past, wants):

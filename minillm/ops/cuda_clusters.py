@@ -1,10 +1,11 @@
-"""Greedy seed-based clustering (SemantiCache, algorithm 1) on the device: the interface of numpy_clusters."""
+"""Greedy seed-based clustering (SemantiCache, algorithm 1) on the device: see numpy_clusters."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from minillm.ops import launch
+from minillm.ops.contract import Clusters
 
 KEPT_LENGTH = 512  # segments up to this length keep the cosines of their pairs; 1024 at most (see clusters.cu)
 KEPT_COSINES = 256 << 20  # all of them together
@@ -32,11 +33,8 @@ def segments(device, starts, lengths):
     return Segments(starts.astype(np.int32), lengths.astype(np.int32), place, n_kept, n_long > 0)
 
 
-class GreedyClusters:
-    """Segments of rows, and their clusters for any tau.
-
-    keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows. What a cluster is, numpy_clusters
-    says."""
+class GreedyClusters(Clusters):
+    """keys (C, d) of the device, compared as they are: those of `rows` (C,) of n_rows. See Backend.greedy_clusters."""
 
     AROUND = 8  # taus on either side of one that are counted with it: a launch and a wait cost more than all of them
 
@@ -51,11 +49,9 @@ class GreedyClusters:
         return self.segments.starts, self.segments.lengths, self.segments.place
 
     def counts(self, taus):
-        """For each of `taus` the number of clusters of all segments together, in one launch."""
         return self._run(taus, None, None).tolist()
 
     def assign(self, tau):
-        """seed (n_rows,) int64, similarity (n_rows,)."""
         number = np.arange(len(self.rows), dtype=np.int32, like=self.unit)  # of each one's seed among `rows`
         cosine = np.ones_like(self.unit, shape=len(self.rows))
         self._run([tau], number, cosine)

@@ -67,10 +67,6 @@ class CudaWeight:
             None if self.scales is None else self.scales[lo:hi],
         )
 
-    def dense(self):
-        """(out, in) uint16, a view, if it is plain 16-bit words; else None."""
-        return self.words.view(np.uint16) if self.scales is None else None
-
 
 def _apart(weight):
     """Quants (out, bytes) and scales (out, n) of blocks of 32, which a file holds side by side."""

@@ -5,27 +5,18 @@ so that a step of the greedy scan costs a few word operations for a whole bucket
 
 import numpy as np
 
-from minillm.ops.numpy_rope import unrotated
+from minillm.ops.contract import Clusters
 
 SIMILARITIES = 4 << 20  # that exist at a time; where there are more, they are computed anew for every tau, in blocks
 
 
-class GreedyClusters:
-    """Segments of rows, and their clusters for any tau.
+class GreedyClusters(Clusters):
+    """keys (C, d), compared as they are: those of `rows` (C,) of n_rows. See Backend.greedy_clusters."""
 
-    keys (R, d); rows (C,); starts, lengths (M,): segment m is rows[starts[m] : starts[m] + lengths[m]], and clusters
-    stay inside it. rotation: (pos (R,), cos, sin (positions, d/2)) that the keys have and that is undone first; None:
-    they are compared as they are. Scanning a segment, a row without a cluster becomes a seed and absorbs every later
-    free row whose cosine similarity with the seed is greater (strictly) than tau; no cosine is greater than 1, rounded
-    or not. A key of norm zero is similar to nothing (cosine 0)."""
+    AROUND = 1
 
-    AROUND = 1  # taus on either side of one that are counted with it
-
-    def __init__(self, keys, rows, starts, lengths, rotation=None):
-        self.n_rows, self.rows, keys = len(keys), rows, keys[rows]
-        if rotation:
-            pos, cos, sin = rotation
-            keys = unrotated(keys, pos[rows], cos, sin)
+    def __init__(self, keys, rows, starts, lengths, n_rows):
+        self.n_rows, self.rows = n_rows, rows
         norms = np.sqrt(np.einsum("rd,rd->r", keys, keys))[:, None]
         self.unit = np.divide(keys, norms, out=np.zeros_like(keys), where=norms > 0)
         # Widths 8, 16, 32, 64 fit one word; longer ones take several words of 64 bits.
@@ -71,15 +62,12 @@ class GreedyClusters:
                 yield seed, taken
 
     def counts(self, taus):
-        """For each of `taus` the number of clusters of all segments together."""
         return [
             sum(int(seed.sum(dtype=np.int64)) for bucket in self.buckets for seed, _ in self._absorbed(bucket, tau))
             for tau in taus
         ]
 
     def assign(self, tau):
-        """seed (R,) int64: the row that is the seed of each row's cluster; a row of no segment is its own seed.
-        similarity (R,): cosine of each row with its seed, 1 for seeds."""
         number = np.arange(len(self.rows))  # of each one's seed among `rows`
         for bucket in self.buckets:
             rows, real, _ = bucket

@@ -1,12 +1,9 @@
-"""What planning needs beside NumPy's own functions: the largest, sums and neighbours in segments of rows."""
-
-import sys
+"""What planning needs beside NumPy's own functions, in NumPy. The contract says what each function gives."""
 
 import numpy as np
 
 
 def segment_ids(lengths):
-    """lengths (S,) on the host -> (R,): of each row the number of its segment, S segments one after another."""
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
@@ -19,23 +16,14 @@ def joined(lengths, old, new):
 
 
 def segment_count(mask, lengths):
-    """(S,) on the host: how many are true of each segment of mask (R,), of `lengths` (S,) one after another."""
     return np.diff(np.append(0, np.cumsum(mask))[np.append(0, np.cumsum(lengths))])
 
 
-def nonzero(mask, n):
-    """(n,) where the n that are true of mask (R,) are."""
-    return np.flatnonzero(mask)
-
-
 def compact(mask, n):
-    """rows (n,) where the n that are true of mask (R,) are, and (R,) the number in `rows` that each has, or -1."""
     return np.flatnonzero(mask), np.where(mask, np.cumsum(mask) - 1, -1)
 
 
 def segment_topk(scores, lengths, counts):
-    """Which are the counts[s] largest of each segment of scores (R,), segments of `lengths` one after another; of
-    equal ones the earlier. lengths, counts (S,) on the host. -> (R,) bool"""
     taken, start = np.zeros(len(scores), bool), 0
     for n, count in zip(lengths, counts, strict=True):
         part, taken_of_part = scores[start : start + n], taken[start : start + n]
@@ -50,13 +38,10 @@ def segment_topk(scores, lengths, counts):
 
 
 def segment_sum(groups, values, n):
-    """(n,) float64: the sum of values (R,) over the rows of each group; groups (R,): 0 .. n - 1, or -1 for none."""
     return np.bincount(groups + 1, values, n + 1)[1:]
 
 
 def pooled(scores, lengths, width, kind):
-    """The largest ("max") or the mean ("avg": zeros beyond the ends count) of `width` neighbours of each of scores (R,)
-    in its segment, of `lengths` (S,) one after another: width // 2 before it, itself, and the others after it."""
     beyond, together = (-np.inf, np.maximum) if kind == "max" else (0, np.add)
     between, ends = np.full(width - 1, beyond, scores.dtype), np.cumsum(lengths).tolist()
     parts = [part for lo, hi in zip([0, *ends], ends, strict=False) for part in (scores[lo:hi], between)]
@@ -69,9 +54,6 @@ def pooled(scores, lengths, width, kind):
 
 
 def neighbours(stays, pos, lengths, reach):
-    """For each row the nearest row of its segment that stays (R,), within `reach` positions, of two as near the
-    earlier; -1 where none is. pos (R,) ascend in each segment, of `lengths` (S,) one after another. Of a row that stays
-    something is returned that means nothing."""
     number, i = np.append(np.flatnonzero(stays), -1), np.cumsum(stays)
     beside = np.stack([number[i - 1], number[i]])  # of those that stay, the one before each and the one after
     place = (segment_ids(lengths) << 32) + pos
@@ -79,14 +61,7 @@ def neighbours(stays, pos, lengths, reach):
     return np.where(far.min(axis=0) > reach, -1, np.where(far[1] < far[0], beside[1], beside[0]))
 
 
-def fold(scores, size, pos, kept, protected, lengths, reach, counts, ops=sys.modules[__name__]):
-    """Which entry each row goes to, where those `kept` (R,) become entries and each other row is folded into the
-    nearest of these, but the protected ones, that its segment has within `reach` positions: for so much of its size as
-    `counts`, times its score over that row's, 1 at most.
-
-    scores, size, pos, protected (R,): segments of `lengths` (S,) one after another. ops: whose `neighbours`, `compact`
-    and `segment_sum`. -> dest (R,), -1 for no entry; weight (R,) float32, the share in its entry; sizes (E,) float32;
-    rows (E,), the row that each entry was."""
+def fold(ops, scores, size, pos, kept, protected, lengths, reach, counts):
     target = ops.neighbours(kept > protected, pos, lengths, reach)
     rows, dest = ops.compact(kept, int(ops.segment_count(kept, lengths).sum()))
     folded = (target >= 0) > kept

@@ -14,7 +14,6 @@ import time
 
 from minillm import LLM, CacheConfig, MinillmError
 from minillm.memory import peak_memory
-from minillm.ops import cpu_lib
 
 
 def main():
@@ -45,7 +44,7 @@ def answer(request):
             cache.clear()
         peak, ops = peak_memory(), llm.model.ops  # before the bandwidth is measured, which takes memory
         say(
-            backend=cpu_lib.choose_path(),
+            backend=ops.name,
             dtype=llm.dtype,
             load_seconds=llm.load_seconds,
             weight_bytes=llm.model.nbytes,

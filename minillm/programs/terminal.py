@@ -121,7 +121,7 @@ class Terminal:
         now = resident_memory()
         self.say(
             f"{c.name}: {count(n_parameters(c))} parameters, {llm.dtype}, {c.n_layers} layers x "
-            f"{c.n_heads}/{c.n_kv_heads} heads x {c.head_dim}, context {llm.context}, cpu; "
+            f"{c.n_heads}/{c.n_kv_heads} heads x {c.head_dim}, context {llm.context}, {llm.model.ops.DEVICE}; "
             f"memory {'' if now is None else size(now) + ' now, '}"
             f"cache {size(llm.cache_bytes(llm.context))} at full context"
         )

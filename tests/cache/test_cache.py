@@ -10,7 +10,7 @@ from minillm.cache.kv_cache import Entries, KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.errors import MinillmError
 from minillm.memory import resident_memory
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import page_bytes
 
 F32 = np.float32

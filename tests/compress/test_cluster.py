@@ -6,7 +6,8 @@ from literal import FakeRope, check_entries, chunks_between_delimiters, greedy_s
 
 from minillm.compress import cluster, merge
 from minillm.compress.config import CacheConfig
-from minillm.ops import numpy_clusters, numpy_ops
+from minillm.ops import numpy_clusters
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 
 F32 = np.float32
 SENTENCE, CLAUSE, BLANK, SPECIAL = 1, 2, 3, 4
@@ -40,7 +41,7 @@ def literal_clusters(keys, starts, lengths, tau):
 
 def clusters_of(keys, starts, lengths):
     """GreedyClusters whose segments are slices of the keys."""
-    return numpy_ops.GreedyClusters(keys, np.arange(len(keys)), starts, lengths)
+    return numpy_ops.greedy_clusters(keys, np.arange(len(keys)), starts, lengths)
 
 
 def check_clusters(keys, starts, lengths, taus):

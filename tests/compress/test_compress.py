@@ -15,7 +15,7 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS, methods_markdown, methods_table
 from minillm.compress.plan import SHORT, Budget, Plan
 from minillm.errors import UsageError
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import page_bytes
 
 # plans

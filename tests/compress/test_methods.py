@@ -14,8 +14,8 @@ from minillm.compress.allocate import leveled
 from minillm.compress.config import CacheConfig
 from minillm.compress.plan import Queries
 from minillm.files.weights import Weight
-from minillm.ops import numpy_ops
-from minillm.ops.numpy_ops import segment_topk
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
+from minillm.ops.numpy_planning import segment_topk
 from minillm.ops.pages import page_bytes
 from minillm.output_projection import OutputProjection
 

@@ -18,8 +18,10 @@ from minillm.compress.reading import extend, recompress
 from minillm.compress.score import SCORES
 from minillm.files.weights import Weight
 from minillm.model import Model
-from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops import cpu_lib
+from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.output_projection import OutputProjection
 
 # groups
@@ -121,36 +123,26 @@ def reading_layer(rng, name, lengths, group, d):
 @pytest.mark.parametrize("name", READING)
 def test_compiled_kernels_keep_the_rows_that_numpy_keeps(name, path):
     """Oracle 10, between processors: outside of a band of ties."""
-    from minillm.ops import cpu_ops
-
-    rng, before = np.random.default_rng(0), cpu_lib.choose_path(path)
-    try:
-        for group in GROUPS:
-            for lengths in ([60, 60], [1, 45, 45], [90]):
-                layer = reading_layer(rng, name, lengths, group, 6)
-                check_kept(name, layer, replace(layer, ops=cpu_ops, computed={}), ERROR[path])
-    finally:
-        cpu_lib.choose_path(before)
+    rng, cpu_ops = np.random.default_rng(0), CpuOps(path)
+    for group in GROUPS:
+        for lengths in ([60, 60], [1, 45, 45], [90]):
+            layer = reading_layer(rng, name, lengths, group, 6)
+            check_kept(name, layer, replace(layer, ops=cpu_ops, computed={}), ERROR[path])
 
 
 @pytest.mark.parametrize("path", cpu_lib.available_paths())
 @pytest.mark.parametrize("name", [name for name, merge in MERGES.items() if not (merge.reads or merge.joined)])
 def test_compiled_kernels_merge_as_numpy_does(name, path):
-    from minillm.ops import cpu_ops
-
-    rng, before, part = np.random.default_rng(1), cpu_lib.choose_path(path), MERGES[name]
-    try:
-        for case in range(20):
-            layer, _ = layer_of(rng, [40, 1, 33], merged=case % 2 == 0)
-            stays = layer.protected | (rng.random(len(layer.pos)) < rng.random())
-            into, scores = np.where(stays, np.arange(len(stays)), -1), rng.random(len(stays)).astype(F32)
-            both = [part(one, scores, into, options=options_of(part)) for one in (layer, replace(layer, ops=cpu_ops))]
-            np.testing.assert_array_equal(both[0].dest, both[1].dest)
-            both = [plan.apply(one) for plan, one in zip(both, (layer, replace(layer, ops=cpu_ops)), strict=True)]
-            for field in ("k", "v", "log_size", "pos"):
-                np.testing.assert_allclose(getattr(both[0], field), getattr(both[1], field), atol=1e-5)
-    finally:
-        cpu_lib.choose_path(before)
+    rng, cpu_ops, part = np.random.default_rng(1), CpuOps(path), MERGES[name]
+    for case in range(20):
+        layer, _ = layer_of(rng, [40, 1, 33], merged=case % 2 == 0)
+        stays = layer.protected | (rng.random(len(layer.pos)) < rng.random())
+        into, scores = np.where(stays, np.arange(len(stays)), -1), rng.random(len(stays)).astype(F32)
+        both = [part(one, scores, into, options=options_of(part)) for one in (layer, replace(layer, ops=cpu_ops))]
+        np.testing.assert_array_equal(both[0].dest, both[1].dest)
+        both = [plan.apply(one) for plan, one in zip(both, (layer, replace(layer, ops=cpu_ops)), strict=True)]
+        for field in ("k", "v", "log_size", "pos"):
+            np.testing.assert_allclose(getattr(both[0], field), getattr(both[1], field), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", READING)

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops import cpu_lib
+from minillm.ops.cpu_ops import CpuOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 
 PATHS = ["numpy", *cpu_lib.available_paths()]
 BF16 = ("avx512", "amx")  # the operands of q.k are bf16 there: a logit errs by up to 2^-8 of |q| |k|
@@ -15,13 +17,8 @@ BF16 = ("avx512", "amx")  # the operands of q.k are bf16 there: a logit errs by 
 def ops(request):
     """The backend, with `ops.close` in the accuracy that its path has."""
     if request.param == "numpy":
-        yield numpy_ops
-        return
-    from minillm.ops import cpu_ops
-
-    before = cpu_lib.choose_path(request.param)
-    yield cpu_ops
-    cpu_lib.choose_path(before)
+        return numpy_ops
+    return CpuOps(request.param)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import pytest
 from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
 from emulator import Kernel, cases
 
-from minillm.ops import launch, numpy_ops
+from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import PAGE_SIZE as PAGE
 
 REALS = cases(list(REAL16), races=["half"])

@@ -131,12 +131,12 @@ def test_configurations_share_a_prefill_as_far_as_memory_goes(llm, monkeypatch):
     prompt = Prompt(tokens(7, 2000), [])
     assert [len(g) for g in groups(llm, prompt, CONFIGS, 1)] == [4]
     full = scoring.cache_bytes(llm.config, CacheConfig("full"), llm.model.ops, 2000)
-    monkeypatch.setattr(scoring, "available_memory", lambda: 2 * 2.45 * full)
+    monkeypatch.setattr(llm.model.ops, "available_memory", lambda: 2 * 2.45 * full)
     assert [len(g) for g in groups(llm, prompt, CONFIGS, 1)] == [2, 2]  # 1 + .3, .4 + .03 beside the full one
     assert [len(g) for g in groups(llm, prompt, CONFIGS, 8)] == [1, 1, 1, 1]
 
     prompt = Prompt(tokens(7, 300), [], tokens(8, 4))
-    monkeypatch.setattr(scoring, "available_memory", lambda: 0)
+    monkeypatch.setattr(llm.model.ops, "available_memory", lambda: 0)
     apart = score(llm, prompt, CONFIGS, "aware")
     monkeypatch.undo()
     together = score(llm, prompt, CONFIGS, "aware")

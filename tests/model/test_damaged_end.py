@@ -14,8 +14,10 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress.reading import extend
 from minillm.errors import MinillmError
 from minillm.model import Model
-from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops import cpu_lib
+from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.cuda_ops import CudaOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.sampling import GREEDY, Draw, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # as the programs do
@@ -33,9 +35,7 @@ def ops(request):
     if request.param == "c":
         if not cpu_lib.available_paths():
             pytest.skip("the kernels were not built")
-        from minillm.ops import cpu_ops
-
-        return cpu_ops
+        return CpuOps(cpu_lib.available_paths()[0])
     if request.param == "gpu":
         return CudaOps(cuda_device_or_skip())
     if reason := emulator.available():

@@ -1,8 +1,6 @@
 """Reading on over a compressed cache: Model.extend and Model.decode against a literal float64 pass over the entries
 that are stored, and what an interruption leaves behind."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from small_models import compressor_of, config_of, ids_of, literal_extend, model_of, new_cache, same
@@ -11,7 +9,8 @@ from minillm.cache import state as cache_state
 from minillm.cache.kv_cache import KVCache
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
+from minillm.ops.numpy_ops import NumpyOps
 
 SETTINGS = {
     "full": ("full", None, {}),
@@ -132,7 +131,9 @@ def interrupting(at, name):
             raise Interrupted
         return getattr(numpy_ops, name)(*arguments)
 
-    return SimpleNamespace(**{x: getattr(numpy_ops, x) for x in dir(numpy_ops)} | {name: operation})
+    ops = NumpyOps()
+    setattr(ops, name, operation)
+    return ops
 
 
 def same_state(cache, state):

@@ -27,10 +27,10 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend
-from minillm.ops import cpu_lib, cpu_ops
+from minillm.ops import backend, cpu_lib
 
 faults = ctypes.CDLL(os.environ["FAULTS"])
-THREADS = cpu_lib.library().set_threads(3)
+cpu_ops = backend("cpu", 3)
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape, np.float32)
 
@@ -72,7 +72,7 @@ def program(faults):
         folders = f"{os.environ.get('PYTHONPATH', ROOT)}{os.pathsep}{TESTS}"
         sanitizer = f"{os.environ.get('ASAN_OPTIONS', '')}:verify_asan_link_order=0"  # memory_faults.c comes first
         env = os.environ | {"LD_PRELOAD": preload, "PYTHONPATH": folders, "FAULTS": str(faults), "MINILLM_CPU": path}
-        command = [sys.executable, "-c", f"{PROLOGUE}\ncpu_lib.choose_path()\n{textwrap.dedent(text)}"]
+        command = [sys.executable, "-c", f"{PROLOGUE}\n{textwrap.dedent(text)}"]
         done = subprocess.run(
             command, env=env | {"ASAN_OPTIONS": sanitizer}, capture_output=True, text=True, timeout=300
         )
@@ -89,7 +89,7 @@ def test_an_operation_that_cannot_have_memory_raises_and_the_next_one_is_right(p
     said = program(
         """
         from minillm.files.weights import Weight
-        from minillm.ops import numpy_ops
+        from minillm.ops.numpy_ops import NUMPY as numpy_ops
         import gguf
         w = normal(96, 64)
         f32 = Weight("F32", w, w.shape)
@@ -180,7 +180,9 @@ def test_fewer_threads_where_the_system_has_no_more(program, fails_at, there):
         from minillm.files.weights import Weight
         x, weight = normal(5, 64), Weight("F32", w, w.shape)
         faults.fail_thread({fails_at})
-        print(cpu_lib.library().set_threads(4), "threads")
+        library = cpu_lib.library()
+        print(library.functions["set_threads"](4), "threads")
+        library.threads = cpu_ops.lib.threads = 4
         np.testing.assert_allclose(cpu_ops.linear(x, weight), x @ w.T, 1e-4, 1e-4)
         """
     )
@@ -221,7 +223,7 @@ def test_a_forked_child_reads_on(program, start):
 
         def child():
             np.testing.assert_array_equal(model.decode([5], [other]), expected)
-            cpu_lib.library().set_threads(3)
+            cpu_ops.lib.threads = 2
             np.testing.assert_array_equal(model.decode([5], [other.fork()]).shape, expected.shape)
 
         holder = threading.Thread(target=hold)

@@ -17,7 +17,9 @@ from minillm.cache.kv_cache import Entries, KVCache, PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.errors import UsageError
 from minillm.files.weights import Weight
-from minillm.ops import cpu_lib, numpy_ops
+from minillm.ops import cpu_lib
+from minillm.ops.cpu_ops import CpuOps
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import StoredRows, page_bytes, to_int8
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
@@ -25,10 +27,10 @@ WORDS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}
 
 
 @pytest.fixture(params=PATHS)
-def path(request):
-    before = cpu_lib.choose_path()
-    yield cpu_lib.choose_path(request.param)
-    cpu_lib.choose_path(before)
+def path(request, monkeypatch):
+    """Each path in turn, which `cpu_ops` takes."""
+    monkeypatch.setattr(cpu_ops.lib, "path", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -441,7 +443,7 @@ def test_equal_keys_are_not_more_alike_than_one(path, rng):
     keys = np.repeat(rng.normal(size=(500, 64)).astype(np.float32), 2, axis=0)
     for length in (2, 1000):
         starts = np.arange(0, len(keys), length)
-        clusters = cpu_ops.GreedyClusters(keys, np.arange(len(keys)), starts, np.full(len(starts), length))
+        clusters = cpu_ops.greedy_clusters(keys, np.arange(len(keys)), starts, np.full(len(starts), length))
         assert clusters.counts([1.0, 0.9999]) == [len(keys), len(keys) // 2]
 
 
@@ -458,7 +460,7 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
     if rotated:
         keys, rotation = np.float32(rope.rotated(content, pos)), (pos, *rope.tables(np.arange(900), 900))
         content = rope.undone(keys, pos)
-    clusters = ops.GreedyClusters(keys, rows, starts, lengths, rotation)
+    clusters = ops.greedy_clusters(keys, rows, starts, lengths, rotation)
     unit = content.astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
     taus = [0.31, *np.linspace(0.6, 0.95, 18), 1.01, -1.1]
@@ -541,14 +543,11 @@ def test_any_number_of_threads_gives_the_same(rng, threads):
     w, x = weight(rng, "Q4_1", 200, 64), normal(rng, 40, 64)
     layer, q = paged(rng, "bf16", (500, 20), 64), normal(rng, 1, 4, 64)
     expected = cpu_ops.linear(x, w), cpu_ops.decode_attention(q, [layer], 0.1)
-    before = cpu_lib.library().set_threads(threads)
-    try:
-        for _ in range(50):
-            np.testing.assert_array_equal(cpu_ops.linear(x, w), expected[0])
-            np.testing.assert_allclose(cpu_ops.decode_attention(q, [layer], 0.1), expected[1], rtol=1e-5, atol=1e-6)
-    finally:
-        cpu_lib.library().set_threads(2)
-    assert before == threads
+    some = CpuOps(cpu_ops.name, threads)
+    for _ in range(50):
+        np.testing.assert_array_equal(some.linear(x, w), expected[0])
+        np.testing.assert_allclose(some.decode_attention(q, [layer], 0.1), expected[1], rtol=1e-5, atol=1e-6)
+    assert cpu_lib.library().functions["set_threads"](threads) == threads
 
 
 def test_a_forked_child_computes_without_the_threads(rng):
@@ -557,7 +556,7 @@ def test_a_forked_child_computes_without_the_threads(rng):
     for _ in range(20):  # a thread may be busy, falling asleep or asleep
         cpu_ops.linear(x, w)
         if not (child := os.fork()):
-            alone = cpu_lib.library().set_threads(1) == 1 and (cpu_ops.linear(x, w) == expected).all()
+            alone = cpu_lib.library().functions["set_threads"](1) == 1 and (cpu_ops.linear(x, w) == expected).all()
             os._exit(0 if alone else 1)
         assert os.waitpid(child, 0)[1] == 0
 

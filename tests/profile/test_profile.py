@@ -20,7 +20,7 @@ from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError, UsageError
 from minillm.files import own_file
 from minillm.files.profile_file import CURVE, Profile, fingerprint, load, places
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.profile import fit, make, worth
 from minillm.programs import cli, run
 

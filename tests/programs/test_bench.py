@@ -12,7 +12,7 @@ import tiny_chat
 from minillm import LLM, CacheConfig
 from minillm.errors import MinillmError
 from minillm.model import Model
-from minillm.ops import numpy_ops
+from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.programs import bench, bench_row
 
 TEXT = "the cat sat, the dog ran. a bird sang; nobody heard it. " * 40

@@ -3,11 +3,16 @@
 import functools
 import itertools
 import re
-
-from minillm.ops.kernels import folder
+from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 _SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+
+
+def folder() -> Path:
+    """Of the kernel sources: kernels/ beside the package in a checkout, minillm/kernels in an installed wheel."""
+    package = Path(__file__).resolve().parents[2]
+    return next(path for path in (package / "kernels", package.parent / "kernels") if path.is_dir())
 
 
 @functools.cache
