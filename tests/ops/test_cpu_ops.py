@@ -5,6 +5,7 @@ a factor, random signs leave less: 4e-3. Activations of 16 bits (few rows of blo
 32: 1e-4."""
 
 import os
+import threading
 import weakref
 from dataclasses import replace
 
@@ -548,6 +549,29 @@ def test_any_number_of_threads_gives_the_same(rng, threads):
         np.testing.assert_array_equal(some.linear(x, w), expected[0])
         np.testing.assert_allclose(some.decode_attention(q, [layer], 0.1), expected[1], rtol=1e-5, atol=1e-6)
     assert cpu_lib.library().functions["set_threads"](threads) == threads
+
+
+def test_backends_of_one_process_have_paths_and_threads_of_their_own(rng):
+    """By turns, and from two Python threads at once: each gives, bit for bit, what it gives alone."""
+    w, x, library, seen = weight(rng, "Q4_1", 200, 64), normal(rng, 3, 64), cpu_lib.library(), set()
+    backends = [CpuOps("portable", 1), CpuOps(PATHS[0], 3)]
+    expected = [some.linear(x, w) for some in backends]
+    if PATHS[0] != "portable":  # elsewhere activations of 16 bits meet the blocks
+        assert not np.array_equal(*expected)
+
+    def many(some, alone):
+        for _ in range(200):
+            seen.add((some.name, np.array_equal(some.linear(x, w), alone)))
+
+    workers = [threading.Thread(target=many, args=pair) for pair in zip(backends, expected, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert seen == {("portable", True), (PATHS[0], True)}
+    for some in backends:
+        some.linear(x, w)
+        assert (library.path, library.threads) == (some.name, some.lib.threads)
 
 
 def test_a_forked_child_computes_without_the_threads(rng):
