@@ -109,10 +109,12 @@ def gguf_name(name):
     return f"{GGUF_NAMES[stem]}.{kind}"
 
 
-def write_gguf(path, tensors, config, kind="F32", extra=None):
-    """As llama.cpp's converter does: Q and K rows in adjacent pairs, matrices quantised, the rest float32."""
+def write_gguf(path, tensors, config, kind="F32", extra=None, describe=lambda writer: None):
+    """As llama.cpp's converter does: Q and K rows in adjacent pairs, matrices quantised, the rest float32. describe:
+    adds metadata, of which there are none otherwise."""
     number = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "llama")
+    describe(writer)
     for name, array in tensors.items():
         for part, heads in (("q_proj", config.n_heads), ("k_proj", config.n_kv_heads)):
             if part in name:

@@ -132,15 +132,19 @@ def places(mark, path):
     """Where the profile of the model with the fingerprint `mark` and the files at `path` may lie, first choice first:
     beside the model, in the user's cache, in this package. The first is taken, whatever the others were made from: who
     made it for a model meant it. (How much it knows of a quality is asked where one is: Profile.threshold.)"""
-    from platformdirs import user_cache_path
-
-    name = mark + SUFFIX
     beside = path / f"minillm{SUFFIX}" if path.is_dir() else path.with_name(path.name + SUFFIX)
     return [
         beside,
-        user_cache_path("minillm", appauthor=False) / "profiles" / name,
-        Path(__file__).parents[1] / "profile" / "data" / name,
+        place_of_users(mark),
+        Path(__file__).parents[1] / "profile" / "data" / (mark + SUFFIX),
     ]
+
+
+def place_of_users(mark):
+    """Where a new profile goes: the one of `places` in the user's cache."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("minillm", appauthor=False) / "profiles" / (mark + SUFFIX)
 
 
 def norm_names(config):

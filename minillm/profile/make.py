@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from minillm.compress.config import CacheConfig
 from minillm.errors import UsageError
-from minillm.files.hub import DEFAULT_MODEL, resolve
-from minillm.files.profile_file import EVIDENCE, Profile, fingerprint, places
+from minillm.files.hub import DEFAULT_MODEL
+from minillm.files.profile_file import EVIDENCE, Profile, fingerprint, place_of_users
 from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
@@ -57,7 +57,7 @@ def _run(argv):
     profile.about |= {"texts": sorted(texts), "digest": digest(texts), "length": length}
     path = args.out and args.out.expanduser()
     if path is None:
-        path = places(profile.about["fingerprint"], resolve(args.model, offline=True).path)[1]
+        path = place_of_users(profile.about["fingerprint"])
     profile.save(path)
     print(report(profile))
     print(f"\n{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -135,4 +135,6 @@ def test_a_model_is_known_by_its_files(tmp_path):
     other = identify(Setup(str(tiny_chat.make(tmp_path / "c" / "model", seed=8))))
     settings = identify(Setup(str(tiny_chat.make(tmp_path / "d" / "model", rms_norm_eps=1e-6))))
     assert len({m["sha256"] for m in (first, other, settings)}) == 3
+    (tmp_path / "b" / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert identify(Setup(str(tmp_path / "b" / "model")))["sha256"] != first["sha256"]
     assert identify(Setup(str(tmp_path / "a" / "model"), dtype="stored")) != first

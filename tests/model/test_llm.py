@@ -1,14 +1,18 @@
 """The Python API: what it says to odd prompts, to use after close, and of the last answer."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import tiny_chat
+import tokenizers
 from safetensors.numpy import save_file
 
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.errors import UsageError
 from minillm.ops import cpu_lib
+from minillm.programs import run
 
 
 @pytest.fixture
@@ -37,6 +41,99 @@ def test_token_ids_may_be_an_array(tiny):
         ids = np.array([3, 4, 5])
         np.testing.assert_array_equal(llm.logits(ids), llm.logits([3, 4, 5]))
         assert llm.generate(ids, SamplingParams(3)) == llm.generate([3, 4, 5], SamplingParams(3))
+
+
+# Tokens that the model has no row for
+
+
+@pytest.fixture(params=["added", "in the vocabulary", "of another file", "in the template"])
+def too_many_tokens(request, tmp_path):
+    """A folder whose tokenizer has [CALL] as id 258, of 258 rows."""
+    template = tiny_chat.TEMPLATE.replace("<|im_start|>", "[CALL]", 1) if request.param == "in the template" else None
+    folder = tiny_chat.make(tmp_path / "tiny", template=template or tiny_chat.TEMPLATE)
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    library = tokenizers.Tokenizer.from_file(str(path))
+    if request.param == "in the vocabulary":
+        content = json.loads(path.read_text())
+        content["model"]["vocab"]["[CALL]"] = 258
+        path.write_text(json.dumps(content))
+        library = tokenizers.Tokenizer.from_file(str(path))
+    if request.param == "of another file":
+        decoder = {"added_tokens_decoder": {"258": {"content": "[CALL]", "special": True}}}
+        config.write_text(json.dumps(json.loads(config.read_text()) | decoder))
+    else:
+        library.add_tokens(["[CALL]"])
+        library.save(str(path))
+    return folder
+
+
+def test_a_token_beyond_the_embedding_is_named(too_many_tokens, capfd):
+    text, params = "please [CALL] me", SamplingParams(4)
+    chat = [{"role": "user", "content": text}]
+    said = r"the token '\[CALL\]', whose id 258 is not in 0\.\.257, what tiny has embeddings for"
+    with LLM.load(too_many_tokens) as llm:
+        plain, session = llm.generate("please", params), llm.session()
+        ways = (
+            lambda: llm.generate(text, params),
+            lambda: llm.generate(chat, params),
+            lambda: list(llm.stream(text, params)),
+            lambda: llm.generate_batch(["please", text], params),
+            lambda: llm.logits(text),
+            lambda: llm.encode(text),
+            lambda: session.feed(text),
+            lambda: list(session.ask(text, params)),
+        )
+        for way in ways:
+            with pytest.raises(MinillmError, match=said):
+                way()
+        if "[CALL]" in llm.tokenizer.vocabulary.chat_template:
+            with pytest.raises(MinillmError, match=said):
+                list(session.ask("please", params))
+        assert llm.pool.bytes_in_use == 0 and llm.generate("please", params) == plain
+        session.feed("please")
+        assert "".join(piece.text for piece in session.stream(params)) == plain
+    assert run.main(["-m", str(too_many_tokens), "-q", "-n", "4", text]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("minillm: error: the text has the token '[CALL]'") and err.count("\n") == 1
+
+
+def test_a_session_goes_on_after_a_token_beyond_the_embedding(tmp_path):
+    folder, params = tiny_chat.make(tmp_path / "tiny"), SamplingParams(4)
+    with LLM.load(folder) as llm:
+        session = llm.session()
+        expected = ["".join(piece.text for piece in session.ask(text, params)) for text in ("hello", "again")]
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens(["[CALL]"])
+    library.save(str(folder / "tokenizer.json"))
+    with LLM.load(folder) as llm:
+        session, got = llm.session(), []
+        for text in ("hello", "please [CALL] me", "again"):
+            try:
+                got.append("".join(piece.text for piece in session.ask(text, params)))
+            except MinillmError as error:
+                assert "[CALL]" in str(error)
+    assert got == expected
+
+
+@pytest.mark.parametrize("token", [258, -1, 2**31, 2**32, 2**63, 2**80])
+def test_an_id_beyond_the_embedding_is_named(token, tiny):
+    params = SamplingParams(4)
+    with LLM.load(tiny) as llm:
+        session = llm.session()
+        for call in (llm.generate, llm.logits, llm.encode, session.feed, lambda ids: llm.generate_batch([[1], ids])):
+            with pytest.raises(UsageError, match=rf"token id {token} is not in 0\.\.257"):
+                call([1, token])
+        assert session.unread == [] and llm.pool.bytes_in_use == 0
+        assert llm.generate([1, 257], params) is not None
+
+
+@pytest.mark.parametrize("path", cpu_lib.available_paths())
+def test_c_never_reads_beyond_the_embedding(path, tiny, monkeypatch):
+    monkeypatch.setenv("MINILLM_CPU", path)
+    with LLM.load(tiny) as llm:
+        for token in (258, -1, 2**32):
+            with pytest.raises(IndexError, match=r"token ids are not all in 0\.\.257"):
+                llm.model.ops.embed(llm.model.embedding, [1, token])
 
 
 def test_logits_of_nothing_of_too_much_and_without_memory(tiny, monkeypatch):

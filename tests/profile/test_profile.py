@@ -10,7 +10,8 @@ import pytest
 import tiny_chat
 from oracle import rms_norm
 from paths import ROOT
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm import LLM, CacheConfig, SamplingParams
@@ -341,6 +342,71 @@ def test_a_profile_of_another_model_or_none_at_all_is_refused(folder, tmp_path):
             LLM.load(folder, profile=tmp_path / name)
 
 
+def tuned(folder):
+    """The weights in a folder as a fine-tune leaves them that has the norms frozen."""
+    weights = load_file(folder / "model.safetensors")
+    made = {name: weight * F32(1.001) if weight.ndim > 1 else weight for name, weight in weights.items()}
+    save_file(made, folder / "model.safetensors")
+
+
+def test_a_profile_of_other_weights_under_the_same_name_is_refused(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    beside = folder / "minillm.profile"
+    with LLM.load(folder) as llm:
+        profile_of(llm, weights=llm.weights_digest).save(beside)
+    renamed = folder.rename(tmp_path / "renamed")
+    with LLM.load(renamed) as llm:
+        assert llm.profile is not None
+    renamed.rename(folder)
+    tuned(folder)
+    said = f"{beside} was made from other weights than these of model, which have the same norms: make one with"
+    with pytest.raises(MinillmError, match=said):
+        LLM.load(folder, profile=beside)
+    assert capfd.readouterr().err == ""
+    with LLM.load(folder) as llm:
+        assert llm.profile is None
+    err = capfd.readouterr().err
+    assert err.startswith(f"minillm: passed over: {said}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("made_from", ["safetensors BF16 0123456789abcdef", "gguf F32 Q8_0 0123456789abcdef", None])
+def test_a_profile_fits_the_same_model_in_another_format(made_from, folder, capfd):
+    with LLM.load(folder) as llm:
+        profile_of(llm, weights=made_from).save(folder / "minillm.profile")
+    with LLM.load(folder) as llm:
+        assert llm.profile.about["weights"] == made_from
+    assert capfd.readouterr().err == ""
+
+
+def test_a_profile_of_other_blocks_is_used_and_a_line_says_so(default_model_path, tmp_path, capfd):
+    """Blocks can be made of the same weights in many ways."""
+    path, curve = tmp_path / "a.profile", {name: np.array([0.1], F32) for name in CURVE}
+    with LLM.load(default_model_path, cache=CacheConfig("full")) as llm:
+        c, here, mark = llm.config, llm.weights_digest, fingerprint(llm.config, llm.model.norms)
+    for digest in (here, here[:-16] + "0123456789abcdef"):
+        weight, bias = np.zeros((c.n_layers, c.n_kv_heads, c.dim), F32), np.zeros((c.n_layers, c.n_kv_heads), F32)
+        about = {"model": "a", "fingerprint": mark, "repeated": {"foretold_full": 1}, "weights": digest}
+        Profile(weight, bias, bias, curve, about).save(path)
+        with LLM.load(default_model_path, profile=path) as llm:
+            assert llm.profile.about["weights"] == digest
+        err = capfd.readouterr().err
+        assert (err == "") == (digest == here)
+    assert err.startswith(f"minillm: {path} was made from other weights than these of ") and err.count("\n") == 1
+
+
+def test_a_change_of_a_profile_is_noticed(folder, tmp_path):
+    with LLM.load(folder) as llm:
+        profile_of(llm).save(tmp_path / "a.profile")
+    with safe_open(tmp_path / "a.profile", framework="numpy") as file:
+        arrays, texts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for name, array in arrays.items():
+        changed = array.copy()
+        changed.view(np.uint8).reshape(-1)[0] ^= 1
+        save_file(arrays | {name: changed}, tmp_path / "a.profile", texts)
+        with pytest.raises(MinillmError, match="a.profile is damaged .it does not hold what was written.: make one"):
+            load(tmp_path / "a.profile")
+
+
 def test_a_profile_that_cannot_be_used_stops_nobody_who_did_not_ask_for_it(folder, tmp_path, monkeypatch, capfd):
     """One of an older version beside the model: the line says so, and the next place is looked at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -434,6 +500,7 @@ def test_the_command_makes_a_profile_that_is_found(folder, tmp_path, monkeypatch
     assert "held-out rank correlation" in said and said.count("| ") > 12
     with LLM.load(folder) as llm:
         assert llm.profile.about["texts"] == [str(i) for i in range(5)]
+        assert llm.profile.about["weights"] == llm.weights_digest
         mark = llm.profile.about["fingerprint"]
         assert llm.cache_config.method == "foresight"
     made = places(mark, folder)[1]
