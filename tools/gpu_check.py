@@ -3,9 +3,9 @@ against what the card can do, and what does a model of Llama-3-8B's shape take i
 
     python tools/gpu_check.py [--out gpu.json] [--device 0] [--seconds 520]
 
-It needs minillm with the extra cuda12 or cuda13, and pytest; compute-sanitizer, torch and transformers are used where
-they are. A part that fails or finds no time left is reported as such, and the others go on. The file is written after
-every part; a table comes last. Exit status 1: a part failed, or a test."""
+It needs minillm with the extra cuda12 or cuda13, pytest and pytest-xdist; compute-sanitizer, torch and transformers are
+used where they are. A part that fails or finds no time left is reported as such, and the others go on. The file is
+written after every part; a table comes last. Exit status 1: a part failed, or a test."""
 
 import argparse
 import gc
@@ -152,7 +152,8 @@ def sanitizers(seconds):
 
 def pytest_run(before, seconds, *arguments):
     """pytest under the command `before`: whether all passed, and its last lines; where it takes too long, those too."""
-    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=5", *arguments]
+    options = ["-n", "0", "-p", "no:cacheprovider", "--maxfail=5"]
+    command = [*before, sys.executable, "-m", "pytest", *options, *arguments]
     environment = os.environ | ({"MINILLM_SANITIZER": "1"} if before else {})
     with tempfile.TemporaryFile("w+") as out:
         try:
