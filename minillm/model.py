@@ -138,7 +138,7 @@ class Model:
                 self._check_finite(self.output(index, x, step.release()), index)
 
     def normed(self, index, x):
-        """x (n, dim) -> (n, dim) float32: what a block's q, k and v are made from."""
+        """x (n, dim) -> (n, dim) rows of the backend: what a block's q, k and v are made from."""
         return self.ops.rms_norm(x, self.blocks[index].attention_norm, self.config.rms_eps)
 
     def embed(self, token_ids):

@@ -81,7 +81,7 @@ class CacheConfig:
         return hash(repr(self))
 
     def replace(self, **changes):
-        """The same settings but for some; those that a method or an outcome brought are given anew."""
+        """The same settings but for some. Raises UsageError where they do not go together."""
         return CacheConfig(**self.as_dict() | changes)
 
     def _take_parts(self):

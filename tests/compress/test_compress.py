@@ -490,6 +490,14 @@ def test_defaults():
     assert CacheConfig("semanticache", tau=1).options["tau"] == 1.0
 
 
+def test_a_configuration_does_not_change():
+    config = CacheConfig("snapkv", 0.3, queries=16)
+    with pytest.raises(AttributeError, match="replace"):
+        config.sinks = 2
+    assert config == CacheConfig("snapkv", 0.3, queries=16) and hash(config) == hash(config.replace(sinks=config.sinks))
+    assert config != config.replace(budget=0.2) and config.replace(budget=0.2).options["queries"] == 16
+
+
 def test_no_tau_may_be_said_aloud():
     """What as_dict gives can be given back."""
     assert CacheConfig("semanticache", tau=None).budget == Budget(share=0.5)
