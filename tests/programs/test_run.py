@@ -443,7 +443,7 @@ def test_ctrl_c_ends_the_answer(minillm, llm, monkeypatch):
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_prompt_is_read(minillm, monkeypatch):
-    press_ctrl_c(monkeypatch, "extend", 1)
+    press_ctrl_c(monkeypatch, "layers", 1)
     status, out, err = minillm("tell me")
     assert (status, out) == (130, "") and err.endswith("interrupted while the prompt was read\n")
 
