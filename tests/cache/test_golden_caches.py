@@ -131,7 +131,7 @@ def arithmetic():
 @pytest.fixture(scope="module", autouse=True)
 def as_many_threads_of_blas_as_when_it_was_written():
     """They decide in which order a product is summed."""
-    with threadpool_limits(2):
+    with threadpool_limits(1):
         yield
 
 
