@@ -269,8 +269,7 @@ def huge_pages(nbytes):
     global _arena, _used
     whole = _arena and _arena()
     if whole is None or nbytes > len(whole) - _used:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default, shared memory, has no huge pages
-        mapping = anonymous(max(nbytes, ARENA_BYTES), flags=private)
+        mapping = anonymous(max(nbytes, ARENA_BYTES))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(mapping, np.uint8)

@@ -67,10 +67,12 @@ def slab_in(memory, n_pages, page_size, head_dim, dtype, make=Slab, **more):
     return make(**arrays, **more)
 
 
-def anonymous(n_bytes, **how):
-    """A mapping of n_bytes zeros; how: as mmap.mmap. MemoryError where the system has none."""
+def anonymous(n_bytes):
+    """A mapping of n_bytes zeros, of this process alone: what a child of it writes there is the child's. MemoryError
+    where the system has none."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        return mmap.mmap(-1, n_bytes, **how)
+        return mmap.mmap(-1, n_bytes, **private)
     except OSError as error:
         raise MemoryError(f"the system has no {n_bytes} bytes left: {error.strerror}") from None
 
