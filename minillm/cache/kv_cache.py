@@ -103,8 +103,8 @@ class KVCache:
         return None if self.left.thresholds is None else float(np.nanmean(self.left.thresholds))
 
     def __del__(self):
-        if hasattr(self, "lengths"):
-            self.clear()
+        if hasattr(self, "lengths"):  # any thread may be the one that collects garbage
+            self.pool.abandon(self.held_pages)
 
     @property
     def pages(self):
@@ -121,8 +121,24 @@ class KVCache:
     def pages_moved(self, moved_to):
         """What each page id is from now on."""
         pages = self._new_pages()
-        held = np.arange(pages.shape[2]) < self.n_pages()[:, :, None]
+        held = self._held()
         pages[held] = moved_to[pages[held]]
+
+    def _held(self):
+        """(L, H, capacity) bool: which of the page tables are meant."""
+        return np.arange(self._pages.shape[2]) < self.n_pages()[:, :, None]
+
+    @property
+    def held_pages(self):
+        """Page ids (n,), all different."""
+        return self._pages[self._held()]
+
+    @property
+    def own_pages(self):
+        """Pages behind the whole ones of what is settled that no fork holds as well."""
+        settled = self.settled // self.pool.page_size
+        behind = np.arange(self._pages.shape[2]) >= settled[:, :, None]
+        return int((self.pool.refs[self._pages[self._held() & behind]] == 1).sum())
 
     def n_pages(self):
         """(L, H) pages each head holds."""
@@ -296,8 +312,7 @@ class KVCache:
         other._pages, other.lengths = self._pages.copy(), self.lengths.copy()
         other.token_ids, other.left = list(self.token_ids), self.left.copy()
         other.settled, other.settled_tokens = self.settled.copy(), self.settled_tokens
-        held = np.arange(self._pages.shape[2]) < self.n_pages()[:, :, None]
-        self.pool.share(self._pages[held])
+        self.pool.share(self.held_pages)
         return other
 
     @contextmanager

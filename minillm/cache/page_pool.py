@@ -1,9 +1,11 @@
 """Pages of key-value memory, in slabs that the operating system lends and takes back, and who counts on which."""
 
 import weakref
+from collections import deque
 
 import numpy as np
 
+from minillm.errors import MinillmError
 from minillm.memory import return_freed_memory
 from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
 
@@ -12,12 +14,14 @@ SLAB_BYTES = 8 << 20
 
 class PagePool:
     """Slabs of pages, counted references to each page, and exact numbers of bytes. dtype: of K and V, "int8" or "auto"
-    (the backend's own).
+    (the backend's own). limit: bytes that pages in use and promised may take; None: no limit.
+
+    A pool is touched by one thread at a time, which the engine sees to; only `abandon` may be called by any.
 
     A page id is slab index x pages a slab + page within the slab. Pages are handed out lowest id first, so that the
     pages of a head written at once are consecutive."""
 
-    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto"):
+    def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto", limit=None):
         self.ops, self.head_dim, self.page_size, self.dtype = ops, head_dim, page_size, stored_as(dtype, ops)
         self.page_bytes = page_bytes(page_size, head_dim, self.dtype)
         self.float_page_bytes = page_bytes(page_size, head_dim, ops.CACHE_DTYPE)  # of the backend's own type
@@ -26,6 +30,9 @@ class PagePool:
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
         self.first_free = 0  # no page before it is free
         self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
+        self.limit_pages = None if limit is None else limit // self.page_bytes
+        self.promises = weakref.WeakKeyDictionary()  # KVCache -> pages of its own that it may come to hold
+        self.abandoned = deque()  # pages of caches that garbage collection took, in whatever thread
 
     @property
     def slab_entries(self):
@@ -34,7 +41,14 @@ class PagePool:
 
     @property
     def bytes_in_use(self):
-        return int(np.count_nonzero(self.refs)) * self.page_bytes
+        return self.pages_in_use * self.page_bytes
+
+    @property
+    def pages_in_use(self):
+        refs = self.refs.copy()
+        for pages in list(self.abandoned):
+            refs[pages] -= 1
+        return int(np.count_nonzero(refs))
 
     @property
     def bytes_held(self):
@@ -42,6 +56,7 @@ class PagePool:
 
     def alloc(self, n):
         """n page ids (n,) int32, each with one reference, in ascending order."""
+        self._collect()
         free = self.first_free + np.flatnonzero(self.refs[self.first_free :] == 0)[:n]
         if len(free) < n:
             more, held = -(-(n - len(free)) // self.slab_pages), len(self.refs)
@@ -64,6 +79,38 @@ class PagePool:
         self.refs[pages] -= 1
         self.first_free = min(self.first_free, int(pages.min(initial=self.first_free)))
 
+    def abandon(self, pages):
+        """One page table fewer holds each of `pages`: counted when the pool is next touched by its owner."""
+        if len(pages):
+            self.abandoned.append(pages)
+
+    def _collect(self):
+        while self.abandoned:
+            self.release(self.abandoned.popleft())
+
+    def reserve(self, cache, n):
+        """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages
+        in use and what is promised to others, now; MinillmError where they never would."""
+        if self.limit_pages is None:
+            return True
+        if n > self.limit_pages:
+            needed, limit = n * self.page_bytes, self.limit_pages * self.page_bytes
+            raise MinillmError(
+                f"this may take {needed} bytes of cache and the limit is {limit}: try a shorter prompt, a smaller "
+                "max_tokens or budget, or a higher cache_limit"
+            )
+        self._collect()
+        mine = max(n - cache.own_pages, 0)
+        others = sum(max(n - other.own_pages, 0) for other, n in list(self.promises.items()) if other is not cache)
+        if self.pages_in_use + others + mine > self.limit_pages:
+            return False
+        self.promises[cache] = n
+        return True
+
+    def unreserve(self, cache):
+        """The promise to a cache is over; what it holds it keeps."""
+        self.promises.pop(cache, None)
+
     def copy_pages(self, sources, targets):
         """Copy pages (n,) to others (n,)."""
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
@@ -83,21 +130,37 @@ class PagePool:
     def trim(self):
         """Move the last pages into holes and give slabs that are empty then, and what else was freed, back to the
         operating system."""
+        holders = self._holders()
+        self._collect()
         used = np.flatnonzero(self.refs)
         n_slabs = -(-len(used) // self.slab_pages)
-        if n_slabs < len(self.slabs):
-            self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0))
+        if n_slabs < len(self.slabs) and self._known(holders):
+            self._move(used[used >= len(used)], np.flatnonzero(self.refs[: len(used)] == 0), holders)
             self.refs = self.refs[: n_slabs * self.slab_pages].copy()
             self.first_free = 0
             del self.slabs[n_slabs:]
         self.ops.trim()
         return_freed_memory()
 
-    def _move(self, sources, targets):
+    def _move(self, sources, targets, holders):
         """Move pages to free ones, and tell every page table."""
         moved_to = np.arange(len(self.refs), dtype=np.int32)
         moved_to[sources] = targets
         self.copy_pages(sources, targets)
         self.refs[targets], self.refs[sources] = self.refs[sources], 0
-        for cache in self.caches:
+        for cache in holders:
             cache.pages_moved(moved_to)
+
+    def _holders(self):
+        while True:
+            try:
+                return list(self.caches)
+            except RuntimeError:  # another thread has made one meanwhile: it holds no page yet
+                continue
+
+    def _known(self, holders):
+        """Whether every page is held by one of these: else garbage collection is at one that is not told any more."""
+        counts = np.zeros_like(self.refs)
+        for cache in holders:
+            np.add.at(counts, cache.held_pages, 1)
+        return (counts == self.refs).all()
