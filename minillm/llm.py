@@ -1,10 +1,14 @@
 """LLM: a model and its cache memory, from a name to text."""
 
+import asyncio
+import copy
 import gc
 import math
 import operator
 import reprlib
 import time
+import weakref
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +17,8 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
-from minillm.compress.reading import extend
+from minillm.document import Document
+from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
 from minillm.files.profile_file import find as find_profile
@@ -22,7 +27,7 @@ from minillm.files.weights import Weight, load_weights
 from minillm.model import MLP_ROWS, Model
 from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
-from minillm.session import SESSION_FORMAT, Answer, Session, is_chat, step
+from minillm.session import SESSION_FORMAT, Session, is_chat
 from minillm.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "stored")
@@ -31,33 +36,36 @@ DTYPES = ("auto", "float32", "stored")
 class LLM:
     """A loaded model. A context manager: its memory goes back on `close`.
 
+    Any number of threads and asyncio tasks may use one: each answer is what it is alone, and those that wait together
+    are decoded together. A Session is used by one at a time.
+
     Wherever a prompt goes in, it is text (completed as it stands; special tokens in it are recognised), a list of
     token ids, or a list of chat messages ({"role", "content"}) for the model's chat template."""
 
     weights_digest = None  # StoredModel.digest; None: they were not loaded from files
 
-    def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids, profile=None):
+    def __init__(self, config, model, tokenizer, cache, context, dtype, stop_ids, profile=None, cache_limit=None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.context, self.dtype, self.stop_ids = context, dtype, stop_ids
-        self.pools = {}  # dtype -> PagePool
+        self.engine, self.sessions = Engine(), weakref.WeakSet()
+        self.pools, self.cache_limit = {}, cache_limit  # dtype -> PagePool, each of so many bytes
         self.load_seconds = 0.0
-        self._last = None  # the session that answered last
         self.profile = profile  # whose scores the model predicts already
         self.set_cache(cache)
 
     def set_profile(self, profile):
         """Predict scores by another Profile of this model from now on, which decides anew what the cache asked for
         comes to. MinillmError where that is a quality that the profile does not know; then nothing is changed."""
-        before, self.profile = self.profile, profile
-        try:
-            self.set_cache(self._asked)
-        except MinillmError:
-            self.profile = before
-            raise
-        self.model.predict(*profile.projection)
+        self._asked.resolve(profile, self.config.name)
+        model = copy.copy(self.model)  # the same weights: sessions under way keep the scores that they began with
+        model.blocks = [replace(block) for block in model.blocks]
+        with self.engine.alone():
+            model.predict(*profile.projection)
+        self.profile, self.model = profile, model
+        self.set_cache(self._asked)
 
     def set_cache(self, cache):
-        """Compress with another CacheConfig from now on. Sessions that exist go on with what they hold."""
+        """Compress with another CacheConfig from now on. Sessions that exist go on with theirs."""
         self.compressor = self.compressor_for(cache)
         self._asked, self.cache_config = cache, self.compressor.config
 
@@ -70,7 +78,7 @@ class LLM:
             known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
         worth = None if self.profile is None else np.exp(self.profile.worth)
-        return Compressor(recipe, self.model, classes, worth)
+        return Compressor(recipe, self.model, classes, worth, self.profile and self.profile.digest)
 
     @property
     def pool(self):
@@ -79,7 +87,8 @@ class LLM:
 
     def _pool(self, dtype):
         if dtype not in self.pools:
-            self.pools[dtype] = PagePool(self.model.ops, self.config.head_dim, dtype=dtype)
+            pool = PagePool(self.model.ops, self.config.head_dim, dtype=dtype, limit=self.cache_limit)
+            self.pools.setdefault(dtype, pool)
         return self.pools[dtype]
 
     def new_cache(self, window=None, dtype=None):
@@ -89,8 +98,9 @@ class LLM:
 
     def trim(self):
         """Give what no sequence holds back to the system."""
-        for pool in self.pools.values():
-            pool.trim()
+        with self.engine.alone():
+            for pool in self.pools.values():
+                pool.trim()
 
     @classmethod
     def load(
@@ -105,6 +115,7 @@ class LLM:
         threads=None,
         chat_template=None,
         profile=None,
+        cache_limit=None,
         offline=False,
         progress=False,
     ):
@@ -115,7 +126,8 @@ class LLM:
         (float32 where it fits). quantize: "q8_0" or "q4_0" turns 16- and 32-bit weights into such blocks instead, the
         head (and an embedding that is the head) always into q8_0. threads: of the linear algebra library.
         chat_template: a name or a text in place of the model's. profile: a file of python -m minillm.profile (None: the
-        model's own, where there is one; False: none). progress: bars on a terminal's stderr. Raises MinillmError."""
+        model's own, where there is one; False: none). cache_limit: bytes that caches of one page format may take; who
+        does not fit waits (None: the free memory). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
         dtype = _asked_dtype(dtype, quantize)
@@ -130,7 +142,7 @@ class LLM:
         model = Model(stored.config, weights, backend, profile and profile.projection)
         stop_ids = frozenset(stored.config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
         context = context or stored.config.context
-        llm = cls(stored.config, model, tokenizer, cache, context, dtype, stop_ids, profile)
+        llm = cls(stored.config, model, tokenizer, cache, context, dtype, stop_ids, profile, cache_limit)
         llm.weights_digest, llm.load_seconds = digest, time.perf_counter() - start
         return llm
 
@@ -183,10 +195,27 @@ class LLM:
     def _not_embedded(self, ids):
         return [token for token in ids if not 0 <= token < self.config.vocab_size]
 
+    def render_chat(self, messages):
+        """The text of chat messages, by the model's chat template."""
+        return self._needs_tokenizer().render_chat(messages)
+
     def session(self):
         """A Session: a conversation whose later turns read only their own tokens."""
-        self._last = Session(self)
-        return self._last
+        return Session(self)
+
+    def read(self, prompt, cache=None, progress=None):
+        """A Document: text or chat messages (or token ids) that are compressed now, and asked later. cache: CacheConfig
+        in place of this LLM's."""
+        session = Session(self, cache and self.compressor_for(cache))
+        session.feed_document(prompt)
+        session.settle(progress)
+        return Document(session)
+
+    def document(self, path, cache=None):
+        """The Document that was saved in a file."""
+        session = Session(self, cache and self.compressor_for(cache))
+        session.restore(path)
+        return Document(session)
 
     def stream(self, prompt, params=None, progress=None):
         """Yields the Pieces of the answer to a prompt as they are generated. The cache memory goes back at the end."""
@@ -199,62 +228,75 @@ class LLM:
 
     def generate(self, prompt, params=None):
         """The text of the answer to a prompt."""
-        return "".join(piece.text for piece in self.stream(prompt, params))
+        return self.generate_batch([prompt], params)[0]
 
     def generate_batch(self, prompts, params=None):
-        """The texts of the answers to a list of prompts, which are decoded together. `stats` knows nothing of them."""
+        """The texts of the answers to a list of prompts, which are decoded together. Raises what the first that failed
+        did with, once the others are done."""
         if isinstance(prompts, str):
             raise UsageError(f"generate_batch takes a list of prompts and got one text: write [{prompts!r}]")
-        params, self._last = params or SamplingParams(), None
-        sessions, answers = [Session(self) for _ in prompts], []
+        sessions = [self.session() for _ in prompts]
         try:
             for session, prompt in zip(sessions, prompts, strict=True):
                 session.feed(prompt)
-            for session in sessions:
-                answers.append(answer := Answer(session, params))
-                answer.take(session.read_and_draw(answer.draw()))
-            while active := [answer for answer in answers if answer.stop_reason is None]:
-                tokens = step([answer.session for answer in active], [answer.draw() for answer in active])
-                for answer, token in zip(active, tokens, strict=True):
-                    answer.take(token)
-            for answer in answers:
-                answer.rest()
-            return [answer.text for answer in answers]
+            requests = [session.request(params or SamplingParams()) for session in sessions]
+            self.engine.run(requests)
+            for request in requests:
+                if request.error is not None:
+                    raise request.error
+            return [request.text for request in requests]
         finally:
             for session in sessions:
                 session.close()
 
+    async def astream(self, prompt, params=None):
+        """`stream` for asyncio: other tasks go on meanwhile."""
+        session, request = self.session(), None
+        try:
+            await asyncio.to_thread(session.feed, prompt)
+            request = session.request(params or SamplingParams())
+            request.pull = True
+            self.engine.submit(request)
+            while True:
+                await self.engine.arrival(request)
+                if (piece := request.pop()) is None:
+                    return
+                yield piece
+        finally:
+            if request:
+                await asyncio.to_thread(self.engine.cancel, request)
+            await asyncio.to_thread(session.close)
+
+    async def agenerate(self, prompt, params=None):
+        """`generate` for asyncio: other tasks go on meanwhile."""
+        return "".join([piece.text async for piece in self.astream(prompt, params)])
+
     def logits(self, token_ids):
         """float32 (n, vocab): the next-token logits after each of the token ids, with the full cache."""
-        session = Session(self)
+        session = self.session()
         try:
             session.feed(token_ids)
-            ids = session.unread
-            full = cache_bytes(self.config, CacheConfig("full"), self.model.ops, len(ids))
-            session.check_room(result=full + 4 * len(ids) * self.config.vocab_size)
-            hidden = extend(self.model, ids, session.cache)
-            out = np.empty((len(ids), self.config.vocab_size), np.float32)
-            for lo in range(0, len(ids), MLP_ROWS):
-                out[lo : lo + MLP_ROWS] = self.model.logits(hidden[lo : lo + MLP_ROWS])
+            request = session.request(whole=True, result=4 * len(session.unread) * self.config.vocab_size)
+            session.run(request)
+            out = np.empty((request.timings.prompt_tokens, self.config.vocab_size), np.float32)
+            for lo in range(0, len(out), MLP_ROWS):
+                with self.engine.alone():
+                    out[lo : lo + MLP_ROWS] = request.model.logits(request.hidden[lo : lo + MLP_ROWS])
             return out
         finally:
             session.close()
 
-    def stats(self):
-        """Counts, seconds and bytes of the last answer (see Session.summary)."""
-        return self._last.stats if self._last else {}
-
-    def identity(self):
-        """What a session file must agree with. Raises MinillmError."""
+    def identity(self, compressor):
+        """What the file of a session with this Compressor must agree with. Raises MinillmError."""
         if self.weights_digest is None:
             raise MinillmError("sessions are saved and taken up only of models that were loaded from files")
         return {
             "version": SESSION_FORMAT,
             "weights": self.weights_digest,
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
-            "cache dtype": self.pool.dtype,
-            "profile": self.profile.digest if self.profile and self.cache_config.profiled else None,
-            **self.cache_config.as_dict(),
+            "cache dtype": self._pool(compressor.config.dtype).dtype,
+            "profile": compressor.profile if compressor.config.profiled else None,
+            **compressor.config.as_dict(),
         }
 
     def cache_bytes(self, n):
@@ -262,13 +304,17 @@ class LLM:
         return cache_bytes(self.config, self.cache_config, self.model.ops, n)
 
     def close(self):
-        """Give the memory of weights and caches back."""
-        for pool in self.pools.values():
-            for cache in list(pool.caches):
-                cache.clear()
-        self.model = self.compressor = _Closed()  # which has matrices too
-        gc.collect()  # a model and its runner hold one another
-        self.trim()
+        """Give the memory of weights and caches back. Answers that are on the way fail."""
+        self.engine.close()
+        with self.engine.alone():
+            for pool in self.pools.values():
+                for cache in list(pool.caches):
+                    cache.clear()
+            self.model = self.compressor = _Closed()  # which has matrices too
+            for session in list(self.sessions):
+                session.compressor, session.answer = self.compressor, None
+            gc.collect()  # a model and its runner hold one another
+            self.trim()
 
     def __enter__(self):
         return self

@@ -51,6 +51,7 @@ class Draw:
     params: SamplingParams
     recent: np.ndarray  # (m,) int32 ids that the repeat penalty is for, ascending; m <= PENALTY_WINDOW
     uniform: float  # in [0, 1): the first id at which the sum of the weights so far is more than this share is taken
+    forbidden: tuple[int, ...] = ()  # ids that are not drawn
 
 
 GREEDY = Draw(SamplingParams(), np.zeros(0, np.int32), 0.0)
@@ -73,8 +74,11 @@ class Sampler:
 
 
 def sample(logits, draw):
-    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does."""
+    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does, but for `forbidden`."""
     params, seen = draw.params, draw.recent
+    if draw.forbidden:
+        logits = logits.copy()
+        logits[list(draw.forbidden)] = -np.inf
     if len(seen):
         logits = logits.copy()
         factor = np.float32(params.repeat_penalty)

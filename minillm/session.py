@@ -1,91 +1,27 @@
 """One conversation with a model: what it has read, what it has yet to read, and its compressed cache.
 
-A later turn reads only its own new tokens. A session can be saved to a file and taken up again.
+A later turn reads only its own new tokens. A session can be saved to a file and taken up again, and forked.
 """
 
+import contextlib
+import functools
 import json
-import time
-import weakref
-from dataclasses import asdict, dataclass
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 from minillm.cache import state as cache_state
-from minillm.compress.reading import extend, recompress
-from minillm.errors import MinillmError
+from minillm.compress.config import CacheConfig
+from minillm.engine.request import Request, Timings
+from minillm.errors import MinillmError, UsageError
 from minillm.files import own_file
 from minillm.memory import peak_memory
-from minillm.preflight import require, workspace_bytes
-from minillm.sampling import PENALTY_WINDOW, Sampler
+from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.text.stream import StreamDecoder
 
 SESSION_FORMAT = 4
+SETTLED_FROM = 256  # tokens; a shorter prefix is compressed together with what follows it
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token, and the text that became safe to show with it (a character or a stop text may be held
-    back)."""
-
-    token_id: int
-    text: str
-
-
-@dataclass
-class Timings:
-    """Counts and seconds of one answer."""
-
-    prompt_tokens: int = 0  # read for this answer
-    cached_tokens: int = 0  # already in the cache before it
-    generated_tokens: int = 0
-    prompt_seconds: float = 0.0
-    generation_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    kept: float = 1.0  # entries stored / entries of a full cache, at the end of the prompt
-
-
-class Answer:
-    """One answer in the making: says how tokens are drawn, and takes them until a stop id, a stop text or a limit ends
-    it."""
-
-    def __init__(self, session, params):
-        self.params, self.session = params, weakref.proxy(session)  # no cycle: a session dropped is memory given back
-        self.sampler, self.decoder = Sampler(params), None
-        llm = session.llm
-        if llm.tokenizer:
-            self.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not session.new_turn)
-        elif params.stop:
-            raise MinillmError("stop texts need a tokenizer, and this model folder has none: add its tokenizer.json")
-        self.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
-        self.token_ids, self.text, self.stop_reason = [], "", None  # None, "eos", "stop" or "length"
-
-    def draw(self):
-        """The Draw of the token after those that were fed, generated or read."""
-        session = self.session
-        recent = [*session.cache.token_ids[-PENALTY_WINDOW:], *session.unread]
-        return self.sampler.draw(recent)
-
-    def take(self, token):
-        """The next token -> its Piece, or None where the answer ended before it."""
-        session = self.session
-        if token in self.stop_ids:
-            self.stop_reason = "eos"
-            return None
-        session.unread.append(token)
-        self.token_ids.append(token)
-        text = self.decoder.push(token) if self.decoder else ""
-        self.text += text
-        if self.decoder and self.decoder.stopped:
-            self.stop_reason = "stop"
-        elif len(self.token_ids) == self.params.max_tokens or session.position_soon >= session.llm.context:
-            self.stop_reason = "length"
-        return Piece(token, text)
-
-    def rest(self):
-        """The text still held back at the end."""
-        text = self.decoder.finish() if self.decoder and self.stop_reason != "stop" else ""
-        self.text += text
-        return text
 
 
 def is_chat(prompt):
@@ -93,37 +29,33 @@ def is_chat(prompt):
     return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
 
 
-def step(sessions, draws=None):
-    """Read the one token that each of B sessions of one LLM generated last; -> logits (B, vocab), or by B Draws the
-    token that comes next in each. Closed chunks are compressed where enough has come together."""
-    llm, unread = sessions[0].llm, [session.unread[0] for session in sessions]
-    result = llm.model.decode(unread, [session.cache for session in sessions], draws)
-    for session in sessions:
-        session.unread = []
-    for i, session in enumerate(sessions):
-        if llm.compressor.due(session.cache):
-            try:
-                recompress(llm.model, session.cache, llm.compressor)
-            except BaseException:
-                session.unread = [int(result[i])] if draws else []  # what was drawn is not lost
-                raise
-    return result
-
-
 class Session:
-    """A sequence of an LLM. `feed` adds a prompt, `stream` reads it and answers; `ask` is a turn of a chat."""
+    """A sequence of an LLM. `feed` adds a prompt, `stream` reads it and answers; `ask` is a turn of a chat.
 
-    def __init__(self, llm):
-        self.llm = llm
-        window = llm.config.sliding_window if llm.cache_config.method == "full" else None
-        self.cache = llm.new_cache(window)
+    It is compressed as the LLM's cache is set when it begins. Used by one thread or task at a time."""
+
+    def __init__(self, llm, compressor=None):
+        self.llm, self.compressor = llm, compressor or llm.compressor
+        config = self.compressor.config
+        window = llm.config.sliding_window if config.method == "full" else None
+        self.cache = llm.new_cache(window, config.dtype)
         self.unread = []  # token ids that were fed or generated and not read yet
-        self.messages = []  # the chat so far
-        self.rendered = None  # the chat template's text up to the last answer
+        self.messages = []  # the chat so far; the last one may be a document whose question is yet to come
+        self.rendered = None  # the chat template's text up to the last answer, or to the end of that document
         self.new_turn = False  # whether an answer begins a turn, and does not go on where a text ended
-        self.timings = Timings()
-        self.answer = None  # the last Answer
-        self.stats = {}  # summary of the last answer
+        self.answer = None  # the last Request
+        self._busy = threading.Lock()
+        llm.sessions.add(self)
+
+    @contextlib.contextmanager
+    def _use(self):
+        """Around what reads or changes the session."""
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("this session is being used by another thread or task: give each one a session or a fork")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     @property
     def seen_soon(self):
@@ -134,108 +66,191 @@ class Session:
         """Of the next token, which is what the context limits."""
         return self.cache.position + len(self.unread)
 
+    @property
+    def timings(self):
+        """Timings of the last answer."""
+        return self.answer.timings if self.answer else Timings()
+
     def feed(self, prompt):
         """Add a prompt: text (special tokens in it are recognised), token ids, or chat messages (list of dicts)."""
-        self.unread += self.llm.encode(prompt, bos=self.seen_soon == 0)
-        self.new_turn = self.new_turn or is_chat(prompt)
+        ids = self.llm.encode(prompt, bos=self.seen_soon == 0)
+        with self._use():
+            self.unread += ids
+            self.new_turn = self.new_turn or is_chat(prompt)
 
-    def read(self, progress=None):
-        """Read what was fed; -> logits (vocab,) after its last token. progress(layers done, layers)."""
-        return self.llm.model.logits(self._extend(progress))[0]
-
-    def read_and_draw(self, draw, progress=None):
-        """Read what was fed; -> the token that comes next, by a Draw."""
-        return self.llm.model.draw(self._extend(progress), [draw])[0]
-
-    def _extend(self, progress):
-        """Read what was fed; -> the hidden state (1, dim) of its last token."""
-        self.check_room()
-        hidden = extend(self.llm.model, self.unread, self.cache, self.llm.compressor, progress)
-        self.unread = []
-        return hidden[-1:]
-
-    def check_room(self, result=0):
-        """Raise MinillmError if what was fed is nothing, or does not fit into the context or, with `result` more bytes,
-        into the memory there is."""
-        llm, n = self.llm, self.seen_soon
+    def request(self, params=None, whole=False, result=0):
+        """A Request that reads what was fed and, with `params`, answers. whole: nothing is compressed; result: bytes
+        that the outcome takes. Raises MinillmError if what was fed is nothing or does not fit into the context."""
+        llm = self.llm
         if not self.unread:
             raise MinillmError("the prompt is empty: give some text")
         if self.position_soon > llm.context:
             raise MinillmError(
-                f"the prompt has {n} tokens and the context {llm.context}: shorten it, raise "
+                f"the prompt has {self.seen_soon} tokens and the context {llm.context}: shorten it, raise "
                 f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
             )
-        more = max(0, llm.cache_bytes(n) - self.cache.bytes_in_use)
-        workspace = workspace_bytes(llm.config, len(self.unread)) + result
-        require(llm.model.ops, "the prompt", n, cache=more, workspace=workspace)
+        compressor = None if whole else self.compressor
+        request = Request(self.compressor.model, compressor, self.cache, self.unread, params, context=llm.context)
+        request.check_memory = functools.partial(self._check_memory, self.seen_soon, len(self.unread), whole, result)
+        if params is not None:
+            request.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
+            if llm.tokenizer:
+                request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not self.new_turn)
+            elif params.stop:
+                raise MinillmError("stop texts need a tokenizer, and this model has none: add its tokenizer.json")
+        return request
+
+    def _check_memory(self, n, n_new, whole, result):
+        """Raise MinillmError if n tokens, n_new of them yet to be read, do not fit into the memory there is."""
+        llm, ops = self.llm, self.compressor.ops
+        more = cache_bytes(llm.config, CacheConfig("full") if whole else self.compressor.config, ops, n)
+        more = max(0, more - self.cache.bytes_in_use)
+        require(ops, "the prompt", n, cache=more, workspace=workspace_bytes(llm.config, n_new) + result)
+
+    def run(self, request, progress=None):
+        """Have the engine do all of a Request; raises what it failed with."""
+        self._leave_answer()
+        self.llm.engine.run([request], progress and _told(progress, request))
+        if request.error is not None:
+            raise request.error
+
+    def read(self, progress=None):
+        """Read what was fed; -> logits (vocab,) after its last token. progress(layers done, layers)."""
+        with self._use():
+            request = self.request()
+            self.run(request, progress)
+            with self.llm.engine.alone():
+                return request.model.logits(request.hidden[-1:])[0]
 
     def stream(self, params, progress=None):
         """Read what was fed and answer: yields Pieces; `self.answer` and `self.timings` tell how it went. The state
-        is whole at every yield, so that an answer may be left at any time."""
-        start = time.perf_counter()
-        self.answer = answer = Answer(self, params)
-        self.timings = timings = Timings(prompt_tokens=len(self.unread), cached_tokens=self.cache.seen)
-        token = self.read_and_draw(answer.draw(), progress)
-        timings.prompt_seconds = time.perf_counter() - start
-        timings.kept = self.cache.kept
-        begin = time.perf_counter()
+        is whole at every yield, and that of the pieces taken, so that an answer may be left at any time."""
+        engine = self.llm.engine
+        with self._use():
+            self._leave_answer()
+            request = self.request(params)
+            request.pull, self.answer = True, request
+            engine.submit(request)
+        see = progress and _told(progress, request)
         try:
-            while piece := answer.take(token):
-                timings.generated_tokens += 1
-                timings.generation_seconds = time.perf_counter() - begin
-                timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - start
-                if answer.stop_reason:
-                    yield Piece(piece.token_id, piece.text + answer.rest())
+            while True:
+                with self._use():
+                    if self.answer is not request:
+                        raise UsageError("this answer was left, and its session went on: take the newer answer")
+                    piece = engine.next(request, see)
+                if piece is None:
                     return
                 yield piece
-                token = step([self], [answer.draw()])[0]
-            if rest := answer.rest():
-                yield Piece(-1, rest)
         finally:
-            timings.generation_seconds = time.perf_counter() - begin
-            self.stats = self.summary()
+            engine.cancel(request)
 
-    def step(self):
-        """Read the one token generated last; -> logits (vocab,)."""
-        return step([self])[0]
+    def _leave_answer(self):
+        if self.answer:
+            self.llm.engine.cancel(self.answer)
 
     def ask(self, text, params, system=None, progress=None):
         """A turn of a chat: yields the Pieces of the answer. The first turn may set a system prompt."""
+        with self._use():
+            self._leave_answer()
+            undo, answer = self._begin_turn(text, system), self.answer
+        try:
+            yield from self.stream(params, progress)
+        except Exception:
+            if self.answer is answer or not self.answer.token_ids:  # too long, for example: a shorter text may follow
+                undo()
+            raise
+
+    def _begin_turn(self, text, system):
+        """Feed a user's turn. -> a function that takes it back, if nothing of it was read."""
         if system is not None and not self.messages:
             self.messages.append({"role": "system", "content": system})
         self._finish_turn()
-        user = {"role": "user", "content": text}
-        tokenizer = self.llm.tokenizer
-        rendered = tokenizer.render_chat([*self.messages, user])
-        new = rendered
-        if self.rendered is not None:
-            # What follows the last answer: the cache holds that answer as it was generated, not as a template trims it.
-            marked = [*self.messages[:-1], {"role": "assistant", "content": REPLY}, user]
-            head, _, new = tokenizer.render_chat(marked).partition(REPLY)
-            if head != self.rendered:  # the template rewrites earlier turns: read all of it again
-                self.cache.clear()
-                self.unread, self.rendered, new = [], None, rendered
-        before, n_before = self.rendered, self.seen_soon
-        self.feed(new)
-        self.new_turn = True
+        before, render = list(self.messages), self.llm.render_chat
+        if self.open:
+            user = after_document(self.messages.pop(), text)
+            rendered = render([*self.messages, user])
+            head, new = rendered[: len(self.rendered)], rendered[len(self.rendered) :]
+        else:
+            user = {"role": "user", "content": text}
+            rendered = new = render([*self.messages, user])
+            head = self.rendered
+            if self.rendered is not None:
+                # What follows the last answer: the cache holds it as it was generated, not as a template trims it.
+                marked = [*self.messages[:-1], {"role": "assistant", "content": REPLY}, user]
+                head, _, new = render(marked).partition(REPLY)
+        if head != self.rendered:  # the template rewrites earlier turns: read all of it again
+            self._clear()
+            self.rendered, new = None, rendered
+        rendered_before, n_before = self.rendered, self.seen_soon
+        self.unread += self.llm.encode(new, bos=n_before == 0)
+        self.new_turn, self.rendered = True, rendered
         self.messages.append(user)
-        self.rendered = rendered
-        try:
-            yield from self.stream(params, progress)
-        except MinillmError:
-            if not self.answer.token_ids:  # too long, for example: a shorter text may follow in its place
-                self.messages.pop()
-                self.rendered, self.unread = before, self.unread[: n_before - self.cache.seen]
-            raise
+
+        def undo():
+            self.messages, self.rendered = before, rendered_before
+            del self.unread[max(n_before - self.cache.seen, 0) :]
+
+        return undo
 
     def _finish_turn(self):
-        if self.messages and self.messages[-1]["role"] == "user":
+        if self.messages and self.messages[-1]["role"] == "user" and not self.open:
             self.messages.append({"role": "assistant", "content": self.answer.text if self.answer else ""})
 
-    def summary(self):
-        """Counts, seconds and bytes of the last answer, and the cache as it is now: plain values for people and
-        JSON."""
-        llm, answer, timings = self.llm, self.answer, asdict(self.timings)
+    # a document: read once, asked many times
+
+    @property
+    def open(self):
+        """Whether the last message is a document whose question is yet to come."""
+        return bool(self.messages) and self.messages[-1]["role"] == "user" and self.answer is None
+
+    def feed_document(self, prompt):
+        """Add a prompt that questions follow: text or chat messages, for the model's chat template up to the question;
+        token ids, or text where there is no template, as they are."""
+        tokenizer = self.llm.tokenizer
+        if not (is_chat(prompt) or (isinstance(prompt, str) and tokenizer and tokenizer.has_chat_template)):
+            self.feed(prompt)
+            return
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if messages[-1].get("role") != "user":
+            messages.append({"role": "user", "content": ""})
+        head, mark, _ = self.llm.render_chat([*messages[:-1], after_document(messages[-1], REPLY)]).partition(REPLY)
+        if not mark:
+            raise UsageError("the chat template loses what follows a document: give token ids, or another template")
+        with self._use():
+            self.unread += self.llm.encode(head, bos=self.seen_soon == 0)
+            self.messages, self.rendered = messages, head
+
+    def settle(self, progress=None):
+        """Read what was fed, and have no later compression touch it, so that forks share its pages for good. Fewer than
+        SETTLED_FROM tokens stay part of what follows."""
+        if self.compressor.config.options.get("positions") == "cache":
+            raise UsageError("positions=cache moves entries that a document is to keep: take positions=original")
+        with self._use():
+            if self.unread:
+                self.run(self.request(), progress)
+            with self.llm.engine.alone():
+                if self.cache.seen - self.cache.settled_tokens >= SETTLED_FROM:
+                    self.cache.settle()
+
+    def fork(self):
+        """A second session with the same past. Pages are shared until one of the two changes them."""
+        with self._use(), self.llm.engine.alone():
+            other = Session(self.llm, self.compressor)
+            other.cache = self.cache.fork()
+            other.unread, other.messages = list(self.unread), list(self.messages)
+            other.rendered, other.new_turn = self.rendered, self.new_turn
+            if other.messages and other.messages[-1]["role"] == "user" and not self.open:
+                other.messages.append({"role": "assistant", "content": self.answer.text})
+            return other
+
+    @property
+    def stats(self):
+        """Counts, seconds and bytes of the last answer, and the cache as it is now: plain values for people and JSON.
+        Empty before the first."""
+        llm, answer, config = self.llm, self.answer, self.compressor.config
+        if answer is None:
+            return {}
+        timings = asdict(self.timings)
         kept = timings.pop("kept")
         return {
             "text": answer.text,
@@ -244,54 +259,71 @@ class Session:
             **timings,
             "peak_bytes": peak_memory(),
             "model": llm.config.name,
-            "device": llm.model.ops.DEVICE,
+            "device": self.compressor.ops.DEVICE,
             "cache": {
-                "method": llm.cache_config.method,
-                "budget": llm.cache_config.as_dict()["budget"],
-                "quality": llm.cache_config.quality,
+                "method": config.method,
+                "budget": config.as_dict()["budget"],
+                "quality": config.quality,
                 "kept": kept,
                 "entries": self.cache.entries,
                 "bytes": self.cache.bytes_in_use,
                 "full_bytes": self.cache.full_bytes,
-                "tau": llm.cache_config.options.get("tau") if self.cache.tau is None else self.cache.tau,
-                "threshold": llm.cache_config.options.get("threshold"),
+                "tau": config.options.get("tau") if self.cache.tau is None else self.cache.tau,
+                "threshold": self.compressor.recipe.options.get("threshold"),
             },
         }
 
+    def _clear(self):
+        with self.llm.engine.alone():
+            self.cache.clear()
+        self.unread = []
+
     def close(self):
         """Give the memory back."""
+        with self._use():
+            self._leave_answer()
+            self.llm.engine.between_steps(self._give_back)
+            self.unread, self.messages, self.rendered = [], [], None
+
+    def _give_back(self):
         self.cache.clear()
-        self.unread, self.messages, self.rendered = [], [], None
         self.cache.pool.trim()
 
     def save(self, path):
         """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""
-        self._finish_turn()
-        state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
-        texts = {"minillm_session": json.dumps(self.llm.identity()), "state": json.dumps(state)}
-        own_file.write(Path(path).expanduser(), cache_state.state(self.cache), texts)
+        with self._use():
+            self._finish_turn()
+            state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
+            identity = self.llm.identity(self.compressor)
+            texts = {"minillm_session": json.dumps(identity), "state": json.dumps(state)}
+            with self.llm.engine.alone():
+                arrays = cache_state.state(self.cache)
+            own_file.write(Path(path).expanduser(), arrays, texts)
 
     def restore(self, path):
         """Take up a saved session. A file that is damaged, or of other weights or another dtype, method or version,
         raises MinillmError and changes nothing."""
         arrays, texts = own_file.read(Path(path).expanduser(), "session", "delete it or name another file")
-        saved, cache = json.loads(texts["minillm_session"]), self.llm.new_cache(self.cache.window)
-        for name, here in self.llm.identity().items():
+        saved = json.loads(texts["minillm_session"])
+        cache = self.llm.new_cache(self.cache.window, self.compressor.config.dtype)
+        for name, here in self.llm.identity(self.compressor).items():
             if saved.get(name) != here:
                 raise MinillmError(
                     f"{path} was saved with {name} {saved.get(name)!r} and this is {here!r}: name another file or "
                     "delete it"
                 )
-        try:
-            unread, messages, rendered = self._checked(json.loads(texts["state"]))
-            self.llm.encode(arrays["token_ids"].tolist())
-            self.llm.compressor.check_left(arrays, self.llm.config.n_heads)
-            cache_state.restore(cache, arrays)
-        except (KeyError, TypeError, ValueError, MinillmError) as error:
-            raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
-        self.cache.clear()
-        self.cache, self.answer = cache, None
-        self.unread, self.messages, self.rendered = unread, messages, rendered
+        with self._use(), self.llm.engine.alone():
+            try:
+                unread, messages, rendered = self._checked(json.loads(texts["state"]))
+                self.llm.encode(arrays["token_ids"].tolist())
+                self.compressor.check_left(arrays, self.llm.config.n_heads)
+                cache_state.restore(cache, arrays)
+            except (KeyError, TypeError, ValueError, MinillmError) as error:
+                raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
+            self._leave_answer()
+            self.cache.clear()
+            self.cache, self.answer = cache, None
+            self.unread, self.messages, self.rendered = unread, messages, rendered
 
     def _checked(self, state):
         """(unread, messages, rendered) of the state that `save` wrote, or KeyError, TypeError, ValueError,
@@ -304,3 +336,21 @@ class Session:
             if not words or set(message) != {"role", "content"}:
                 raise ValueError("it holds a malformed message")
         return self.llm.encode(unread), messages, rendered
+
+
+def after_document(message, text):
+    """The user's message that a document and a question make."""
+    return message | {"content": f"{message['content']}\n\n{text}" if message["content"] else text}
+
+
+def _told(progress, request):
+    """A function that calls progress(layers done, layers) where a request has read on."""
+    n, told = len(request.model.blocks), 0.0
+
+    def see():
+        nonlocal told
+        if request.share > told:
+            told = request.share
+            progress(told * n, n)
+
+    return see

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.compress.reading import recompress
+
 DEFAULT = json.loads((Path(__file__).parent / "data" / "golden_default.json").read_text(encoding="utf-8"))
 
 
@@ -24,9 +26,7 @@ def decoded(llm, ids, first):
     session = llm.session()
     session.feed(ids[:first])
     rows = [session.read()]
-    for token in ids[first:]:
-        session.unread = [token]
-        rows.append(session.step())
+    rows += stepped(llm, session, ids[first:])
     session.close()
     return np.array(rows)
 
@@ -40,3 +40,13 @@ def extended(llm, ids, step):
         places.append(min(lo + step, len(ids)) - 1)
     session.close()
     return np.array(rows), places
+
+
+def stepped(llm, session, ids):
+    """Logits (vocab,) after each token of `ids`, decoded one by one, and compressed as they come."""
+    rows, cache = [], session.cache
+    for token in ids:
+        rows.append(llm.model.decode([token], [cache])[0])
+        if session.compressor.due(cache):
+            recompress(llm.model, cache, session.compressor)
+    return rows

@@ -51,7 +51,9 @@ BEGIN, END = "<!-- tools/compare_cpu.py -->", "<!-- end -->"
 class Minillm:
     def __init__(self, path, n_threads, n_context, cache):
         from minillm import LLM, CacheConfig
+        from minillm.compress.reading import recompress
 
+        self.recompress = recompress
         config = CacheConfig("full") if cache == "full" else CacheConfig(budget=cache)
         self.llm = LLM.load(path, cache=config, threads=n_threads, offline=True)
         self.session = self.llm.session()
@@ -62,8 +64,11 @@ class Minillm:
         return self.session.read().argmax()
 
     def step(self, token):
-        self.session.unread = [token]
-        return self.session.step().argmax()
+        cache, compressor = self.session.cache, self.session.compressor
+        logits = self.llm.model.decode([token], [cache])[0]
+        if compressor.due(cache):
+            self.recompress(self.llm.model, cache, compressor)
+        return logits.argmax()
 
     def clear(self):
         self.session.cache.clear()

@@ -17,11 +17,11 @@ class Compressor:
     """Compresses sequences of one model by one Recipe.
 
     model: Model. classes (vocab,) uint8: DelimiterClass of each token id. worth (L, H) float32: what an entry is worth
-    in each head, where a profile of the model says that."""
+    in each head, where a profile of the model says that. profile: the digest of it."""
 
-    def __init__(self, recipe, model, classes, worth=None):
+    def __init__(self, recipe, model, classes, worth=None, profile=None):
         self.recipe, self.config, self.model = recipe, recipe.config, model
-        self.ops, self.classes, self.worth = model.ops, classes, worth
+        self.ops, self.classes, self.worth, self.profile = model.ops, classes, worth, profile
         self.scale, self.window = model.scale, model.config.sliding_window
 
     @property

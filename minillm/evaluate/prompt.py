@@ -8,6 +8,7 @@ from minillm.errors import MinillmError
 PROTOCOLS = {
     "aware": "context and question are compressed together, the setting of most papers",
     "agnostic": "the context is compressed before the question is known",
+    "document": "so, too, and settled; the question is then read and compressed by itself, as a Document is asked",
 }
 
 

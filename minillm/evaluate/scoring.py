@@ -1,16 +1,15 @@
 """From a Prompt and cache configurations to scores: one prefill for all of them, a teacher-forced reading of the answer
 where there is one right answer, greedy generation where there are many."""
 
-from itertools import groupby
-
 import numpy as np
 
 from minillm.compress.config import CacheConfig
-from minillm.compress.reading import extend, finish, read, recompress
+from minillm.compress.reading import extend, finish, read
+from minillm.engine.request import Request
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
 from minillm.preflight import cache_bytes
-from minillm.sampling import log_softmax
+from minillm.sampling import SamplingParams, log_softmax
 
 LOGIT_ROWS = 64  # rows of logits that exist at a time
 FREE_SHARE = 0.5  # of the free memory that the caches of one prefill may take
@@ -67,8 +66,11 @@ def _score_group(llm, prompt, configs, protocol):
             {"kept": cache.kept, "memory": cache.memory, "lengths": cache.lengths.copy(), "scores": {}}
             for cache in caches[1:]
         ]
-        if protocol == "agnostic" and prompt.question:
-            last = [extend(llm.model, prompt.question, cache)[-1:] for cache in caches]
+        if protocol != "aware" and prompt.question:
+            asked = compressors if protocol == "document" else [None] * len(caches)
+            for cache in caches if protocol == "document" else ():
+                cache.settle()
+            last = [extend(llm.model, prompt.question, *with_)[-1:] for with_ in zip(caches, asked, strict=True)]
         if prompt.answer:
             full = None
             for cache, state, result in zip(caches, last, [None, *results], strict=True):
@@ -124,28 +126,13 @@ def forced_scores(llm, states, full, answer):
 
 def generate(llm, prompt, caches, compressors, last):
     """Greedy texts after the prompt, decoded together; what is generated is compressed as the configurations say."""
-    stop_ids = llm.stop_ids | prompt.stop_ids
-    tokens = [[] for _ in caches]
-    logits = llm.model.logits(np.concatenate(last))
-    active = list(range(len(caches)))
-    while True:
-        going = []
-        for i, row in zip(active, logits, strict=True):
-            if len(tokens[i]) < prompt.min_tokens:
-                row = row.copy()
-                row[list(stop_ids)] = -np.inf
-            token = int(row.argmax())
-            if token in stop_ids:
-                continue
-            tokens[i].append(token)
-            if len(tokens[i]) < prompt.max_tokens:
-                going.append(i)
-        active = going
-        if not active:
-            return [llm.tokenizer.decode(ids) for ids in tokens]
-        runs = [list(run) for _, run in groupby(active, lambda i: caches[i].pool.dtype)]  # a step is of one pool
-        steps = [llm.model.decode([tokens[i][-1] for i in run], [caches[i] for i in run]) for run in runs]
-        logits = np.concatenate(steps)
-        for i in active:
-            if compressors[i] and compressors[i].due(caches[i]):
-                recompress(llm.model, caches[i], compressors[i])
+    params, requests = SamplingParams(max_tokens=prompt.max_tokens), []
+    for cache, compressor, hidden in zip(caches, compressors, last, strict=True):
+        request = Request(llm.model, compressor, cache, [], params, stop_ids=llm.stop_ids | prompt.stop_ids)
+        request.hidden, request.min_tokens = hidden, prompt.min_tokens
+        requests.append(request)
+    llm.engine.run(requests)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [llm.tokenizer.decode(request.token_ids) for request in requests]

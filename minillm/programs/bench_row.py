@@ -12,7 +12,8 @@ import json
 import sys
 import time
 
-from minillm import LLM, CacheConfig, MinillmError
+from minillm import LLM, CacheConfig, MinillmError, SamplingParams
+from minillm.engine.request import Request
 from minillm.memory import peak_memory
 
 
@@ -65,17 +66,24 @@ def read(llm, ids):
 
 def measure(llm, cache, ids, kind):
     """The tokens read over the cache, all at once (pp) or one by one (tg). -> (the cache, seconds)"""
-    session = llm.session()
-    session.cache = cache
-    start = time.perf_counter()
     if kind == "pp":
-        session.unread = list(ids)
-        session.read()
+        request = Request(llm.model, llm.compressor, cache, list(ids))
     else:
-        for token in ids:
-            session.unread = [token]
-            session.step()
-    return cache, time.perf_counter() - start
+        request = Given(llm.model, llm.compressor, cache, list(ids[:1]), SamplingParams(max_tokens=len(ids)))
+        request.resumes, request.given = True, [*ids[1:], ids[0]]
+    start = time.perf_counter()
+    llm.engine.run([request])
+    seconds = time.perf_counter() - start
+    if request.error is not None:
+        raise request.error
+    return cache, seconds
+
+
+class Given(Request):
+    """Decodes given tokens, whatever the model says."""
+
+    def take(self, token):
+        super().take(self.given[len(self.token_ids)])
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Chat:
             terminal.say(f"the conversation is forgotten{saved}")
         elif line == "/stats":
             if session.answer:
-                terminal.timings(session.summary())
+                terminal.timings(session.stats)
             else:
                 terminal.say(
                     f"no answer yet; {session.cache.seen} tokens read, {session.cache.entries} entries in the cache"

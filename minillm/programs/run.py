@@ -105,7 +105,8 @@ def _complete(llm, args, terminal):
             if args.prompt_cache is None:
                 session.feed(head + rest)
             else:
-                tokens, seconds = _feed_cached(session, head, rest, args.prompt_cache, terminal, reading)
+                document = [] if raw or args.document is None else _messages(args, args.document.rstrip())
+                tokens, seconds = _feed_cached(session, head, rest, document, args.prompt_cache, terminal, reading)
             pieces = session.stream(args.params, reading)
             terminal.write(pieces, reading.interrupts, echo, silent=args.json)
     except Interrupted:
@@ -115,7 +116,7 @@ def _complete(llm, args, terminal):
         if not session.timings.generated_tokens:
             terminal.say("interrupted while the prompt was read")
             return status
-    summary = session.summary()
+    summary = session.stats
     summary["stop_reason"] = summary["stop_reason"] or "interrupted"
     # What was read before the answer, for the prompt cache, was read for this prompt all the same.
     summary["prompt_tokens"] += tokens
@@ -134,16 +135,20 @@ def _prompt(llm, args, raw):
     text = "\n\n".join(part for part in (args.document, args.prompt) if part)
     rendered = text
     if not raw:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        rendered = llm.tokenizer.render_chat([*system, {"role": "user", "content": text}])
+        rendered = llm.tokenizer.render_chat(_messages(args, text))
     at = rendered.rfind(text.strip())  # templates trim what they are given
     end = len(rendered) if args.document is None or at < 0 else at + len(args.document.strip())
     return rendered[:end], rendered[end:]
 
 
-def _feed_cached(session, head, rest, path, terminal, progress):
-    """Feed a prompt whose first part is taken from the session file `path`, or read and saved there where that does not
-    exist yet. -> (tokens read, seconds).
+def _messages(args, text):
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return [*system, {"role": "user", "content": text}]
+
+
+def _feed_cached(session, head, rest, messages, path, terminal, progress):
+    """Feed a prompt whose first part, the document, is taken from the session file `path`, or read, settled and saved
+    there where that does not exist yet. -> (tokens read, seconds). messages: of the chat up to the document, if any.
 
     The two parts are encoded apart, and the last token of the first is left unread in the file: so tokens and
     compression are the same whether the file was there or not, and something is left to read if nothing follows."""
@@ -162,10 +167,11 @@ def _feed_cached(session, head, rest, path, terminal, progress):
         session.feed(ids[len(saved) :])
         return 0, 0.0
     start = time.perf_counter()
-    if n_read := len(first) - 1:
-        session.feed(first[:-1])
-        session.read(progress)
+    n_read = len(first) - 1
+    session.feed(first[:-1])
+    session.settle(progress)
     session.feed(first[-1:])
+    session.messages, session.rendered = messages, head if messages else None
     session.save(path)
     session.feed(ids[len(first) :])
     return n_read, time.perf_counter() - start

@@ -127,7 +127,7 @@ class Terminal:
         )
 
     def timings(self, summary):
-        """The block at the end, from Session.summary."""
+        """The block at the end, from Session.stats."""
         s, cache = summary, summary["cache"]
         kept = _kept(cache, s["prompt_tokens"] + s["cached_tokens"])
         self.say(

@@ -298,7 +298,10 @@ def test_answers_of_a_random_model(emulated, prompts):
         alone = []
         for prompt in prompts:
             alone.append([piece.token_id for piece in llm.stream(prompt, params)])
-        assert llm.stats()["device"] == "emulator"
+        session = llm.session()
+        session.feed(prompts[0])
+        assert next(session.stream(params)).token_id == alone[0][0] and session.stats["device"] == "emulator"
+        session.close()
         assert alone[0] != alone[1] and all(len(ids) == 6 for ids in alone)
         again = [piece.token_id for piece in llm.stream(prompts[0], params)]
         assert again == alone[0]

@@ -4,6 +4,7 @@ oracle is a session of each configuration alone."""
 import numpy as np
 import pytest
 import tiny_chat
+from goldens import stepped
 
 from minillm import LLM, CacheConfig, SamplingParams
 from minillm.compress import reading
@@ -37,10 +38,9 @@ def read(llm, config, prompt, protocol):
     session = llm.session()
     session.feed(prompt.context + (prompt.question if protocol == "aware" else []))
     logits = session.read()
-    llm.set_cache(CacheConfig("full"))
     if protocol == "agnostic":
-        session.feed(prompt.question)
-        logits = session.read()
+        hidden = reading.extend(llm.model, prompt.question, session.cache)
+        logits = llm.model.logits(hidden[-1:])[0]
     return session, logits
 
 
@@ -53,8 +53,8 @@ def test_forced_scores_are_those_of_reading_token_by_token(llm, protocol):
         session, last = read(llm, config, prompt, protocol)
         rows = [last]
         for token in prompt.answer[:-1]:
-            session.feed([token])
-            rows.append(session.read())
+            hidden = reading.extend(llm.model, [token], session.cache)
+            rows.append(llm.model.logits(hidden)[0])
         session.close()
         log_q = log_softmax(np.array(rows))
         full = log_q if full is None else full
@@ -92,8 +92,7 @@ def test_generation_is_that_of_a_session(llm, protocol):
         ids = []
         while len(ids) < 60 and (token := int(logits.argmax())) not in llm.stop_ids:
             ids.append(token)
-            session.unread = [token]
-            logits = session.step()
+            logits = stepped(llm, session, [token])[0]
         session.close()
         assert result["prediction"] == llm.tokenizer.decode(ids)
         assert result["scores"] == {"length": len(result["prediction"])}

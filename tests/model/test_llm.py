@@ -156,20 +156,18 @@ def test_use_after_close(tiny):
             call()
 
 
-def test_stats_of_a_turn_of_an_answer_left_early_and_of_a_batch(tiny):
+def test_stats_of_a_turn_and_of_an_answer_left_early(tiny):
     with LLM.load(tiny) as llm:
-        assert llm.stats() == {}
         session = llm.session()
+        assert session.stats == {}
         for _ in range(2):
             text = "".join(piece.text for piece in session.ask("abc", SamplingParams(5)))
-            stats = llm.stats()
+            stats = session.stats
             assert (stats["text"], stats["generated_tokens"]) == (text, 5)
         assert stats["cached_tokens"] > 0
-        for _ in zip(range(2), llm.stream("abc", SamplingParams(9, ignore_eos=True)), strict=False):
+        for _ in zip(range(2), session.ask("abc", SamplingParams(9, ignore_eos=True)), strict=False):
             pass
-        assert llm.stats()["generated_tokens"] in (2, 3) and llm.stats()["stop_reason"] is None
-        llm.generate_batch(["abc"], SamplingParams(2))
-        assert llm.stats() == {}
+        assert session.stats["generated_tokens"] in (2, 3) and session.stats["stop_reason"] is None
 
 
 @pytest.mark.parametrize("path", ["numpy", *cpu_lib.available_paths()])

@@ -595,7 +595,9 @@ def known(folder):
 def test_without_a_method_the_profile_decides(known):
     with LLM.load(known, cache=CacheConfig(budget=0.3)) as llm:
         assert (llm.cache_config.method, llm.cache_config.budget.share) == ("foresight", 0.3)
-        assert llm.generate("a" * 300, SamplingParams(5)) and llm.stats()["cache"]["method"] == "foresight"
+        session = llm.session()
+        session.feed("a" * 300)
+        assert list(session.stream(SamplingParams(5))) and session.stats["cache"]["method"] == "foresight"
 
 
 def test_a_quality_is_a_threshold_of_the_profile(known):

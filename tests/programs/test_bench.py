@@ -10,6 +10,7 @@ import pytest
 import tiny_chat
 
 from minillm import LLM, CacheConfig
+from minillm.compress import reading
 from minillm.errors import MinillmError
 from minillm.model import Model
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
@@ -53,19 +54,20 @@ def request(tiny, kind, n, depth, **cache):
 def test_what_is_read(tiny, capsys, monkeypatch, kind, n, depth, expected):
     """Every repetition reads the same tokens over the same past, and nothing else is read."""
     calls, tokens = [], []
-    extend, decode = Model.extend, Model.decode
+    read, decode = reading.read, Model.decode
 
-    def noted_extend(self, ids, cache, *rest):
+    def noted_read(model, ids, caches, *rest):
+        (cache,) = caches
         calls.append(("extend", len(ids), cache.seen))
         tokens.append(cache.token_ids + list(ids))
-        return extend(self, ids, cache, *rest)
+        return read(model, ids, caches, *rest)
 
     def noted_decode(self, ids, caches, *rest):
         calls.append(("decode", len(ids), caches[0].seen))
         tokens.append(caches[0].token_ids + list(ids))
         return decode(self, ids, caches, *rest)
 
-    monkeypatch.setattr(Model, "extend", noted_extend)
+    monkeypatch.setattr("minillm.engine.request.read", noted_read)
     monkeypatch.setattr(Model, "decode", noted_decode)
     asked = request(tiny, kind, n, depth)
     bench_row.answer(asked)

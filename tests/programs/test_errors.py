@@ -59,7 +59,7 @@ def test_weights_and_a_promised_context_that_do_not_fit(tiny, fails, monkeypatch
 def test_prompt_that_does_not_fit(tiny, fails, monkeypatch):
     free = iter([available_memory(), available_memory(), 5000])  # for the choice of dtype, the weights, the prompt
     monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: next(free))
-    monkeypatch.setattr("minillm.model.Model.extend", None)
+    monkeypatch.setattr("minillm.model.Model.layers", None)
     said = fails(tiny, "x")
     assert holds(said, "the prompt needs", "(cache 0.00 GiB at 20 tokens, workspace", "are free", "--kv-budget")
 

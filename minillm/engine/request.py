@@ -1,0 +1,180 @@
+"""Request: tokens to be read and, after them, an answer in the making, with all that is its own: compressor, cache,
+sampling, outcome."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+
+from minillm.compress.reading import read, recompress
+from minillm.sampling import PENALTY_WINDOW, Sampler, sample_each
+
+OVER = ("done", "cancelled", "failed")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token, and the text that became safe to show with it (a character or a stop text may be held
+    back)."""
+
+    token_id: int  # -1: none, the piece is the rest of the text
+    text: str
+
+
+@dataclass
+class Timings:
+    """Counts and seconds of one answer."""
+
+    prompt_tokens: int = 0  # read for this answer
+    cached_tokens: int = 0  # already in the cache before it
+    generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    kept: float = 1.0  # entries stored / entries of a full cache, at the end of the prompt
+
+
+class Request:
+    """Reads tokens of one sequence into its cache and, with `params`, generates what follows.
+
+    state: waiting (for memory) -> reading -> generating -> done, cancelled or failed. A failed request has its own
+    exception in `error`. pieces: what was generated and not taken yet."""
+
+    def __init__(self, model, compressor, cache, unread, params=None, *, context=None, stop_ids=frozenset()):
+        """compressor: None stores everything. unread: token ids; those that are read leave this list, and the one
+        generated last is in it. params: SamplingParams; None: only read. context: positions there are; None: enough."""
+        self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
+        self.params, self.context, self.stop_ids = params, context, stop_ids
+        self.sampler, self.decoder = params and Sampler(params), None  # decoder: StreamDecoder, where there is text
+        self.min_tokens = 0  # that are generated before a stop id may be
+        self.resumes = False  # `unread` is a token that was generated: it is decoded, not read
+        self.hidden = None  # (n, dim) states of what was read: given where that was done before, or the outcome
+        self.pull = False  # whether a piece is made only once it is asked for: the state is that of the pieces taken
+        self.asked = False
+        self.check_memory = None  # called on admission; raises MinillmError where the device has not enough
+        self.wake = None  # called when there is something new, where nobody waits in a thread
+
+        self.state, self.error, self.pieces = "waiting", None, deque()
+        self.token_ids, self.text = [], ""
+        self.stop_reason = None  # "eos", "stop" or "length"
+        self.share = 0.0  # of the reading
+        self.timings = Timings(prompt_tokens=len(unread), cached_tokens=cache.seen)
+        self._reading = self._draw = None
+        self._start, self._begin = time.perf_counter(), None  # of all of it, and of generating
+
+    @property
+    def over(self):
+        return self.state in OVER
+
+    @property
+    def ready(self):
+        """Whether a piece or the end can be taken."""
+        return bool(self.pieces) or self.over
+
+    @property
+    def wanted(self):
+        """Whether it is to go on now."""
+        return not self.over and (not self.pull or (self.asked and not self.pieces))
+
+    def pop(self):
+        """The next Piece, or None at the end. Raises what it failed with."""
+        self.asked = False
+        if self.pieces:
+            return self.pieces.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    # what the scheduler does with it, in the thread that owns the model
+
+    def admit(self):
+        """It may begin: its memory is promised."""
+        if self.check_memory:
+            self.check_memory()
+        self.state = "generating" if self.resumes else "reading"
+
+    def read_on(self):
+        """Read on through one block of the model; at the end draw the first token."""
+        if self.hidden is None:
+            if self._reading is None:
+                self._reading = read(self.model, list(self.unread), [self.cache], [self.compressor])
+            try:
+                self.share = next(self._reading).share
+                return
+            except StopIteration as end:
+                self.hidden, self.share = end.value, 1.0
+                self.unread.clear()
+        self.timings.kept = self.cache.kept
+        if self.params is None:
+            self.finish()
+            return
+        last, self.hidden = self.hidden[-1:], None
+        self.state = "generating"
+        self.take(drawn(lambda draws: self.model.draw(last, draws), [self.draw()])[0])
+
+    def draw(self):
+        """The Draw of the token after those read and unread. The same until that token is taken."""
+        if self._draw is None:
+            draw = self.sampler.draw([*self.cache.token_ids[-PENALTY_WINDOW:], *self.unread])
+            early = len(self.token_ids) < self.min_tokens
+            self._draw = replace(draw, forbidden=tuple(self.stop_ids)) if early else draw
+        return self._draw
+
+    def decoded(self, token):
+        """`unread` was decoded, and `token` comes next."""
+        self.unread.clear()
+        try:
+            if self.compressor and self.compressor.due(self.cache):
+                recompress(self.model, self.cache, self.compressor)
+        except BaseException:
+            self.unread.append(token)  # whoever goes on with this sequence loses nothing
+            raise
+        self.take(token)
+
+    def take(self, token):
+        """The next token."""
+        now, timings = time.perf_counter(), self.timings
+        self._draw = None
+        if self._begin is None:
+            self._begin, timings.prompt_seconds = now, now - self._start
+        if token in self.stop_ids:
+            self.stop_reason = "eos"
+            if rest := self._rest():
+                self.pieces.append(Piece(-1, rest))
+            self.finish()
+            return
+        self.unread.append(token)
+        self.token_ids.append(token)
+        timings.generated_tokens += 1
+        timings.first_token_seconds = timings.first_token_seconds or now - self._start
+        text = self.decoder.push(token) if self.decoder else ""
+        self.text += text
+        if self.decoder and self.decoder.stopped:
+            self.stop_reason = "stop"
+        elif len(self.token_ids) == self.params.max_tokens or self._full():
+            self.stop_reason = "length"
+        self.pieces.append(Piece(token, text + self._rest() if self.stop_reason else text))
+        timings.generation_seconds = time.perf_counter() - self._begin
+        if self.stop_reason:
+            self.finish()
+
+    def _full(self):
+        return self.context is not None and self.cache.position + len(self.unread) >= self.context
+
+    def _rest(self):
+        """The text still held back at the end."""
+        rest = self.decoder.finish() if self.decoder and self.stop_reason != "stop" else ""
+        self.text += rest
+        return rest
+
+    def finish(self, state="done", error=None):
+        """It is over. What a reading that is left had added is gone."""
+        if self._reading is not None:
+            self._reading.close()
+        self._reading, self.state, self.error = None, state, error
+        if self._begin is not None:
+            self.timings.generation_seconds = time.perf_counter() - self._begin
+
+
+def drawn(draw, draws):
+    """Tokens by Draws: draw(draws), or out of the logits draw(None) where a Draw forbids ids: only the host does."""
+    return sample_each(draw(None), draws) if any(one.forbidden for one in draws) else draw(draws)
