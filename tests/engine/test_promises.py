@@ -1,0 +1,57 @@
+"""What a request is promised is the most that it ever holds, whatever the method: looked at when pages are taken."""
+
+import pytest
+from small_models import compressor_of, config_of, ids_of, model_of, new_cache
+
+from minillm.engine.admission import promise
+from minillm.engine.request import Request
+from minillm.engine.scheduler import Scheduler
+from minillm.sampling import SamplingParams
+
+METHODS = {
+    "full": {},
+    "snapkv": {"budget": 0.3},
+    "h2o": {"budget": 60, "recompress": 20},
+    "streaming": {"budget": 0.4, "recompress": 16},
+    "semanticache": {"budget": 0.4, "recompress": 16},
+    "kvzip": {"budget": 0.3},
+    "hindsight": {"budget": 0.3},
+    "foresight": {"budget": 0.2, "recompress": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(config_of())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("turns, prompt, n", [(1, 300, 60), (1, 30, 200), (3, 150, 40)])
+def test_no_promise_is_broken(method, turns, prompt, n, model, monkeypatch):
+    cache, compressor, scheduler = new_cache(model), compressor_of(model, method, **METHODS[method]), Scheduler()
+    pool, most, unread = cache.pool, [], []
+    alloc = pool.alloc
+
+    def noted(n):
+        pages = alloc(n)
+        most.append(pool.pages_in_use)
+        return pages
+
+    monkeypatch.setattr(pool, "alloc", noted)
+    for turn in range(turns):
+        unread += ids_of(prompt, seed=turn)
+        request = Request(model, compressor, cache, unread, SamplingParams(max_tokens=n))
+        promised = promise(request)
+        scheduler.submit(request)
+        while not request.over:
+            scheduler.step()
+        assert request.state == "done" and len(request.token_ids) == n
+        assert max(most) <= promised
+        most.clear()
+
+
+def test_a_prediction_with_a_budget_is_promised_less_than_a_full_cache(model):
+    cache, ids = new_cache(model), ids_of(3000)
+    compressors = compressor_of(model, "foresight", 0.1), None
+    less, whole = (promise(Request(model, c, cache, list(ids), SamplingParams(max_tokens=100))) for c in compressors)
+    assert less < 0.7 * whole
