@@ -23,8 +23,8 @@ CONTENT = {  # what a model may put into its keys before it rotates them, (H, n,
 
 
 class Sequence:
-    """A model reduced to what its cache sees: random keys and values, and the steps of Model.extend, Model.decode and
-    Model.recompress."""
+    """A model reduced to what its cache sees: random keys and values, and the steps of reading, of Model.decode and of
+    recompressing."""
 
     def __init__(self, config, *, n_layers=2, n_heads=2, d=8, delimiters=0.12, keys="text", factor=1.0, seed=0):
         self.rng, self.delimiters, self.keys = np.random.default_rng(seed), delimiters, keys

@@ -428,7 +428,7 @@ def test_tova_drops_at_each_step_what_the_newest_query_wants_least():
         kept.append(140 + step)
         heads = [{"k": sequence.k[0, h, kept], "v": sequence.v[0, h, kept], "pos": np.array(kept)} for h in range(2)]
         heads = [{**head, "protected": np.zeros(31, bool)} for head in heads]
-        rows = literal.Rows(heads, asked[-1][0], [140 + step], sequence.wo[0].data, 1.0)
+        rows = literal.Rows(heads, asked[-1][0], [140 + step], sequence.model.blocks[0].wo.data, 1.0)
         kept = [kept[j] for j in literal.cut(literal.tova(rows)[0], 30)]
         assert positions(sequence, 0, 0) == positions(sequence, 0, 1) == kept
 

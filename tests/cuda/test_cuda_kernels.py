@@ -495,7 +495,7 @@ def test_greedy_clusters(device, rng, d, kept, monkeypatch):
     taus = [-1.1, 0.5, 0.6, 0.7, 1.0]
     segments = cuda_clusters.segments(device, device.upload(starts), device.upload(lengths))
     rows = device.upload(np.arange(n))
-    clusters = cuda_clusters.greedy_clusters(device, "bf16", device.upload(words), rows, n, segments)
+    clusters = cuda_clusters.GreedyClusters(device, "bf16", device.upload(words), rows, n, segments)
     counts = clusters.counts(taus)
     for tau, count in zip(taus, counts, strict=True):
         expected = np.arange(n)
@@ -532,7 +532,7 @@ def test_the_order_of_threads_does_not_matter(rng, monkeypatch):
         launch.norm_gemv(device, x, norm, 1e-5, weight, y)
         launch.rms_norm(device, x, norm, 1e-5, h, "half")
         segments = cuda_clusters.segments(device, *(device.upload(np.array(table)) for table in ([0, 33], [33, 27])))
-        clusters = cuda_clusters.greedy_clusters(device, "half", keys, device.upload(np.arange(60)), 60, segments)
+        clusters = cuda_clusters.GreedyClusters(device, "half", keys, device.upload(np.arange(60)), 60, segments)
         largest = CudaOps(device).segment_topk(scores, [40, 20], [11, 7])
         results.append([y.get(), h.get(), largest.get(), *(found.get() for found in clusters.assign(0.5))])
     for other in results[1:]:

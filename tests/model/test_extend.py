@@ -1,5 +1,5 @@
-"""Reading on over a compressed cache: Model.extend and Model.decode against a literal float64 pass over the entries
-that are stored, and what an interruption leaves behind."""
+"""Reading on over a compressed cache: extend and Model.decode against a literal float64 pass over the entries that are
+stored, and what an interruption leaves behind."""
 
 import numpy as np
 import pytest

@@ -246,7 +246,7 @@ def test_a_trial_says_what_a_compressed_prompt_would(monkeypatch):
     llm.set_profile(profile)
     trial = worth.Trial(llm, ids, asks=[5, 6])
     assert len(trial.passages) == 2 + 3 + 1 and all(list(passage[:2]) == [5, 6] for passage, _ in trial.passages[:5])
-    base, lengths = cost(llm, trial.config, ids[:300], trial.passages)
+    base, lengths = cost(llm, trial.recipe.config, ids[:300], trial.passages)
     assert 0 <= lengths.sum() - worth.BUDGET * 300 * lengths.size < 10  # tokens that are alike score alike
     assert trial.base == pytest.approx(base, rel=1e-5)
     for index, head in ((1, 1), (0, 0), (1, 0)):
@@ -254,7 +254,7 @@ def test_a_trial_says_what_a_compressed_prompt_would(monkeypatch):
         for sign in (1, -1):
             profile.bias[index, head] += sign * worth.SHIFT
             llm.set_profile(profile)
-            expected[sign] = cost(llm, trial.config, ids[:300], trial.passages)
+            expected[sign] = cost(llm, trial.recipe.config, ids[:300], trial.passages)
             profile.bias[index, head] -= sign * worth.SHIFT
         llm.set_profile(profile)
         lost, entries = trial.tried(index, head)
@@ -603,10 +603,10 @@ def test_without_a_method_the_profile_decides(known):
 def test_a_quality_is_a_threshold_of_the_profile(known):
     for asked, threshold in ((0.99, 0.1), (0.9, 0.8), (1.0, 0.01)):
         with LLM.load(known, cache=CacheConfig(quality=asked)) as llm:
-            assert llm.cache_config.options["threshold"] == pytest.approx(threshold)
+            assert llm.compressor.recipe.options["threshold"] == pytest.approx(threshold)
             assert llm.cache_config.as_dict()["quality"] == asked and llm.cache_config.budget is None
     with LLM.load(known, cache=CacheConfig(budget="auto")) as llm:
-        assert llm.cache_config.options["threshold"] == pytest.approx(0.1)
+        assert llm.compressor.recipe.options["threshold"] == pytest.approx(0.1)
         session = llm.session()
         session.feed("some words to read " * 20)
         session.read()
@@ -645,13 +645,13 @@ def test_another_profile_decides_anew(known):
         other = profile_of(llm, seed=5)
         other.curve["threshold"] *= 2
         llm.set_profile(other)
-        assert llm.cache_config.options["threshold"] == pytest.approx(0.2)
+        assert llm.compressor.recipe.options["threshold"] == pytest.approx(0.2)
         np.testing.assert_array_equal(llm.compressor.worth, np.exp(other.worth))
         worse = profile_of(llm, seed=6)
         worse.curve["quality"][:] = 0.5
         with pytest.raises(MinillmError, match="knows no threshold that leaves 0.99 of the quality"):
             llm.set_profile(worse)
-        assert llm.profile is other and llm.cache_config.options["threshold"] == pytest.approx(0.2)
+        assert llm.profile is other and llm.compressor.recipe.options["threshold"] == pytest.approx(0.2)
         np.testing.assert_array_equal(llm.model.blocks[0].b_score, other.projection[1][0])
     with LLM.load(known, profile=False) as llm:
         assert llm.cache_config.method == "hindsight" and llm.compressor.worth is None

@@ -18,6 +18,7 @@ from minillm import CacheConfig
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
+from minillm.compress.reading import extend
 from minillm.files.config import ModelConfig, RopeConfig
 from minillm.memory import peak_memory, resident_memory
 from minillm.model import Model
