@@ -215,19 +215,10 @@ class Compression:
             token = labels.pos + left.shift if left.shift else labels.pos
             protected = (labels.pos < part.sinks) | (token >= part.end)
             untouched = self.cache.seen - left.tail if left.shift else 0
-            find = functools.partial(self._tokens_of, labels.size, token, untouched)
+            classes = self.compressor.classes[part.token_ids]
+            find = functools.partial(_tokens_of, self.ops, part.token_ids, classes, labels.size, token, untouched)
             self.attributes = labels.pos, {"find_tokens": find, "protected": protected, "shared": {}}
         return self.attributes[1]
-
-    def _tokens_of(self, size, token, untouched):
-        """(R,) the ids, and the classes, of the tokens number `token` (R,) of rows that no Plan has touched, none of
-        them before `untouched`: what is older may have moved."""
-        known = size == 1
-        if untouched:
-            known = known & (token >= untouched)
-        ids, number = self.part.token_ids, token * known
-        of_rows = (self.ops.array(of_all)[number] for of_all in (ids, self.compressor.classes[ids]))
-        return tuple(np.where(known, found, found.dtype.type(no)) for found, no in zip(of_rows, (-1, 0), strict=True))
 
     def _layer(self, index, labels, k, v, **more):
         compressor, threshold = self.compressor, self.thresholds[index]
@@ -249,3 +240,13 @@ class Compression:
             attention_window=compressor.window,
             **more,
         )
+
+
+def _tokens_of(ops, token_ids, classes, size, token, untouched):
+    """(R,) the ids, and the classes, of the tokens number `token` (R,) of rows that no Plan has touched, none of them
+    before `untouched`: what is older may have moved. token_ids, classes (seen,): of all tokens, on the host."""
+    known = size == 1
+    if untouched:
+        known = known & (token >= untouched)
+    of_rows = (ops.array(of_all)[token * known] for of_all in (token_ids, classes))
+    return tuple(np.where(known, found, found.dtype.type(no)) for found, no in zip(of_rows, (-1, 0), strict=True))
