@@ -18,6 +18,7 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.document import Document
+from minillm.engine.admission import cache_bytes, require, workspace_bytes
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
@@ -25,7 +26,6 @@ from minillm.files.profile_file import find as find_profile
 from minillm.files.stored_model import QUANTIZED, open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
 from minillm.model import MLP_ROWS, Model
-from minillm.preflight import cache_bytes, require, workspace_bytes
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Session, is_chat
 from minillm.text.tokenizer import Tokenizer

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from minillm.cache import state as cache_state
 from minillm.compress.config import CacheConfig
+from minillm.engine.admission import cache_bytes, require, workspace_bytes
 from minillm.engine.request import Request, Timings
 from minillm.errors import MinillmError, UsageError
 from minillm.files import own_file
 from minillm.memory import peak_memory
-from minillm.preflight import cache_bytes, require, workspace_bytes
-from minillm.text.stream import StreamDecoder
+from minillm.text.tokenizer import StreamDecoder
 
 SESSION_FORMAT = 4
 SETTLED_FROM = 256  # tokens; a shorter prefix is compressed together with what follows it

@@ -11,8 +11,8 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.compress.options import Recipe
 from minillm.compress.reading import extend
-from minillm.compress.recipe import Recipe
 from minillm.files.stored_model import tensor_shapes
 from minillm.files.weights import Weight
 from minillm.model import Model

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.compress import cluster, retrieval
-from minillm.compress.ledger import others, split
 from minillm.compress.options import Option, Part, number, one_of
-from minillm.compress.plan import Into
+from minillm.compress.plan import Into, others, split
 from minillm.compress.score import QUERIES, over_heads
 
 

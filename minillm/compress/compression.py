@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.compress.ledger import Ledger
 from minillm.compress.matching import ask, matched
-from minillm.compress.plan import Budget, Layer, Queries
+from minillm.compress.plan import Budget, Layer, Ledger, Queries
 from minillm.ops.numpy_planning import joined
 from minillm.ops.pages import StoredRows
 

@@ -5,9 +5,8 @@ import functools
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS, find_method, options_of, parts
-from minillm.compress.options import Option, delimiters, newest, number
+from minillm.compress.options import Option, Recipe, delimiters, newest, number
 from minillm.compress.plan import Budget
-from minillm.compress.recipe import Recipe
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 from minillm.ops.pages import DTYPES

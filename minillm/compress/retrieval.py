@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.compress.ledger import others, split
 from minillm.compress.options import Option
-from minillm.compress.plan import Into
+from minillm.compress.plan import Into, others, split
 from minillm.errors import UsageError
 
 

@@ -5,10 +5,10 @@ import numpy as np
 
 from minillm.compress.config import CacheConfig
 from minillm.compress.reading import extend, finish, read
+from minillm.engine.admission import cache_bytes
 from minillm.engine.request import Request
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
-from minillm.preflight import cache_bytes
 from minillm.sampling import SamplingParams, log_softmax
 
 LOGIT_ROWS = 64  # rows of logits that exist at a time

@@ -12,15 +12,13 @@ import numpy as np
 
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_clusters import GreedyClusters
-from minillm.ops.cpu_lib import KINDS, Kernels, Matrix, Product, floats, pointer, pointing, whole
-from minillm.ops.cpu_pages import paged, slab_table
-from minillm.ops.cpu_planning import CpuPlanning
+from minillm.ops.cpu_lib import KINDS, Kernels, Matrix, Product, floats, paged, pointer, pointing, slab_table, whole
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import NumpyOps, set_blas_threads
 from minillm.ops.pages import StoredRows, from_int8
 
 
-class CpuOps(CpuPlanning, NumpyOps):
+class CpuOps(NumpyOps):
     """On one path of cpu_lib, with `threads` of the pool; None: as many as there are processors."""
 
     CACHE_DTYPE = "bfloat16"
@@ -228,6 +226,52 @@ class CpuOps(CpuPlanning, NumpyOps):
     def reading(self, n_bytes):
         words = np.ones(n_bytes // 4, np.float32)
         return lambda: self.lib.stream(pointer(words), len(words))
+
+    # planning
+
+    def segment_count(self, mask, lengths):
+        mask, lengths = np.ascontiguousarray(mask, bool), whole(lengths)
+        assert lengths.sum() == len(mask)
+        out = np.empty(len(lengths), np.int64)
+        self.lib.segment_count(pointer(mask), pointer(lengths), len(lengths), pointer(out))
+        return out
+
+    def segment_topk(self, scores, lengths, counts):
+        scores, lengths, counts = floats(scores), whole(lengths), whole(counts)
+        assert lengths.sum() == len(scores) and len(counts) == len(lengths)
+        taken = np.empty(len(scores), bool)
+        self.lib.segment_topk(pointer(scores), pointer(lengths), pointer(counts), len(lengths), pointer(taken))
+        return taken
+
+    def nonzero(self, mask, n):
+        return self.compact(mask, n)[0]
+
+    def compact(self, mask, n):
+        mask = np.ascontiguousarray(mask, bool)
+        assert np.count_nonzero(mask) == n
+        rows, number = np.empty(n, np.int64), np.empty(len(mask), np.int64)
+        self.lib.compact(pointer(mask), len(mask), pointer(rows), pointer(number))
+        return rows, number
+
+    def neighbours(self, stays, pos, lengths, reach):
+        stays, pos = np.ascontiguousarray(stays, bool), np.ascontiguousarray(pos, np.int32)
+        lengths, near = whole(lengths), np.empty(len(pos), np.int64)
+        assert lengths.sum() == len(pos) == len(stays)
+        self.lib.neighbours(pointer(stays), pointer(pos), pointer(lengths), len(lengths), reach, pointer(near))
+        return near
+
+    def fold(self, scores, size, pos, kept, protected, lengths, reach, counts):
+        n, n_rows = int(np.count_nonzero(kept)), len(pos)
+        given = {"scores": floats(scores), "size": floats(size), "pos": np.ascontiguousarray(pos, np.int32)}
+        given |= {"kept": np.ascontiguousarray(kept, bool), "protected": np.ascontiguousarray(protected, bool)}
+        assert all(len(array) == n_rows for array in given.values())
+        given["lengths"] = whole(lengths)
+        assert given["lengths"].sum() == n_rows
+        made = {"dest": np.empty(n_rows, np.int64), "weight": np.empty(n_rows, np.float32)}
+        made |= {"sizes": np.empty(n, np.float32), "rows": np.empty(n, np.int64)}
+        shape = {"n_segments": len(lengths), "reach": reach, "counts": counts}
+        self.lib.fold(byref(cpu_lib.Fold(**pointing(given | made), **shape)))
+        return tuple(made.values())
 
 
 class CpuWeight:

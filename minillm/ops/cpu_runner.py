@@ -6,8 +6,7 @@ from ctypes import byref
 import numpy as np
 
 from minillm.ops import cpu_lib
-from minillm.ops.cpu_lib import floats, pointer
-from minillm.ops.cpu_pages import paged, slab_table
+from minillm.ops.cpu_lib import floats, paged, pointer, slab_table
 from minillm.sampling import sample_each
 
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")

@@ -8,7 +8,7 @@ foretells afterwards says what an entry of the head is worth. The log of it is a
 import numpy as np
 
 from minillm.compress.config import CacheConfig
-from minillm.compress.recipe import Recipe
+from minillm.compress.options import Recipe
 from minillm.profile.fit import layer_of
 from minillm.sampling import log_softmax
 

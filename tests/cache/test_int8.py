@@ -11,11 +11,11 @@ from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.reading import extend, recompress
+from minillm.engine.admission import cache_bytes
 from minillm.errors import UsageError
 from minillm.evaluate.cli import main as evaluate
 from minillm.ops import cpu_lib
 from minillm.ops.pages import page_bytes
-from minillm.preflight import cache_bytes
 from minillm.programs.run import main as run
 
 CLOSE = 0.03  # of the root mean square of logits: a tiny random model makes much of a rounding

@@ -13,9 +13,9 @@ from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm.compress.allocate import ALLOCATIONS
 from minillm.compress.config import CacheConfig
-from minillm.compress.ledger import Ledger
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS
+from minillm.compress.plan import Ledger
 from minillm.compress.reading import Rereading, extend
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError

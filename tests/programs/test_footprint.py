@@ -23,7 +23,7 @@ from minillm.files.config import ModelConfig, RopeConfig
 from minillm.memory import peak_memory, resident_memory
 from minillm.model import Model
 from minillm.ops import backend
-from minillm.preflight import workspace_bytes
+from minillm.engine.admission import workspace_bytes
 from minillm.files.stored_model import tensor_shapes
 from minillm.files.weights import Weight
 

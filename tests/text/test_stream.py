@@ -7,8 +7,7 @@ from vocabularies import DATA, byte_level_metadata
 
 from minillm.errors import UsageError
 from minillm.files.gguf_file import read_gguf
-from minillm.text.stream import StreamDecoder
-from minillm.text.tokenizer import Tokenizer
+from minillm.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @pytest.fixture(scope="module")
