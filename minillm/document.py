@@ -38,3 +38,8 @@ class Document:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def after_document(message, text):
+    """The user's message that a document and a question make."""
+    return message | {"content": f"{message['content']}\n\n{text}" if message["content"] else text}

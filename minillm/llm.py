@@ -18,7 +18,7 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.document import Document
-from minillm.engine.admission import cache_bytes, require, workspace_bytes
+from minillm.engine.admission import cache_bytes, fitting_dtype, require, require_room
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
@@ -133,9 +133,9 @@ class LLM:
         dtype = _asked_dtype(dtype, quantize)
         backend = ops.backend(device, threads)
         stored = open_model(hub.resolve(model, offline=offline, progress=progress))
-        tokenizer = _tokenizer(stored, chat_template)
-        dtype = _fitting_dtype(stored, dtype, backend)
-        _require_room(stored, dtype, backend, cache, context)
+        tokenizer = Tokenizer.of(stored, chat_template)
+        dtype = fitting_dtype(stored, dtype, backend)
+        require_room(stored, dtype, backend, cache, context)
         digest = stored.digest  # before the weights: the pages it looks at are given back with theirs
         profile = None if profile is False else find_profile(stored, profile)
         weights = load_weights(stored, dtype=dtype, progress=progress)
@@ -335,9 +335,6 @@ class _Closed:
         raise MinillmError("this LLM is closed and its memory given back: load it again")
 
 
-# The steps of `load`
-
-
 def _asked_dtype(dtype, quantize):
     """How weights are to be held: one of DTYPES or of QUANTIZED. Raises UsageError."""
     if dtype not in DTYPES:
@@ -349,30 +346,3 @@ def _asked_dtype(dtype, quantize):
     if dtype != "auto":
         raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
     return quantize
-
-
-def _tokenizer(stored, chat_template):
-    """The Tokenizer of a StoredModel, or None; with another chat template where one is named."""
-    tokenizer = Tokenizer.of(stored)
-    return tokenizer.with_chat_template(chat_template) if tokenizer and chat_template is not None else tokenizer
-
-
-def _fitting_dtype(stored, dtype, backend):
-    """`dtype`, or for "auto" what suits the backend and its free memory."""
-    if dtype != "auto":
-        return dtype
-    free = backend.available_memory()
-    fits = free is None or stored.weight_bytes("float32") < 0.9 * free
-    return "stored" if backend.READS_STORED or not fits else "float32"
-
-
-def _require_room(stored, dtype, backend, cache, context):
-    """Raise MinillmError where the weights do not fit into memory, or with them a context that was asked for (the
-    model's own is only a limit)."""
-    config, promised = stored.config, {}
-    if context is not None:
-        if not 1 <= context <= config.context:
-            raise UsageError(f"context {context} is not in 1..{config.context}, what {stored.name} was made for")
-        promised["cache"] = cache_bytes(config, cache, backend, context)
-        promised["workspace"] = workspace_bytes(config, context)
-    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype), **promised)

@@ -1,7 +1,6 @@
 """One conversation with a model: what it has read, what it has yet to read, and its compressed cache.
 
-A later turn reads only its own new tokens. A session can be saved to a file and taken up again, and forked.
-"""
+A later turn reads only its own new tokens. A session can be saved to a file and taken up again, and forked."""
 
 import contextlib
 import functools
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from minillm.cache import state as cache_state
 from minillm.compress.config import CacheConfig
+from minillm.document import after_document
 from minillm.engine.admission import cache_bytes, require, workspace_bytes
 from minillm.engine.request import Request, Timings
 from minillm.errors import MinillmError, UsageError
@@ -125,12 +125,11 @@ class Session:
     def stream(self, params, progress=None):
         """Read what was fed and answer: yields Pieces; `self.answer` and `self.timings` tell how it went. The state
         is whole at every yield, and that of the pieces taken, so that an answer may be left at any time."""
-        engine = self.llm.engine
         with self._use():
             self._leave_answer()
             request = self.request(params)
             request.pull, self.answer = True, request
-            engine.submit(request)
+            (engine := self.llm.engine).submit(request)
         see = progress and _told(progress, request)
         try:
             while True:
@@ -336,11 +335,6 @@ class Session:
             if not words or set(message) != {"role", "content"}:
                 raise ValueError("it holds a malformed message")
         return self.llm.encode(unread), messages, rendered
-
-
-def after_document(message, text):
-    """The user's message that a document and a question make."""
-    return message | {"content": f"{message['content']}\n\n{text}" if message["content"] else text}
 
 
 def _told(progress, request):

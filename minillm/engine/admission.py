@@ -3,7 +3,7 @@ promise in pages that a PagePool with a limit keeps."""
 
 from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
-from minillm.errors import MinillmError
+from minillm.errors import MinillmError, UsageError
 from minillm.model import MLP_ROWS
 from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
 
@@ -84,3 +84,24 @@ def require(ops, name, n, *, weights=0, cache=0, workspace=0):
     raise MinillmError(
         f"{name} needs {gib(needed)} ({', '.join(parts)}) and {gib(free)} are free: try {' or '.join(fixes)}"
     )
+
+
+def fitting_dtype(stored, dtype, backend):
+    """`dtype`, or for "auto" what suits the backend and its free memory."""
+    if dtype != "auto":
+        return dtype
+    free = backend.available_memory()
+    fits = free is None or stored.weight_bytes("float32") < 0.9 * free
+    return "stored" if backend.READS_STORED or not fits else "float32"
+
+
+def require_room(stored, dtype, backend, cache, context):
+    """Raise MinillmError where the weights do not fit into memory, or with them a context that was asked for (the
+    model's own is only a limit)."""
+    config, promised = stored.config, {}
+    if context is not None:
+        if not 1 <= context <= config.context:
+            raise UsageError(f"context {context} is not in 1..{config.context}, what {stored.name} was made for")
+        promised["cache"] = cache_bytes(config, cache, backend, context)
+        promised["workspace"] = workspace_bytes(config, context)
+    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype), **promised)

@@ -50,9 +50,11 @@ class Tokenizer:
             )
 
     @classmethod
-    def of(cls, stored: StoredModel) -> "Tokenizer | None":
-        """Of a model's files; None where they hold none. Raises MinillmError."""
-        return cls.from_folder(stored.path) if stored.metadata is None else cls.from_gguf(stored.metadata)
+    def of(cls, stored: StoredModel, chat_template: str | None = None) -> "Tokenizer | None":
+        """Of a model's files, with another chat template where one is named; None where they hold none. Raises
+        MinillmError."""
+        found = cls.from_folder(stored.path) if stored.metadata is None else cls.from_gguf(stored.metadata)
+        return found.with_chat_template(chat_template) if found and chat_template is not None else found
 
     @classmethod
     def from_folder(cls, path: Path) -> "Tokenizer | None":
