@@ -132,8 +132,11 @@ class Model:
         rotations = [self.rope.tables(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
         for index in range(first, len(self.blocks)):
             for (x, _), pos, rotation in zip(parts, positions, rotations, strict=True):
-                hidden = self.normed(index, x) if "hidden" in wants else None
-                step = Step(index, x, pos, rotation, hidden, *self.attention(index, x, *rotation, past(index), wants))
+                step = Step(
+                    *(index, x, pos, rotation),
+                    self.normed(index, x) if "hidden" in wants else None,
+                    *self.attention(index, x, *rotation, past(index), wants),
+                )
                 yield step
                 self._check_finite(self.output(index, x, step.release()), index)
 

@@ -222,8 +222,7 @@ class Session:
     def settle(self, progress=None):
         """Read what was fed, and have no later compression touch it, so that forks share its pages for good. Fewer than
         SETTLED_FROM tokens stay part of what follows."""
-        if self.compressor.config.options.get("positions") == "cache":
-            raise UsageError("positions=cache moves entries that a document is to keep: take positions=original")
+        self.compressor.check_settles()
         with self._use():
             if self.unread:
                 self.run(self.request(), progress)

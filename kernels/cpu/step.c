@@ -1,5 +1,5 @@
 /* The forward pass over prepared tables: one call a token for decoding, two calls a layer for reading a prompt. What it computes
- * is minillm.model.Model._decode and ._extend. */
+ * is minillm.model.Model._decode, .attention and .output. */
 #include "minillm_cpu.h"
 
 #include <string.h>

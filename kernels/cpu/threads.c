@@ -180,9 +180,9 @@ static void give_back(int thread, int slot)
 
 void *scratch(int thread, int slot, size_t bytes)
 {
-    if (slot_bytes[thread][slot] < bytes) {
+    if (!slots[thread][slot] || slot_bytes[thread][slot] < bytes) {
         give_back(thread, slot);
-        bytes = (size_t)round_up((int64_t)bytes, 4096);
+        bytes = (size_t)round_up((int64_t)(bytes ? bytes : 1), 4096); /* for nothing, too, there is an address */
         slots[thread][slot] = aligned_alloc(4096, bytes);
         if (!slots[thread][slot]) {
             atomic_store(&minillm_missing, (int64_t)bytes);

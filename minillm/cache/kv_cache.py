@@ -213,6 +213,7 @@ class KVCache:
         first_new = -(-kept // size)
         if held > first_new:
             self.pool.release(table[first_new:held])
+            self.lengths[layer, head] = kept  # what was released is held no more, should there be no memory for others
         table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
         self.lengths[layer, head] = length
 

@@ -112,12 +112,14 @@ class PagePool:
         self.promises.pop(cache, None)
 
     def copy_pages(self, sources, targets):
-        """Copy pages (n,) to others (n,)."""
-        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-            (a, i), (b, j) = divmod(source, self.slab_pages), divmod(target, self.slab_pages)
-            copies, originals = self.slabs[b].fields(), self.slabs[a].fields()
+        """Copy pages (n,) to others (n,), none of them among the first: all those of two slabs at once."""
+        (a, i), (b, j) = np.divmod(sources, self.slab_pages), np.divmod(targets, self.slab_pages)
+        for source, target in sorted({*zip(a.tolist(), b.tolist(), strict=True)}):
+            some = (a == source) & (b == target)
+            here, there = self.ops.array(i[some]), self.ops.array(j[some])
+            copies, originals = self.slabs[target].fields(), self.slabs[source].fields()
             for name in copies:
-                copies[name][j] = originals[name][i]
+                copies[name][there] = originals[name][here]
 
     def runs(self, pages):
         """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""

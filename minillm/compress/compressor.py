@@ -7,7 +7,7 @@ import numpy as np
 from minillm.compress.compression import Compression, Pass
 from minillm.compress.one_cut import OneCut
 from minillm.compress.plan import SHORT
-from minillm.errors import MinillmError
+from minillm.errors import MinillmError, UsageError
 
 BLOCK_TOKENS = 2048  # of a prompt, read at a time where what is kept of a token is known as soon as it is read
 MAX_OPEN = 256  # generated text without a delimiter is compressed all the same once it is this long
@@ -35,6 +35,11 @@ class Compressor:
         if not config.generates or config.recompress == 0 or since <= SHORT:
             return False
         return cache.left.tail - config.protect(since, self._budget(cache))[1] >= config.recompress
+
+    def check_settles(self):
+        """Raise UsageError where this method moves entries that a settled prefix is to keep."""
+        if self.config.options.get("positions") == "cache":
+            raise UsageError("positions=cache moves entries that a document is to keep: take positions=original")
 
     def check_left(self, arrays, n_heads):
         """Raise ValueError where the arrays of a cache's `state` lack what this method's last compression must have
@@ -67,7 +72,7 @@ class Compressor:
             return None
         budget = self._budget(cache)
         sinks, window = config.protect(seen + coming - before, budget)
-        end = seen - window  # rows at positions before `end` are compressed
+        end = max(seen - window, before)  # rows at positions before `end` are compressed
         token_ids = np.concatenate([cache.token_ids, new_ids]).astype(np.int64)
         if generated and config.spec.settles:
             closed = self._closed(token_ids, end)

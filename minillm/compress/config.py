@@ -74,7 +74,7 @@ class CacheConfig:
         super().__setattr__(name, value)
 
     def __eq__(self, other):
-        return isinstance(other, CacheConfig) and self.as_dict() == other.as_dict()
+        return isinstance(other, CacheConfig) and repr(self) == repr(other)
 
     def __hash__(self):
         return hash(repr(self))
@@ -253,6 +253,8 @@ class CacheConfig:
             common["quality"] = self.quality
         if self.dtype != "auto":
             common["dtype"] = self.dtype
+        if self.method == "full":
+            return common | {"recompress": self.recompress}
         options = {name: value for name, value in self.options.items() if name != "threshold" or not self.quality}
         return common | {"recompress": self.recompress} | self.chosen | options
 

@@ -30,7 +30,7 @@ def heads(layer, scores, target, retrieval_heads):
 def layers(ledger, layer, scores, retrieval_heads):
     """All rows of the retrieval heads, of what they leave an equal share for each other head; where they would leave
     the others less than the protected rows and one entry, they keep less."""
-    n_layers, n_heads, seen = len(ledger.rows), len(layer.lengths), int(layer.pos.max()) + 1
+    n_layers, n_heads, seen = len(ledger.rows), len(layer.lengths), int(layer.pos.max() - layer.pos.min()) + 1
     keep_all = _flags(retrieval_heads, n_layers, n_heads)[layer.index :]
     most = np.where(keep_all, seen, -(-np.array(ledger.rows[layer.index :]) // n_heads)[:, None])
     quotas = _quotas(ledger.left, most.ravel(), keep_all.ravel(), _least(layer))

@@ -1,6 +1,7 @@
 """Scheduler: whose turn it is. Plain logic, without threads: one `step` at a time, of whoever owns the model."""
 
 import time
+import traceback
 
 from minillm.engine.admission import promise
 from minillm.engine.request import drawn
@@ -40,6 +41,8 @@ class Scheduler:
 
     def end(self, request, state="done", error=None):
         """A request is over: its promise with it."""
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # the arrays of a reading; its lines stay
         if not request.over:
             request.finish(state, error)
         if request in self.requests:

@@ -58,6 +58,8 @@ def _score_group(llm, prompt, configs, protocol):
     compressors = [None, *(compressor_of(llm, config) for config in configs)]
     caches = [llm.new_cache(dtype=config.dtype) for config in (CacheConfig("full"), *configs)]
     try:
+        for compressor in filter(None, compressors) if protocol == "document" else ():
+            compressor.check_settles()
         first = prompt.context + (prompt.question if protocol == "aware" else [])
         hidden = finish(read(llm.model, first, caches, compressors))
         last = [hidden[-1:]] * len(caches)  # the state after which the answer begins

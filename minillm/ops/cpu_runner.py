@@ -1,5 +1,6 @@
 """Whole steps of the forward pass as one or two calls into C: several hundred small calls a token cost more than the
-arithmetic of a small model. What they compute is minillm.model.Model._decode and ._extend, operation by operation."""
+arithmetic of a small model. What they compute is minillm.model.Model._decode, .attention and .output, operation by
+operation."""
 
 from ctypes import byref
 

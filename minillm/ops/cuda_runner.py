@@ -1,5 +1,5 @@
-"""The forward pass of one Model on a device: minillm.model.Model._extend and ._decode, with q, k and v in one matrix,
-gate and up in another, and everything that can be fused in one kernel."""
+"""The forward pass of one Model on a device: minillm.model.Model._decode, .attention and .output, with q, k and v in one
+matrix, gate and up in another, and everything that can be fused in one kernel."""
 
 import numpy as np
 

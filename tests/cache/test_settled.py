@@ -82,3 +82,30 @@ def test_it_is_in_what_is_saved():
     for one in (cache, other):
         extend(model, ids_of(200, 2), one, compressor)
     same(entries(other, other.lengths), entries(cache, cache.lengths))
+
+
+def test_retrieval_heads_take_what_came_after_it_and_no_more():
+    """Razor on one layer after another: a retrieval head's share is of the rows that there are."""
+
+    def since(settled):
+        model = model_of(config_of())
+        compressor, cache = compressor_of(model, "razor", 0.5, retrieval_heads="0:0"), new_cache(model)
+        if settled:
+            extend(model, ids_of(900), cache, compressor)
+            cache.settle()
+        extend(model, ids_of(500, 1), cache, compressor)
+        return (cache.lengths - cache.settled).tolist()
+
+    assert since(True) == since(False)
+
+
+def test_a_window_longer_than_what_came_after_it():
+    """What is left for the next pass is of the tokens since, so that a file of it is taken up again."""
+    model = model_of(config_of())
+    compressor, cache = compressor_of(model, "foresight", threshold=0.05, window=200), new_cache(model)
+    extend(model, ids_of(300), cache, compressor)
+    cache.settle()
+    extend(model, ids_of(150, 1), cache, compressor)
+    other = new_cache(model)
+    cache_state.restore(other, cache_state.state(cache))
+    assert other.left.tail == cache.left.tail <= 150

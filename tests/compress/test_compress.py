@@ -496,6 +496,8 @@ def test_a_configuration_does_not_change():
         config.sinks = 2
     assert config == CacheConfig("snapkv", 0.3, queries=16) and hash(config) == hash(config.replace(sinks=config.sinks))
     assert config != config.replace(budget=0.2) and config.replace(budget=0.2).options["queries"] == 16
+    assert CacheConfig("snapkv", budget=1) != CacheConfig("snapkv", budget=1.0)  # an entry a head, and all of them
+    assert CacheConfig("snapkv", budget="full").replace(dtype="int8").as_dict()["dtype"] == "int8"
 
 
 def test_no_tau_may_be_said_aloud():

@@ -111,3 +111,27 @@ def test_a_reading_may_be_left_at_any_block(leave_at):
         now = cache.read(layer)
         for name in ("k", "v", "log_size", "pos", "lengths"):
             np.testing.assert_array_equal(getattr(now, name), getattr(entries, name))
+
+
+@pytest.mark.parametrize("method", ["snapkv", "semanticache", "foresight", "full"])
+def test_a_turn_without_memory_leaves_pages_to_their_owners(method, monkeypatch):
+    """Where no slab can be had in the middle of a turn, no page is given back twice: what is read next shares none."""
+    model = model_of(config_of())
+    compressor = compressor_of(model, method, None if method == "full" else 0.4)
+    cache = new_cache(model)
+    extend(model, ids_of(300), cache, compressor)
+    before = cache.pool.bytes_in_use
+    for allowed in range(4):
+        slabs, made = iter(range(allowed)), cache.pool.ops.new_slab
+
+        def few(*arguments, slabs=slabs, made=made):
+            if next(slabs, None) is None:
+                raise MemoryError
+            return made(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(cache.pool.ops), "new_slab", staticmethod(few))
+            with pytest.raises(MemoryError):
+                extend(model, ids_of(2000, 1), cache, compressor)
+        held = cache.pages[np.arange(cache.pages.shape[2]) < cache.n_pages()[:, :, None]]
+        assert cache.seen == 300 and cache.pool.bytes_in_use == before and (cache.pool.refs[held] == 1).all()
