@@ -262,10 +262,14 @@ class LLM:
                 if (piece := request.pop()) is None:
                     return
                 yield piece
-        finally:
-            if request:
-                await asyncio.to_thread(self.engine.cancel, request)
-            await asyncio.to_thread(session.close)
+        finally:  # also where the task is cancelled once more meanwhile
+            leaving = asyncio.get_running_loop().run_in_executor(None, self._leave, session, request)
+            await asyncio.shield(leaving)
+
+    def _leave(self, session, request):
+        if request:
+            self.engine.cancel(request)
+        session.close()
 
     async def agenerate(self, prompt, params=None):
         """`generate` for asyncio: other tasks go on meanwhile."""

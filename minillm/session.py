@@ -75,6 +75,7 @@ class Session:
         """Add a prompt: text (special tokens in it are recognised), token ids, or chat messages (list of dicts)."""
         ids = self.llm.encode(prompt, bos=self.seen_soon == 0)
         with self._use():
+            self._leave_answer()
             self.unread += ids
             self.new_turn = self.new_turn or is_chat(prompt)
 
@@ -151,32 +152,23 @@ class Session:
         """A turn of a chat: yields the Pieces of the answer. The first turn may set a system prompt."""
         with self._use():
             self._leave_answer()
-            undo, answer = self._begin_turn(text, system), self.answer
+            undo = self._begin_turn(text, system)
+            seen, messages = self.cache.seen, self.messages
         try:
             yield from self.stream(params, progress)
         except Exception:
-            if self.answer is answer or not self.answer.token_ids:  # too long, for example: a shorter text may follow
+            if self.messages is messages and self.cache.seen <= seen:  # too long, for example: a shorter one may follow
                 undo()
             raise
 
     def _begin_turn(self, text, system):
         """Feed a user's turn. -> a function that takes it back, if nothing of it was read."""
-        if system is not None and not self.messages:
-            self.messages.append({"role": "system", "content": system})
-        self._finish_turn()
-        before, render = list(self.messages), self.llm.render_chat
-        if self.open:
-            user = after_document(self.messages.pop(), text)
-            rendered = render([*self.messages, user])
-            head, new = rendered[: len(self.rendered)], rendered[len(self.rendered) :]
-        else:
-            user = {"role": "user", "content": text}
-            rendered = new = render([*self.messages, user])
-            head = self.rendered
-            if self.rendered is not None:
-                # What follows the last answer: the cache holds it as it was generated, not as a template trims it.
-                marked = [*self.messages[:-1], {"role": "assistant", "content": REPLY}, user]
-                head, _, new = render(marked).partition(REPLY)
+        before = list(self.messages)
+        try:
+            user, head, new, rendered = self._render_turn(text, system)
+        except Exception:  # the template refuses it
+            self.messages = before
+            raise
         if head != self.rendered:  # the template rewrites earlier turns: read all of it again
             self._clear()
             self.rendered, new = None, rendered
@@ -190,6 +182,25 @@ class Session:
             del self.unread[max(n_before - self.cache.seen, 0) :]
 
         return undo
+
+    def _render_turn(self, text, system):
+        """-> the user's message; what the template makes of the messages before it, of what is new, and of all."""
+        if system is not None and not self.messages:
+            self.messages.append({"role": "system", "content": system})
+        self._finish_turn()
+        render = self.llm.render_chat
+        if self.open:
+            user = after_document(self.messages.pop(), text)
+            rendered = render([*self.messages, user])
+            return user, rendered[: len(self.rendered)], rendered[len(self.rendered) :], rendered
+        user = {"role": "user", "content": text}
+        rendered = render([*self.messages, user])
+        if self.rendered is None:
+            return user, None, rendered, rendered
+        # What follows the last answer: the cache holds it as it was generated, not as a template trims it.
+        marked = [*self.messages[:-1], {"role": "assistant", "content": REPLY}, user]
+        head, _, new = render(marked).partition(REPLY)
+        return user, head, new, rendered
 
     def _finish_turn(self):
         if self.messages and self.messages[-1]["role"] == "user" and not self.open:
@@ -232,7 +243,7 @@ class Session:
 
     def fork(self):
         """A second session with the same past. Pages are shared until one of the two changes them."""
-        with self._use(), self.llm.engine.alone():
+        with self.llm.engine.alone(), self._use():
             other = Session(self.llm, self.compressor)
             other.cache = self.cache.fork()
             other.unread, other.messages = list(self.unread), list(self.messages)

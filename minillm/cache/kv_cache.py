@@ -103,8 +103,8 @@ class KVCache:
         return None if self.left.thresholds is None else float(np.nanmean(self.left.thresholds))
 
     def __del__(self):
-        if hasattr(self, "lengths"):  # any thread may be the one that collects garbage
-            self.pool.abandon(self.held_pages)
+        if hasattr(self, "lengths") and self.lengths.any():  # any thread may be the one that collects garbage
+            self.pool.abandon(self)
 
     @property
     def pages(self):
@@ -212,8 +212,8 @@ class KVCache:
             self._own(table, whole)
         first_new = -(-kept // size)
         if held > first_new:
+            self.lengths[layer, head] = kept  # what is released is held no more, should there be no memory for others
             self.pool.release(table[first_new:held])
-            self.lengths[layer, head] = kept  # what was released is held no more, should there be no memory for others
         table[first_new:needed] = self.pool.alloc(max(needed - first_new, 0))
         self.lengths[layer, head] = length
 
@@ -310,10 +310,11 @@ class KVCache:
     def fork(self):
         """A second sequence with the same past: pages are shared until one of the two writes to them."""
         other = KVCache(self.pool, *self.lengths.shape, self.window)
-        other._pages, other.lengths = self._pages.copy(), self.lengths.copy()
+        pages, lengths = self._pages.copy(), self.lengths.copy()
         other.token_ids, other.left = list(self.token_ids), self.left.copy()
         other.settled, other.settled_tokens = self.settled.copy(), self.settled_tokens
         self.pool.share(self.held_pages)
+        other._pages, other.lengths = pages, lengths  # what it holds is counted first
         return other
 
     @contextmanager

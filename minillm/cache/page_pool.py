@@ -32,7 +32,7 @@ class PagePool:
         self.caches = weakref.WeakSet()  # whose tables `trim` rewrites
         self.limit_pages = None if limit is None else limit // self.page_bytes
         self.promises = weakref.WeakKeyDictionary()  # KVCache -> pages of its own that it may come to hold
-        self.abandoned = deque()  # pages of caches that garbage collection took, in whatever thread
+        self.abandoned = deque()  # caches that garbage collection took, in whatever thread
 
     @property
     def slab_entries(self):
@@ -46,8 +46,8 @@ class PagePool:
     @property
     def pages_in_use(self):
         refs = self.refs.copy()
-        for pages in list(self.abandoned):
-            refs[pages] -= 1
+        for cache in list(self.abandoned):
+            refs[cache.held_pages] -= 1
         return int(np.count_nonzero(refs))
 
     @property
@@ -79,14 +79,13 @@ class PagePool:
         self.refs[pages] -= 1
         self.first_free = min(self.first_free, int(pages.min(initial=self.first_free)))
 
-    def abandon(self, pages):
-        """One page table fewer holds each of `pages`: counted when the pool is next touched by its owner."""
-        if len(pages):
-            self.abandoned.append(pages)
+    def abandon(self, cache):
+        """A KVCache that nobody has any more: its pages go back when the pool is next touched by its owner."""
+        self.abandoned.append(cache)
 
     def _collect(self):
         while self.abandoned:
-            self.release(self.abandoned.popleft())
+            self.abandoned.popleft().clear()
 
     def reserve(self, cache, n):
         """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages

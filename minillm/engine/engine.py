@@ -55,12 +55,14 @@ class Engine:
                 self.turn.wait_for(lambda: self.line[0] == me)
             yield
         finally:
-            while self.mine and self.later:
-                self.later.popleft()()
-            with self.turn:
-                if me in self.line:
-                    self.line.remove(me)
-                self.turn.notify_all()
+            try:
+                while self.mine and self.later:
+                    self.later.popleft()()
+            finally:
+                with self.turn:
+                    if me in self.line:
+                        self.line.remove(me)
+                    self.turn.notify_all()
 
     def between_steps(self, work):
         """Do work() where no step is under way: now, or, if garbage is collected within a step, when that is over."""
@@ -144,8 +146,9 @@ class Engine:
     def _start(self):
         """Have the thread go on. Called with `turn` held."""
         if self.thread is None and not self.stopping:
-            self.thread = threading.Thread(target=self._steps, name="minillm", daemon=True)
-            self.thread.start()
+            thread = threading.Thread(target=self._steps, name="minillm", daemon=True)
+            thread.start()
+            self.thread = thread
         self.turn.notify_all()
 
     def _steps(self):

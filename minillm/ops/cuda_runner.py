@@ -1,5 +1,6 @@
-"""The forward pass of one Model on a device: minillm.model.Model._decode, .attention and .output, with q, k and v in one
-matrix, gate and up in another, and everything that can be fused in one kernel."""
+"""The forward pass of one Model on a device: what Model._decode, .attention and .output of minillm.model compute.
+
+q, k and v are made by one matrix, gate and up by another, and everything that can be fused is one kernel."""
 
 import numpy as np
 
