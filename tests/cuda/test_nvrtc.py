@@ -38,7 +38,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "norm_gemv": 128,
     "norm_gemv_logits": 128,
     "norm_gemv_swiglu": 128,
-    "not_finite": 16,
+    "not_finite": 18,
     "compact": 32,
     "pooled": 32,
     "prefill_attention": 255,
