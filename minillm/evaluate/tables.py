@@ -104,10 +104,6 @@ def _asked(row):
     return asked(row["cache"])
 
 
-def _config(row):
-    return label(row["cache"]), asked(row["cache"])
-
-
 # The tables: each a title, a header and lines of texts
 
 
