@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.architectures import BLOCK
 from minillm.errors import MinillmError
 from minillm.files.weights import Weight
 from minillm.output_projection import OutputProjection
@@ -40,45 +41,26 @@ class Step:
         return mixed
 
 
-@dataclass
 class Block:
-    """The weights of one layer: Weights (out, in); norms and biases float32 vectors, None where the model has none."""
+    """The weights of one layer, a field for each Part of architectures.BLOCK: matrices are Weights (out, in), norms and
+    biases float32 vectors; None where the model has none.
 
-    attention_norm: np.ndarray
-    wq: object  # (n_heads * head_dim, dim)
-    wk: object  # (n_kv_heads * head_dim, dim)
-    wv: object
-    wo: object  # (dim, n_heads * head_dim)
-    bq: np.ndarray | None
-    bk: np.ndarray | None
-    bv: np.ndarray | None
-    bo: np.ndarray | None
-    mlp_norm: np.ndarray
-    w_gate: object  # (ffn_dim, dim)
-    w_up: object
-    w_down: object  # (dim, ffn_dim)
-    b_gate: np.ndarray | None
-    b_up: np.ndarray | None
-    b_down: np.ndarray | None
-    w_score: object = None  # (n_kv_heads, dim): what a token will be worth to a head, where a profile says so
-    b_score: np.ndarray | None = None
+    rope: which of Model.ropes turns its queries and keys. window: the sliding window, or None. w_score (n_kv_heads,
+    dim), b_score (n_kv_heads,): what a token will be worth to a head, where a profile says so."""
 
-    @classmethod
-    def of(cls, weights, layer):
-        def get(name, kind="weight"):
-            return weights.get(f"model.layers.{layer}.{name}.{kind}")
+    def __init__(self, weights, layer, config):
+        for part in BLOCK:
+            weight = weights.get(f"model.layers.{layer}.{part.json}")
+            setattr(self, part.field, weight if weight is None or part.columns else weight.data)
+        attention = config.attention(layer)
+        self.rope, self.window = config.ropes.index(attention.rope), attention.window
+        self.w_score = self.b_score = None
 
-        attention = [f"self_attn.{x}_proj" for x in "qkvo"]
-        mlp = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-        vector = lambda weight: None if weight is None else weight.data  # noqa: E731
-        return cls(
-            vector(get("input_layernorm")),
-            *(get(name) for name in attention),
-            *(vector(get(name, "bias")) for name in attention),
-            vector(get("post_attention_layernorm")),
-            *(get(name) for name in mlp),
-            *(vector(get(name, "bias")) for name in mlp),
-        )
+    @property
+    def weights(self):
+        """Those there are."""
+        named = (getattr(self, name) for name in (*(part.field for part in BLOCK), "w_score", "b_score"))
+        return [weight for weight in named if weight is not None]
 
 
 class Model:
@@ -86,14 +68,15 @@ class Model:
     `predict`."""
 
     def __init__(self, config, weights, ops, scores=None):
-        self.config, self.ops, self.rope = config, ops, Rope(config)
+        self.config, self.ops = config, ops
+        self.ropes = [Rope(rope, config.head_dim, config.rotated) for rope in config.ropes]
         for name in [name for name, weight in weights.items() if len(weight.shape) > 1]:
             weights[name] = ops.prepare(weights[name])  # one at a time: the words it was made from are given back
         self.embedding = weights["model.embed_tokens.weight"]
-        self.blocks = [Block.of(weights, layer) for layer in range(config.n_layers)]
-        self.norm = weights["model.norm.weight"].data
+        self.blocks = [Block(weights, layer, config) for layer in range(config.n_layers)]
+        self.norm = weights["model.norm.weight"].data * np.float32(config.logit_scale)
         self.head = self.embedding if config.tied_head else weights["lm_head.weight"]
-        self.scale = config.head_dim**-0.5
+        self.scale = config.scale
         self.projections = [
             OutputProjection(block.wo, config.n_kv_heads, config.head_dim, ops) for block in self.blocks
         ]
@@ -104,8 +87,8 @@ class Model:
     @property
     def nbytes(self):
         """Bytes of the weights that every token reads."""
-        matrices = (w for block in self.blocks for w in vars(block).values() if w is not None)
-        return sum(w.nbytes for w in matrices) + self.norm.nbytes + self.head.nbytes
+        weights = [weight for block in self.blocks for weight in block.weights]
+        return sum(weight.nbytes for weight in [*weights, self.norm, self.head])
 
     @property
     def norms(self):
@@ -129,9 +112,10 @@ class Model:
         index of a block -> PagedLayer of the entries that the tokens attend to beside one another. wants: any of
         "hidden", "queries" and "scores". Raises MinillmError where what a block makes is not finite."""
         positions = [np.arange(position, position + len(x)) for x, position in parts]
-        rotations = [self.rope.tables(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
+        rotations = [self.rotations(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
         for index in range(first, len(self.blocks)):
-            for (x, _), pos, rotation in zip(parts, positions, rotations, strict=True):
+            for (x, _), pos, turns in zip(parts, positions, rotations, strict=True):
+                rotation = turns[self.blocks[index].rope]
                 step = Step(
                     *(index, x, pos, rotation),
                     self.normed(index, x) if "hidden" in wants else None,
@@ -144,9 +128,14 @@ class Model:
         """x (n, dim) -> (n, dim) rows of the backend: what a block's q, k and v are made from."""
         return self.ops.rms_norm(x, self.blocks[index].attention_norm, self.config.rms_eps)
 
+    def rotations(self, positions, length):
+        """Of each of `ropes` cos and sin (n, d/2) of positions (n,) in a sequence of `length` tokens."""
+        return [rope.tables(positions, length) for rope in self.ropes]
+
     def embed(self, token_ids):
         """Token ids (n,) -> (n, dim) float32, the residual stream before the first block."""
-        return self.ops.embed(self.embedding, token_ids)
+        x = self.ops.embed(self.embedding, token_ids)
+        return x if self.config.embedding_scale == 1 else x * np.float32(self.config.embedding_scale)
 
     def attention(self, index, x, cos, sin, past, wants=()):
         """The first half of a layer: x (n, dim) -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n, d); q and k
@@ -159,7 +148,7 @@ class Model:
         q, k, v = self._qkv(block, h)
         scores = self._scores(block, h) if "scores" in wants else None
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-        mixed, lse = ops.prefill_attention(q, k, v, past, self.scale, config.sliding_window)
+        mixed, lse = ops.prefill_attention(q, k, v, past, self.scale, block.window)
         return q, lse, k, v, scores, mixed
 
     def output(self, index, x, mixed):
@@ -193,9 +182,9 @@ class Model:
     def _decode(self, token_ids, caches, draws):
         """-> logits (B, vocab) or the next tokens, and of every layer, where a cache collects them, rotated queries (B,
         Hq, d) and predicted scores (B, H)."""
-        ops, eps, window = self.ops, self.config.rms_eps, self.config.sliding_window
-        tables = [self.rope.tables(np.array([cache.position]), cache.position + 1) for cache in caches]
-        cos, sin = (np.stack(parts) for parts in zip(*tables, strict=True))  # (B, 1, d/2)
+        ops, eps = self.ops, self.config.rms_eps
+        tables = [self.rotations(np.array([cache.position]), cache.position + 1) for cache in caches]
+        cos, sin = np.array(tables).transpose(2, 1, 0, 3, 4)  # (ropes, B, 1, d/2)
         if self.runner:
             for cache in caches:
                 cache.make_room()
@@ -207,13 +196,13 @@ class Model:
         for index, block in enumerate(self.blocks):
             h = ops.rms_norm(x, block.attention_norm, eps)
             q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, h))
-            q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)  # (B, heads, d)
+            q, k = (ops.rope(x, cos[block.rope], sin[block.rope]) for x in (q, k))  # (B, heads, d)
             queries.append(q)
             if wants_scores:
                 scores.append(self._scores(block, h).T)
             for b, cache in enumerate(caches):
                 cache.append(index, k[b][:, None], v[b][:, None], [cache.position])
-            mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, window)
+            mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, block.window)
             x += ops.linear(mixed, block.wo, block.bo)
             x += self._mlp(block, x)
             self._check_finite(np.isfinite(x).all(), index)
@@ -239,9 +228,17 @@ class Model:
 
     def _qkv(self, block, x):
         """x (n, dim) -> q (Hq, n, d), k and v (H, n, d), not yet rotated."""
-        heads = ((block.wq, block.bq), (block.wk, block.bk), (block.wv, block.bv))
-        outputs = (self.ops.linear(x, weight, bias) for weight, bias in heads)
-        return [np.ascontiguousarray(y.reshape(len(x), -1, self.config.head_dim).transpose(1, 0, 2)) for y in outputs]
+        return (
+            self._heads(x, block.wq, block.bq, block.q_norm),
+            self._heads(x, block.wk, block.bk, block.k_norm),
+            self._heads(x, block.wv, block.bv),
+        )
+
+    def _heads(self, x, weight, bias, norm=None):
+        rows = self.ops.linear(x, weight, bias).reshape(-1, self.config.head_dim)
+        if norm is not None:
+            rows = self.ops.rms_norm(rows, norm, self.config.rms_eps)
+        return np.ascontiguousarray(rows.reshape(len(x), -1, self.config.head_dim).transpose(1, 0, 2))
 
     def _scores(self, block, x):
         """x (n, dim) -> (H, n) what the profile predicts each token to be worth to the head: log of an attention."""

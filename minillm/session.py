@@ -37,7 +37,7 @@ class Session:
     def __init__(self, llm, compressor=None):
         self.llm, self.compressor = llm, compressor or llm.compressor
         config = self.compressor.config
-        window = llm.config.sliding_window if config.method == "full" else None
+        window = llm.config.reach if config.method == "full" else None
         self.cache = llm.new_cache(window, config.dtype)
         self.unread = []  # token ids that were fed or generated and not read yet
         self.messages = []  # the chat so far; the last one may be a document whose question is yet to come

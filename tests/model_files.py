@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
     rms_eps=1e-5,
     rope=RopeConfig(),
 )
-BIASED = replace(CONFIG, attention_bias=True, mlp_bias=True, tied_head=True)
+BIASED = replace(CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True, tied_head=True)
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -63,8 +63,10 @@ def bare_model(rope, wo, n_kv_heads, scale=1.0):
     """What compression sees of a model whose keys and values come from elsewhere. wo (L, dim, Hq * d) float32."""
     weights = [Weight("F32", w, w.shape) for w in wo]
     projections = [OutputProjection(w, n_kv_heads, rope.head_dim, numpy_ops) for w in weights]
-    blocks, config = [SimpleNamespace(wo=w) for w in weights], SimpleNamespace(sliding_window=None)
-    return SimpleNamespace(rope=rope, ops=numpy_ops, scale=scale, config=config, blocks=blocks, projections=projections)
+    blocks = [SimpleNamespace(wo=w, rope=0, window=None) for w in weights]
+    model = SimpleNamespace(ops=numpy_ops, scale=scale, blocks=blocks, projections=projections)
+    model.rotations = lambda positions, length: [rope.tables(positions, length)]
+    return model
 
 
 def bare_compressor(config, model):

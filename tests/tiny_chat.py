@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minillm.files.config import ModelConfig
+from minillm.files.config_json import config_from_json
 from minillm.files.stored_model import tensor_shapes
 
 CONFIG = {
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 def weights(config, seed):
     rng = np.random.default_rng(seed)
-    shapes = tensor_shapes(ModelConfig.from_dict(config))
+    shapes = tensor_shapes(config_from_json(config))
     made = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
     made = {name: w + 1 if w.ndim == 1 else w for name, w in made.items()}
     said = [*(ALPHABET.index(letter) for letter in "abcdefghijklmnopqrstuvwxyz\u0120"), config["eos_token_id"]]

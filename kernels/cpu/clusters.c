@@ -22,25 +22,19 @@ typedef struct {
 static void unit_row(const Segments *s, int64_t row, float *unit, int64_t width)
 {
     const float *key = s->keys + row * s->d;
-    vf squares = splat(0);
-    int64_t i = 0;
-    for (; i + VW <= s->d; i += VW)
-        squares += load(key + i) * load(key + i);
-    float total = sum(squares);
-    for (; i < s->d; i++)
-        total += key[i] * key[i];
-    const float norm = sqrtf(total), inverse = norm > 0 ? 1 / norm : 0;
-    for (i = s->d; i < width; i++)
+    const int64_t half = s->d / 2, at = s->pos ? s->pos[row] * half : 0;
+    if (s->pos)
+        unrotate(key, s->cos + at, s->sin + at, s->cos, unit, half);
+    else
+        memcpy(unit, key, sizeof(float) * (size_t)s->d);
+    for (int64_t i = s->d; i < width; i++)
         unit[i] = 0;
-    if (s->pos) {
-        const int64_t half = s->d / 2, at = s->pos[row] * half;
-        rotate(key, s->cos + at, s->sin + at, -1, inverse / s->cos[0], unit, half); /* yarn's factor: position 0 shows it */
-        return;
-    }
-    for (i = 0; i + VW <= s->d; i += VW)
-        store(unit + i, load(key + i) * splat(inverse));
-    for (; i < s->d; i++)
-        unit[i] = key[i] * inverse;
+    vf squares = splat(0);
+    for (int64_t i = 0; i < width; i += VW)
+        squares += load(unit + i) * load(unit + i);
+    const float norm = sqrtf(sum(squares)), inverse = norm > 0 ? 1 / norm : 0;
+    for (int64_t i = 0; i < width; i += VW)
+        store(unit + i, load(unit + i) * splat(inverse));
 }
 
 /* out (QUAD,) = a . b (QUAD, width), at most 1, which the sum of rounded products may exceed. */

@@ -8,7 +8,7 @@ enum { CHUNK = 1 << 14 }; /* elements a task */
 typedef struct {
     const float *x, *weight, *up, *cos, *sin;
     float *y;
-    int64_t n, dim, rows;
+    int64_t n, positions, dim, rows;
     float eps;
 } Elements;
 
@@ -48,27 +48,18 @@ static void rotate_rows(void *context, int64_t task, int thread)
 {
     (void)thread;
     const Elements *c = context;
-    int64_t half = c->dim / 2;
+    const int64_t half = c->dim / 2;
     for (int64_t row = task * c->rows; row < least((task + 1) * c->rows, c->n); row++) {
-        const int64_t at = row % c->n * half;
-        rotate(c->x + row * c->dim, c->cos + at, c->sin + at, 1, 1, c->y + row * c->dim, half);
+        const int64_t at = row % c->positions * half;
+        rotate(c->x + row * c->dim, c->cos + at, c->sin + at, c->y + row * c->dim, half);
     }
-}
-
-static void rotate_head(void *context, int64_t task, int thread)
-{
-    Elements c = *(const Elements *)context;
-    int64_t tasks = tasks_of(c.n, c.rows), head = task / tasks;
-    c.x += head * c.n * c.dim;
-    c.y += head * c.n * c.dim;
-    rotate_rows(&c, task % tasks, thread);
 }
 
 /* y (heads, n, d) = the halves of x rotated by cos, sin (n, d / 2); y may be x. */
 void FN(rope)(const float *x, const float *cos, const float *sin, float *y, int64_t heads, int64_t n, int64_t head_dim)
 {
-    Elements c = {.x = x, .cos = cos, .sin = sin, .y = y, .n = n, .dim = head_dim, .rows = most(1, CHUNK / head_dim)};
-    parallel(heads * tasks_of(n, c.rows), rotate_head, &c);
+    Elements c = {.x = x, .cos = cos, .sin = sin, .y = y, .n = heads * n, .positions = n, .dim = head_dim, .rows = most(1, CHUNK / head_dim)};
+    parallel(tasks_of(c.n, c.rows), rotate_rows, &c);
 }
 
 static void gate_chunk(void *context, int64_t task, int thread)

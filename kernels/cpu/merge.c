@@ -53,7 +53,6 @@ static void unrotated_sums(const Merge *m, int64_t lo, int64_t hi, float *room, 
 {
     const StoredRows *rows = &m->rows;
     const int64_t d = rows->d, half = d / 2;
-    const float inverse = 1 / (m->cos[0] * m->cos[0]); /* of yarn's factor: position 0 shows it */
     float *turned = scratch(thread, 2, sizeof(float) * (size_t)d);
     int32_t *made_of = scratch(thread, 3, sizeof(int32_t) * (size_t)(hi - lo)); /* rows of each entry; 0 once it is a copy */
     memset(made_of, 0, sizeof(int32_t) * (size_t)(hi - lo));
@@ -72,14 +71,14 @@ static void unrotated_sums(const Merge *m, int64_t lo, int64_t hi, float *room, 
                 made_of[entry - lo] = 0;
                 continue;
             }
-            rotate(row, m->cos + at, m->sin + at, -1, inverse, turned, half);
+            unrotate(row, m->cos + at, m->sin + at, m->cos, turned, half);
             add(m->out + entry * d, turned, m->weight[r], d);
         }
     }
     for (int64_t entry = lo; entry < hi; entry++)
         if (made_of[entry - lo]) {
             const int64_t at = m->entry_pos[entry] * half;
-            rotate(m->out + entry * d, m->cos + at, m->sin + at, 1, 1, m->out + entry * d, half);
+            rotate(m->out + entry * d, m->cos + at, m->sin + at, m->out + entry * d, half);
         }
 }
 

@@ -35,16 +35,19 @@ typedef struct {
     int64_t head_dim, add;
 } Product;
 
-/* The weights of one layer; the fields of minillm.model.Block. */
+/* The weights of one layer, as minillm.architectures.BLOCK has them; NULL: no such vector. */
 typedef struct {
-    const float *attention_norm, *mlp_norm;
-    Matrix wq, wk, wv, wo, w_gate, w_up, w_down, w_score;
-    const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down, *b_score;
+    const float *attention_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm, k_norm: of each head, before RoPE */
+    Matrix wq, wk, wv, wo, w_gate, w_up, w_down;
+    const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down;
+    Matrix w_score;
+    const float *b_score;
+    int32_t rope, window; /* which of the tables of cos and sin turns q and k; 0: no sliding window */
 } Block;
 
 typedef struct {
-    int32_t n_layers, n_heads, n_kv_heads, head_dim, dim, ffn_dim, vocab_size, window; /* window 0: none */
-    float eps, scale;
+    int32_t n_layers, n_heads, n_kv_heads, head_dim, dim, ffn_dim, vocab_size;
+    float eps, scale, embedding_scale; /* scale: of the logits of attention */
     const Block *blocks;
     const float *norm;
     Matrix embedding, head;

@@ -4,6 +4,14 @@
 
 #include <string.h>
 
+/* Heads (heads, n, d) of queries or keys, each over its norm where the model has one, turned to n positions. */
+static void turn(const Model *m, float *x, const float *norm, int64_t heads, int64_t n, const float *cos, const float *sin)
+{
+    if (norm)
+        kernels->rms_norm(x, norm, m->eps, x, heads * n, m->head_dim);
+    kernels->rope(x, cos, sin, x, heads, n, m->head_dim);
+}
+
 /* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, and lse (Hq, n) of its attention, or NULL; k, v
  * (H, n, d), q and k rotated, and mixed (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL.
  * cos, sin (n, d / 2). */
@@ -19,10 +27,10 @@ static void layer_attention(const Model *m, int layer, const float *x, int64_t n
                                  {block->wv, block->bv, v, d, 0},
                                  {block->w_score, block->b_score, score, 1, 0}};
     kernels->linear(products, score ? 4 : 3, x, n, block->attention_norm, m->eps);
-    kernels->rope(q, cos, sin, q, m->n_heads, n, d);
-    kernels->rope(k, cos, sin, k, m->n_kv_heads, n, d);
+    turn(m, q, block->q_norm, m->n_heads, n, cos, sin);
+    turn(m, k, block->k_norm, m->n_kv_heads, n, cos, sin);
     const PrefillAttention a = {
-        q, k, v, mixed, lse, NULL, *past, (int32_t)n, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, m->window, m->scale};
+        q, k, v, mixed, lse, NULL, *past, (int32_t)n, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, block->window, m->scale};
     kernels->prefill_attention(&a);
 }
 
@@ -69,7 +77,7 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
     slab->pos[entry] = (int32_t)past->seen;
 }
 
-/* One token of each of B sequences: ids (B,), cos and sin (B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
+/* One token of each of B sequences: ids (B,), cos and sin (ropes, B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
  * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
  * (L, B, Hq, d) that gets the rotated queries; scores: NULL, or (L, B, H) that gets what the profile predicts. Returns the first
  * layer whose output is not finite, L for the logits, or -1. */
@@ -81,6 +89,8 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
     float *q = x + batch * m->dim, *k = q + batch * q_dim, *v = k + batch * kv_dim, *mixed = v + batch * kv_dim;
     Paged *past = (Paged *)round_up((int64_t)(intptr_t)(mixed + batch * q_dim), 64);
     kernels->rows(&m->embedding, ids, batch, x);
+    for (int64_t i = 0; i < batch * m->dim; i++)
+        x[i] *= m->embedding_scale;
     for (int layer = 0; layer < m->n_layers; layer++) {
         const Block *block = &m->blocks[layer];
         const Product products[4] = {{block->wq, block->bq, q, 0, 0},
@@ -92,18 +102,15 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
             past[b] = caches[b];
             past[b].pages += (int64_t)layer * m->n_kv_heads * past[b].capacity;
             past[b].lengths += (int64_t)layer * m->n_kv_heads;
-            const float *c = cos + b * d / 2, *s = sin + b * d / 2;
-            for (int64_t head = 0; head < m->n_heads; head++)
-                kernels->rope(q + b * q_dim + head * d, c, s, q + b * q_dim + head * d, 1, 1, d);
-            for (int64_t head = 0; head < m->n_kv_heads; head++) {
-                float *key = k + b * kv_dim + head * d;
-                kernels->rope(key, c, s, key, 1, 1, d);
-                append(&past[b], head, d, key, v + b * kv_dim + head * d);
-            }
+            const int64_t at = (block->rope * batch + b) * d / 2;
+            turn(m, q + b * q_dim, block->q_norm, m->n_heads, 1, cos + at, sin + at);
+            turn(m, k + b * kv_dim, block->k_norm, m->n_kv_heads, 1, cos + at, sin + at);
+            for (int64_t head = 0; head < m->n_kv_heads; head++)
+                append(&past[b], head, d, k + b * kv_dim + head * d, v + b * kv_dim + head * d);
         }
         if (queries)
             memcpy(queries + layer * batch * q_dim, q, sizeof(float) * (size_t)(batch * q_dim));
-        const DecodeAttention a = {q, mixed, past, (int32_t)batch, m->n_heads, m->n_kv_heads, m->head_dim, m->window, 0, m->scale};
+        const DecodeAttention a = {q, mixed, past, (int32_t)batch, m->n_heads, m->n_kv_heads, m->head_dim, block->window, 0, m->scale};
         kernels->decode_attention(&a);
         const Product product = {block->wo, block->bo, x, 0, 1};
         kernels->linear(&product, 1, mixed, batch, NULL, 0);

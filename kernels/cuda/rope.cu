@@ -2,17 +2,17 @@
 // Defines: real16 = half, bf16; HEAD_DIM = 64, 128
 #include "rope.cuh"
 
-// q (Hq, n, d), k and v (H, n, d): q and k turned. Grid (n, blocks over the heads).
+// q (Hq, n, d), k and v (H, n, d): q and k over their norms (d,), where not null, and turned. Grid (n, blocks over the heads).
 extern "C" __global__ void __launch_bounds__(256)
-rope_split(const real16* qkv, const float* bias, const float* cos, const float* sin, real16* q, real16* k, real16* v,
-           int n_heads, int n_kv_heads) {
+rope_split(const real16* qkv, const float* bias, const float* q_norm, const float* k_norm, float eps, const float* cos,
+           const float* sin, real16* q, real16* k, real16* v, int n_heads, int n_kv_heads) {
     int token = blockIdx.x, n = gridDim.x, columns = n_heads + 2 * n_kv_heads;  // in heads
     int thread = blockIdx.y * blockDim.x + threadIdx.x, head = thread / THREADS, i = thread % THREADS * 2;
     if (head >= columns) return;
     bool is_v = head >= n_heads + n_kv_heads;
     float low[2], high[2];
     turned(qkv + ((size_t)token * columns + head) * D, bias ? bias + head * D : nullptr,
-           is_v ? nullptr : cos + (size_t)token * HALF, is_v ? nullptr : sin + (size_t)token * HALF, i, low, high);
+           turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, token), i, low, high);
     real16* of_kind = head < n_heads ? q : is_v ? v : k;
     int of_head = head < n_heads ? head : (head - n_heads) % n_kv_heads;
     real16* to = of_kind + ((size_t)of_head * n + token) * D;
@@ -20,10 +20,10 @@ rope_split(const real16* qkv, const float* bias, const float* cos, const float* 
     store(to + HALF + i, high);
 }
 
-// out (n, d) = rows (n, d), row r turned back from position pos[r]. cos, sin (positions, d/2), scaled by a factor whose
-// square is `norm` (yarn's; 1 for others), so that what RoPE was applied to comes out. Grid: blocks over the rows.
+// out (n, d) = rows (n, d), row r turned back from position pos[r]. cos, sin (positions, d/2): they carry a factor (yarn's),
+// which is taken out, so that what RoPE was applied to comes out. Grid: blocks over the rows.
 extern "C" __global__ void __launch_bounds__(256)
-unrotate(const real16* rows, const int* pos, const float* cos, const float* sin, float norm, real16* out, int n) {
+unrotate(const real16* rows, const int* pos, const float* cos, const float* sin, real16* out, int n) {
     int thread = blockIdx.x * blockDim.x + threadIdx.x, r = thread / THREADS, i = thread % THREADS * 2;
     if (r >= n) return;
     const real16* row = rows + (size_t)r * D;
@@ -35,7 +35,7 @@ unrotate(const real16* rows, const int* pos, const float* cos, const float* sin,
     load(s, sin + (size_t)at * HALF + i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-        float a = low[j], b = high[j];
+        float a = low[j], b = high[j], norm = c[j] * c[j] + s[j] * s[j];
         low[j] = (a * c[j] + b * s[j]) / norm;
         high[j] = (b * c[j] - a * s[j]) / norm;
     }

@@ -7,16 +7,50 @@
 
 static const int D = HEAD_DIM, HALF = D / 2, THREADS = D / 4;  // of a head
 
-// The two pairs at `i` of a head at x, turned by cos and sin (null: not turned).
-__device__ __forceinline__ void turned(const real16* x, const float* bias, const float* cos, const float* sin, int i,
-                                       float (&low)[2], float (&high)[2]) {
+// How a head is turned: over its norm first, where that is not null; v is neither. cos, sin: of its token.
+struct Turn {
+    const float *norm, *cos, *sin;
+    float eps;
+};
+
+// The sum of x over the threads of a head.
+__device__ __forceinline__ float head_sum(float x) {
+    const unsigned mask = FULL_MASK >> (32 - THREADS) << (threadIdx.x & 31 & -THREADS);
+#pragma unroll
+    for (int offset = THREADS / 2; offset; offset >>= 1) x += __shfl_xor_sync(mask, x, offset);
+    return x;
+}
+
+// The two pairs at `i` of a head at x, with its bias, turned.
+__device__ __forceinline__ void turned(const real16* x, const float* bias, const Turn& turn, int i, float (&low)[2],
+                                       float (&high)[2]) {
     load(low, x + i);
     load(high, x + HALF + i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-        float a = low[j] + (bias ? bias[i + j] : 0.f), b = high[j] + (bias ? bias[HALF + i + j] : 0.f);
-        float c = cos ? cos[i + j] : 1.f, s = cos ? sin[i + j] : 0.f;
+        low[j] += bias ? bias[i + j] : 0.f;
+        high[j] += bias ? bias[HALF + i + j] : 0.f;
+    }
+    if (turn.norm) {
+        float scale = rsqrtf(head_sum(low[0] * low[0] + low[1] * low[1] + high[0] * high[0] + high[1] * high[1]) / D + turn.eps);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            low[j] *= scale * turn.norm[i + j];
+            high[j] *= scale * turn.norm[HALF + i + j];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        float a = low[j], b = high[j];
+        float c = turn.cos ? turn.cos[i + j] : 1.f, s = turn.cos ? turn.sin[i + j] : 0.f;
         low[j] = a * c - b * s;
         high[j] = b * c + a * s;
     }
+}
+
+// Of head `head` of n_heads queries, then keys, then values of token `token`.
+__device__ __forceinline__ Turn turn_of(int head, int n_heads, int n_kv_heads, const float* q_norm, const float* k_norm,
+                                        float eps, const float* cos, const float* sin, int token) {
+    if (head >= n_heads + n_kv_heads) return {nullptr, nullptr, nullptr, eps};
+    return {head < n_heads ? q_norm : k_norm, cos + (size_t)token * HALF, sin + (size_t)token * HALF, eps};
 }

@@ -46,7 +46,7 @@ class Compression:
         self.compressor, self.recipe, self.config = compressor, compressor.recipe, compressor.config
         self.cache, self.part, self.ops = cache, part, compressor.ops
         self.seen = seen = len(part.token_ids)
-        self.cos, self.sin = compressor.model.rope.tables(np.arange(seen - cache.left.shift), seen - cache.left.shift)
+        self.rotations = compressor.model.rotations(np.arange(seen - cache.left.shift), seen - cache.left.shift)
         n_layers, n_heads = cache.lengths.shape
         self.settled = cache.settled  # (L, H) entries that stay as they are
         if self.config.spec.settles:
@@ -94,8 +94,10 @@ class Compression:
         layer = self._layer(index, labels, *self._rows(index, k, v), queries=list(queries), hidden=hidden)
         layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
         if (n := self.config.options.get("match")) and not self.cache.settled_tokens:
-            past, compressor = self.cache.layer(index), self.compressor
-            self.matching[index] = ask(queries, n, k, v, past, compressor.scale, compressor.window)
+            model = self.compressor.model
+            self.matching[index] = ask(
+                queries, n, k, v, self.cache.layer(index), model.scale, model.blocks[index].window
+            )
         self._put(layer, self.recipe.scores(layer), k, v)
 
     def _put(self, layer, scores, k, v):
@@ -148,8 +150,8 @@ class Compression:
 
     def _match(self, index, asked):
         """Fit the entries of a layer to what it was asked."""
-        start, compressor = self.settled[index], self.compressor
-        entries = matched(self.cache.read(index, start), asked, self.ops, compressor.scale, compressor.window)
+        start, model = self.settled[index], self.compressor.model
+        entries = matched(self.cache.read(index, start), asked, self.ops, model.scale, model.blocks[index].window)
         self.cache.write(index, entries, start)
 
     def _labels(self, index, n):
@@ -221,22 +223,24 @@ class Compression:
 
     def _layer(self, index, labels, k, v, **more):
         compressor, threshold = self.compressor, self.thresholds[index]
+        block = compressor.model.blocks[index]
+        cos, sin = self.rotations[block.rope]
         return Layer(
             index=index,
             k_rows=k,
             v_rows=v,
             **labels._asdict(),
             **self._attributes(labels),
-            cos=self.cos,
-            sin=self.sin,
+            cos=cos,
+            sin=sin,
             ops=self.ops,
             generated=self.part.generated,
             threshold=None if np.isnan(threshold) else float(threshold),
             worth=None if compressor.worth is None else compressor.worth[index],
             output=compressor.model.projections[index],
-            block=compressor.model.blocks[index],
-            scale=compressor.scale,
-            attention_window=compressor.window,
+            block=block,
+            scale=compressor.model.scale,
+            attention_window=block.window,
             **more,
         )
 

@@ -22,7 +22,6 @@ class Compressor:
     def __init__(self, recipe, model, classes, worth=None, profile=None):
         self.recipe, self.config, self.model = recipe, recipe.config, model
         self.ops, self.classes, self.worth, self.profile = model.ops, classes, worth, profile
-        self.scale, self.window = model.scale, model.config.sliding_window
 
     @property
     def block_tokens(self):

@@ -58,8 +58,8 @@ def gib(n):
 def cache_bytes(config, cache_config, ops, n):
     """About the bytes of the pages of n tokens at the budget of a CacheConfig (with tau: of a full cache)."""
     kept, whole = cache_config.budget.per_head(n) if cache_config.budget else n, 0
-    if cache_config.method == "full" and config.sliding_window and n > config.sliding_window:
-        kept, whole = config.sliding_window, n  # one layer has all of them for a while
+    if cache_config.method == "full" and config.reach and n > config.reach:
+        kept, whole = config.reach, n  # one layer has all of them for a while
     pages = config.n_layers * config.n_kv_heads * (kept / PAGE_SIZE + 1) + config.n_kv_heads * whole / PAGE_SIZE
     return int(pages * page_bytes(PAGE_SIZE, config.head_dim, stored_as(cache_config.dtype, ops)))
 

@@ -41,6 +41,13 @@ class Keys:
             raise self.error(key, value, "it must be greater than 0")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers, which is required."""
+        value = self.get(key)
+        if not isinstance(value, list) or any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):
+            raise self.error(key, value, "it must be a list of numbers")
+        return tuple(float(x) for x in value)
+
     def integer(self, key: str, *default, least: int = 1, most: int = 2**31 - 1, **null) -> int:
         """A whole number; `null` (keyword) is what an explicit null means, where that differs from an absent key."""
         value = self.get(key)
@@ -64,3 +71,14 @@ class Keys:
         if value is not None and not isinstance(value, bool):
             raise self.error(key, value, "it must be true or false")
         return default if value is None else value
+
+
+def scales(eps: float, embedding: float, attention: float, residual: float, logits: float) -> dict[str, float]:
+    """Granite's four factors as fields of ModelConfig. With the factor r, x += r f(norm(x)) is y += f(norm(y)) for x =
+    r y, where the norm of y has eps / r^2: so embeddings are divided by r, and no residual is multiplied."""
+    return {
+        "rms_eps": eps / residual**2,
+        "embedding_scale": embedding / residual,
+        "attention_scale": attention,
+        "logit_scale": 1 / logits,
+    }

@@ -1,7 +1,7 @@
 """A read-only mapped file and the tensors that lie in it: what the safetensors and the GGUF reader have in common."""
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,11 @@ class StoredTensor:
     shape: tuple[int, ...]  # (out, in), row-major, in both formats
     offset: int  # from the start of the file
     nbytes: int
+
+    def rows(self, lo: int, hi: int) -> "StoredTensor":
+        """Rows lo : hi of a matrix."""
+        row = self.nbytes // self.shape[0]
+        return replace(self, shape=(hi - lo, *self.shape[1:]), offset=self.offset + lo * row, nbytes=(hi - lo) * row)
 
     @property
     def end(self) -> int:

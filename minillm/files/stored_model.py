@@ -5,6 +5,7 @@ names, and config and tensors were checked against one another.
 """
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -12,8 +13,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from minillm.architectures import AFTER, BEFORE, BLOCK
 from minillm.errors import MinillmError, UsageError
-from minillm.files.config import ModelConfig, read_config
+from minillm.files.config import ModelConfig
+from minillm.files.config_gguf import FACTORS, config_from_gguf
+from minillm.files.config_json import read_config
 from minillm.files.gguf_file import GGUFFile, read_gguf
 from minillm.files.hub import ModelFiles
 from minillm.files.mapped_file import StoredTensor
@@ -21,21 +27,6 @@ from minillm.files.quants import BLOCK_WEIGHTS, FLOATS, KINDS, kind_bytes
 from minillm.files.safetensors_file import read_folder
 
 QUANTIZED = ("q8_0", "q4_0")  # what floats can be turned into at load
-
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,12 @@ class StoredModel:
         kinds = " ".join(sorted({tensor.kind for tensor in self.tensors.values()}))
         return f"{'safetensors' if self.metadata is None else 'gguf'} {kinds} {digest.hexdigest()[:16]}"
 
+    def order_of(self, name: str) -> np.ndarray | None:
+        """(head_dim,) of the tensor `name`: which of a head's stored rows comes in which place (ModelConfig.order), or
+        None: they stay as they are stored."""
+        turned = any(name.endswith(part.json) for part in BLOCK if part.rotated)
+        return self.config.order(self.metadata is not None and self.config.family.pairs) if turned else None
+
     def kinds(self, dtype: str) -> dict[str, str]:
         """Tensor name -> the kind (quants.KINDS) that its Weight is to have; for `dtype` see weights.load_weights.
         Raises MinillmError naming the tensor that cannot be loaded so."""
@@ -93,24 +90,14 @@ def open_model(files: ModelFiles) -> StoredModel:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model with its shape."""
-    dim, ffn = config.dim, config.ffn_dim
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    attention = {"q_proj": (q, dim), "k_proj": (kv, dim), "v_proj": (kv, dim), "o_proj": (dim, q)}
-    mlp = {"gate_proj": (ffn, dim), "up_proj": (ffn, dim), "down_proj": (dim, ffn)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, dim)}
-    for i in range(config.n_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (dim,)
-        for room, sizes, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
-            for name, shape in sizes.items():
-                shapes[f"{layer}.{room}.{name}.weight"] = shape
-                if bias:
-                    shapes[f"{layer}.{room}.{name}.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (dim,)
-    if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab_size, dim)
-    return shapes
+    """Every tensor of the model with its shape, in the order in which a token meets them."""
+
+    def shapes(parts, prefix=""):
+        there = (part for part in parts if not part.needs or getattr(config, part.needs))
+        return {prefix + part.json: tuple(config.sizes[size] for size in part.sizes) for part in there}
+
+    blocks = (shapes(BLOCK, f"model.layers.{layer}.") for layer in range(config.n_layers))
+    return shapes(BEFORE) | {name: shape for block in blocks for name, shape in block.items()} | shapes(AFTER)
 
 
 def n_parameters(config: ModelConfig) -> int:
@@ -118,21 +105,22 @@ def n_parameters(config: ModelConfig) -> int:
 
 
 def gguf_config(gguf: GGUFFile, name: str) -> ModelConfig:
-    """The config of a .gguf file; rope_freqs.weight goes into it. Raises MinillmError."""
-    factors = gguf.tensors.get("rope_freqs.weight")
-    if factors is not None and factors.kind != "F32":
-        raise factors.error(f"is of type {factors.kind}; it must be F32")
-    if factors is not None:
-        factors = tuple(factors.file.bytes_at(factors.offset, factors.nbytes).view("<f4").tolist())
-    return ModelConfig.from_gguf(gguf.metadata, name, gguf.tensors, factors)
+    """The config of a .gguf file; the factors of RoPE go into it. Raises MinillmError."""
+    factors = {name: gguf.tensors[name] for name in FACTORS if name in gguf.tensors}
+    for tensor in factors.values():
+        if tensor.kind != "F32":
+            raise tensor.error(f"is of type {tensor.kind}; it must be F32")
+    values = {name: tuple(t.file.bytes_at(t.offset, t.nbytes).view("<f4").tolist()) for name, t in factors.items()}
+    return config_from_gguf(gguf.metadata, name, gguf.tensors, values)
 
 
 def folder_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that a config asks for, of the safetensors files of a folder."""
-    found = read_folder(path)
-    # buffers that old versions of transformers saved, and a head that the config says not to use
+    found = {_text_name(name): tensor for name, tensor in read_folder(path).items()}
+    # buffers that old versions of transformers saved, a head that the config says not to use, and what only sees
     unused = {name for name in found if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
-    tensors = _placed(path, found, config, unused)
+    unused |= {name for name in found if name.startswith(_SEEING)}
+    tensors = _placed(path, dict(_apart(found, config)), config, unused)
     for tensor in tensors.values():
         if tensor.kind not in FLOATS:
             raise _unreadable(tensor)
@@ -141,22 +129,53 @@ def folder_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 
 def gguf_tensors(path: Path, gguf: GGUFFile, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that a config asks for, of a .gguf file, under their Hugging Face names."""
-    tensors = _placed(path, dict(_renamed(gguf)), config)
+    tensors = _placed(path, dict(_renamed(gguf, config)), config)
     for tensor in tensors.values():
         if tensor.kind not in FLOATS and len(tensor.shape) == 1:
             raise _unreadable(tensor)
     return tensors
 
 
-def _renamed(gguf: GGUFFile) -> Iterator[tuple[str, StoredTensor]]:
-    for name, tensor in gguf.tensors.items():
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match and match[2] in ("rope_freqs", "attn_rot_embd"):  # in the config; a buffer that old converters kept
+_SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def _text_name(name: str) -> str:
+    """The name of a tensor as a model has it that does not also see."""
+    for before, after in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    return name
+
+
+def _apart(found: dict[str, StoredTensor], config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
+    """With matrices that a family stores above one another taken apart, under their Hugging Face names."""
+    parts = {part.field: part for part in BLOCK}
+    for name, tensor in found.items():
+        match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)", name)
+        fused = [parts[field] for field in config.family.fused.get(match[2], ())] if match else []
+        if not fused:
+            yield name, tensor
             continue
-        if match is None or match[2] not in _GGUF_NAMES:
+        rows = [config.sizes[part.rows] for part in fused]
+        if tensor.shape != (sum(rows), config.dim):
+            raise tensor.error(f"has shape {list(tensor.shape)}, but the config asks for {[sum(rows), config.dim]}")
+        for part, n, end in zip(fused, rows, itertools.accumulate(rows), strict=True):
+            yield match[1] + part.json, tensor.rows(end - n, end)
+
+
+def _renamed(gguf: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
+    names = {part.gguf: part.json for part in BLOCK} | {name: name for name in config.family.fused}
+    outside = {part.gguf: part.json for part in BEFORE + AFTER}
+    found = {}
+    for name, tensor in gguf.tensors.items():
+        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if name in FACTORS or match and match[2] == "attn_rot_embd.weight":  # in the config; old converters' buffer
+            continue
+        here = names.get(match[2]) if match else outside.get(name)
+        if here is None:
             raise tensor.error("has no place in this model; minillm will not run a model while ignoring a part of it")
-        layer = "" if match[1] is None else f"model.layers.{match[1]}."
-        yield f"{layer}{_GGUF_NAMES[match[2]]}.{match[3]}", tensor
+        found[f"model.layers.{match[1]}.{here}" if match else here] = tensor
+    return _apart(found, config)
 
 
 def _placed(path: Path, found: dict, config: ModelConfig, unused=frozenset()) -> dict[str, StoredTensor]:
@@ -170,9 +189,11 @@ def _placed(path: Path, found: dict, config: ModelConfig, unused=frozenset()) ->
         )
     for name, tensor in found.items():
         if name not in shapes and name not in unused:
+            needs = dict.fromkeys(part.needs for part in BLOCK if part.needs)
+            flags = ", ".join(f"{flag} = {getattr(config, flag)}" for flag in needs)
             raise tensor.error(
-                f"has no place in this model (attention_bias = {config.attention_bias}, mlp_bias = {config.mlp_bias}, "
-                f"{config.n_layers} layers); minillm will not run a model while ignoring a part of it"
+                f"has no place in this model ({config.architecture}, {config.n_layers} layers, {flags}); "
+                "minillm will not run a model while ignoring a part of it"
             )
         if name in shapes and tensor.shape != shapes[name]:
             raise tensor.error(f"has shape {list(tensor.shape)}, but the config asks for {list(shapes[name])}")

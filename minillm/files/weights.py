@@ -7,7 +7,6 @@ back; "q8_0" and "q4_0" make blocks of matrices of floats in the same way.
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def load_weights(
     wanted = {name: tensor for name, tensor in stored.tensors.items() if only(name)}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(wanted, progress):
-            weight, kind = _load(tensor, stored.config.head_dim, pool.map), kinds[name]
+            weight, kind = _load(tensor, stored.order_of(name), pool.map), kinds[name]
             if weight.kind != kind:
                 weight = weight.widened(pool.map) if kind == "F32" else weight.quantized(kind, pool.map)
             if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
@@ -114,8 +113,8 @@ def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[s
             bar.update(tensor.nbytes)
 
 
-def _load(tensor: StoredTensor, head_dim: int, run) -> Weight:
-    """The tensor as it is stored, with the rows of a GGUF file's Q and K back in the half-split order."""
+def _load(tensor: StoredTensor, order: np.ndarray | None, run) -> Weight:
+    """The tensor as it is stored, the rows of each head in this order."""
     kind, raw = tensor.kind, tensor.file.bytes_at(tensor.offset, tensor.nbytes)
     if kind in BLOCK_BYTES:
         data = raw.reshape(*tensor.shape[:-1], -1)
@@ -124,7 +123,6 @@ def _load(tensor: StoredTensor, head_dim: int, run) -> Weight:
         data = data if data.flags.aligned else data.copy()  # BLAS would copy it at every product
     else:
         kind, data = "F32", dequantize_other(tensor, run)
-    if re.fullmatch(r"blk\.\d+\.attn_[qk]\.\w+", tensor.name):  # a GGUF file's name
-        pairs = data.reshape(-1, head_dim // 2, 2, *data.shape[1:])  # (heads, pair, which of the two, ...)
-        data = pairs.swapaxes(1, 2).reshape(data.shape)
+    if order is not None:
+        data = data.reshape(-1, len(order), *data.shape[1:])[:, order].reshape(data.shape)
     return Weight(kind, data, tensor.shape)

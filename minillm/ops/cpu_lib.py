@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.architectures import BLOCK
 from minillm.errors import UsageError
 from minillm.ops.pages import anonymous
 
@@ -34,18 +35,20 @@ class Product(Structure):
 
 class Block(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
-        *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")),
-        *((name, c_void_p) for name in ("bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_score")),
+        *((part.field, Matrix if part.columns else c_void_p) for part in BLOCK),
+        ("w_score", Matrix),
+        ("b_score", c_void_p),
+        *((name, c_int32) for name in ("rope", "window")),
     ]
 
 
 class Model(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("dim", "ffn_dim", "vocab_size", "window")),
-        ("eps", c_float),
-        ("scale", c_float),
+        *(
+            (name, c_int32)
+            for name in ("n_layers", "n_heads", "n_kv_heads", "head_dim", "dim", "ffn_dim", "vocab_size")
+        ),
+        *((name, c_float) for name in ("eps", "scale", "embedding_scale")),
         ("blocks", POINTER(Block)),
         ("norm", c_void_p),
         ("embedding", Matrix),

@@ -10,9 +10,6 @@ from minillm.ops import cpu_lib
 from minillm.ops.cpu_lib import floats, paged, pointer, slab_table
 from minillm.sampling import sample_each
 
-_MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "w_score")
-_VECTORS = ("attention_norm", "mlp_norm", "bq", "bk", "bv", "bo", "b_gate", "b_up", "b_down", "b_score")
-
 
 class Runner:
     """The prepared tables of one Model, whose weights are CpuWeights."""
@@ -21,17 +18,16 @@ class Runner:
         c, self.lib, self.model = model.config, model.ops.lib, model
         blocks = (cpu_lib.Block * c.n_layers)()
         for block, table in zip(model.blocks, blocks, strict=True):
-            for name in _MATRICES:
-                if getattr(block, name) is not None:
-                    setattr(table, name, getattr(block, name).matrix)
-            for name in _VECTORS:
-                setattr(table, name, pointer(getattr(block, name)))
+            for name, kind in table._fields_[:-2]:
+                if (weight := getattr(block, name)) is not None:
+                    setattr(table, name, weight.matrix if kind is cpu_lib.Matrix else pointer(weight))
+            table.rope, table.window = block.rope, block.window or 0
         sizes = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "dim", "ffn_dim", "vocab_size")
         self.table = cpu_lib.Model(
             **{name: getattr(c, name) for name in sizes},
-            window=c.sliding_window or 0,
             eps=c.rms_eps,
             scale=model.scale,
+            embedding_scale=c.embedding_scale,
             blocks=blocks,
             norm=pointer(model.norm),
             embedding=model.embedding.matrix,
@@ -72,9 +68,9 @@ class Runner:
 
     def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (B, 1, d/2). -> logits (B, vocab), or by B Draws the next tokens; the first layer whose
-        output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores (L, B, H),
-        or None where no cache collects them. Where a layer is named, nothing else is there."""
+        written here. cos, sin (ropes, B, 1, d/2). -> logits (B, vocab), or by B Draws the next tokens; the first
+        layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores
+        (L, B, H), or None where no cache collects them. Where a layer is named, nothing else is there."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))

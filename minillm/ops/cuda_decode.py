@@ -33,8 +33,8 @@ class DecodeStep:
             reals=((batch, 5), np.float64),
             ints=((batch, 2 + PENALTY_WINDOW), np.int32),
             results=((1 + batch,), np.int32),  # the first layer whose output is not finite; the next tokens
-            cos=((batch, half), np.float32),
-            sin=((batch, half), np.float32),
+            cos=((len(c.ropes), batch, half), np.float32),
+            sin=((len(c.ropes), batch, half), np.float32),
         )
         self.pages = device.empty((*heads, self.capacity), np.int32)
         self.versions = [None] * batch  # of the page tables that `pages` holds
@@ -93,7 +93,7 @@ class DecodeStep:
         host = self.host
         host["ids"][:], host["results"][0] = token_ids, FINE
         host["reals"][:], host["ints"][:] = launch.draw_tables(draws)
-        host["cos"][:], host["sin"][:] = cos[:, 0], sin[:, 0]
+        host["cos"][:], host["sin"][:] = cos[:, :, 0], sin[:, :, 0]
         for b, cache in enumerate(caches):
             one_more = np.array_equal(host["lengths"][:, b] + 1, cache.lengths)
             if not one_more or cache.version != self.versions[b]:
@@ -120,10 +120,10 @@ class DecodeStep:
     def _launch(self):
         runner, device, control, real16 = self.runner, self.device, self.control, self.runner.real16
         config, scale = runner.model.config, runner.model.scale
-        eps, window = config.rms_eps, config.sliding_window or 0
+        eps = config.rms_eps
         launch.last_pages(device, self.pages, control["lengths"], control["last_pages"])
         launch.decode_plan(device, control["lengths"], self.starts)
-        launch.embed(device, runner.model.embedding, control["ids"], self.x)
+        launch.embed(device, runner.model.embedding, control["ids"], self.x, config.embedding_scale)
         mixed = self.mixed.reshape(self.batch, -1)
         for index, layer in enumerate(runner.layers):
             pages, lengths = self.pages[index], control["lengths"][index]
@@ -133,10 +133,18 @@ class DecodeStep:
                 launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
                 if self.predicts:
                     launch.norm_gemv(device, x, layer.attention_norm, eps, layer.w_score, scores)
-            turn = control["cos"], control["sin"]
-            launch.rope_append(device, self.qkv, layer.bqkv, *turn, self.q[index], past, real16)
+            turn = control["cos"][layer.rope], control["sin"][layer.rope]
+            launch.rope_append(device, self.qkv, layer.bqkv, layer.head_norms, eps, *turn, self.q[index], past, real16)
             launch.decode_attention(
-                device, self.q[index], past, self.starts[index], self.space, self.mixed, scale, window, real16
+                device,
+                self.q[index],
+                past,
+                self.starts[index],
+                self.space,
+                self.mixed,
+                scale,
+                layer.window or 0,
+                real16,
             )
             for rows in self._groups():
                 launch.gemv_add(device, mixed[rows], layer.wo, self.x[rows])

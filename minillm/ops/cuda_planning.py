@@ -19,8 +19,7 @@ class CudaPlanning(Backend):
     def unrotated(self, rows, pos, cos, sin):
         out = self.device.empty(rows.shape, np.uint16)
         tables = self._upload_once(cos), self._upload_once(sin)
-        norm = float(cos[0, 0]) ** 2  # of the factor that yarn puts on cos and sin: position 0 shows it
-        launch.unrotate(self.device, self._rows(rows), self._indices(pos), *tables, norm, out, self.real16)
+        launch.unrotate(self.device, self._rows(rows), self._indices(pos), *tables, out, self.real16)
         return out
 
     def segment_ids(self, lengths):

@@ -21,11 +21,13 @@ class Layer:
         self.w_gate_up = _above(ops, block, "w_gate", "w_up")
         self.wo, self.w_down = block.wo, block.w_down
         self.attention_norm, self.mlp_norm = device.upload(block.attention_norm), device.upload(block.mlp_norm)
-        self.bqkv = _bias(device, block.bq, block.bk, block.bv)
-        self.b_gate_up = _bias(device, block.b_gate, block.b_up)
-        self.bo, self.b_down = _bias(device, block.bo), _bias(device, block.b_down)
+        self.head_norms = _uploaded(device, block.q_norm), _uploaded(device, block.k_norm)
+        self.bqkv = _uploaded(device, block.bq, block.bk, block.bv)
+        self.b_gate_up = _uploaded(device, block.b_gate, block.b_up)
+        self.bo, self.b_down = _uploaded(device, block.bo), _uploaded(device, block.b_down)
         self.w_score = block.w_score
-        self.b_score = _bias(device, block.b_score)
+        self.b_score = _uploaded(device, block.b_score)
+        self.rope, self.window = block.rope, block.window
 
 
 def _above(ops, block, *names):
@@ -49,7 +51,7 @@ def _widened(ops, weight):
     return CudaWeight(DENSE[ops.real16], weight.shape, words.view(np.uint8))
 
 
-def _bias(device, *parts):
+def _uploaded(device, *parts):
     return None if parts[0] is None else device.upload(np.concatenate(parts))
 
 
@@ -76,9 +78,9 @@ class Runner:
         self._product(normed, layer.wqkv, qkv)
         q = device.empty((c.n_heads, n, c.head_dim), np.uint16)
         k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
-        launch.rope_split(device, qkv, layer.bqkv, cos, sin, q, k, v, self.real16)
+        launch.rope_split(device, qkv, layer.bqkv, layer.head_norms, c.rms_eps, cos, sin, q, k, v, self.real16)
         del qkv, normed
-        mixed, lse = self.ops.prefill_attention(q, k, v, past, self.model.scale, c.sliding_window)
+        mixed, lse = self.ops.prefill_attention(q, k, v, past, self.model.scale, layer.window)
         return q, lse, k, v, scores, mixed
 
     def _scores(self, layer, normed):
@@ -146,9 +148,9 @@ class Runner:
 
     def decode(self, token_ids, caches, cos, sin, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the first
-        layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores
-        (L, B, H), or None where no cache collects them."""
+        written here. cos, sin (ropes, B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the
+        first layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted
+        scores (L, B, H), or None where no cache collects them."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)

@@ -206,7 +206,7 @@ class NumpyOps(Backend):
         return out
 
     def unrotated(self, rows, pos, cos, sin):
-        norm = np.float32(cos[0, 0] ** 2)  # yarn scales cos and sin: position 0 shows by how much
+        norm = cos[0] ** 2  # cos and sin carry a factor: position 0 shows which, pair by pair
         cos, sin = cos / norm, -sin / norm
         return self.rope(rows, cos.take(pos, axis=0), sin.take(pos, axis=0))
 

@@ -29,7 +29,8 @@ def layer_of(model, step, protected, queries=()):
     """The Layer of the tokens of a Step that reads a text, one row each in every head. protected (n,); queries: of a
     second reading."""
     array, (n_heads, n, d) = model.ops.array, step.k.shape
-    cos, sin = model.rope.tables(np.arange(n), n)
+    block = model.blocks[step.index]
+    cos, sin = model.rotations(np.arange(n), n)[block.rope]
     return Layer(
         index=step.index,
         k_rows=step.k.reshape(-1, d),
@@ -43,7 +44,7 @@ def layer_of(model, step, protected, queries=()):
         sin=sin,
         ops=model.ops,
         scale=model.scale,
-        attention_window=model.config.sliding_window,
+        attention_window=block.window,
         queries=queries,
     )
 

@@ -7,6 +7,7 @@ import pytest
 from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
 from emulator import Kernel, cases
 from literal import rotated
+from oracle import rms_norm
 
 from minillm.files.weights import Weight
 from minillm.ops import cuda_clusters, launch
@@ -176,20 +177,29 @@ def tables(rng, n, d, factor=1.0):
 
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize(
-    "d, n_heads, n_kv_heads, biased",
-    cases([(64, 3, 3, False), (128, 8, 2, True), (64, 1, 1, True)], races=[(64, 3, 3, False)]),
+    "d, n_heads, n_kv_heads, biased, normed",
+    cases(
+        [(64, 3, 3, False, False), (128, 8, 2, True, False), (64, 1, 1, True, True), (128, 3, 1, False, True)],
+        races=[(64, 3, 3, False, True)],
+    ),
 )
-def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased):
+def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased, normed):
     n, columns = 5, n_heads + 2 * n_kv_heads
     qkv = to_words(rng.normal(size=(n, columns * d)), real16)
     bias = rng.normal(size=columns * d).astype(F32)
     angle, cos, sin = tables(rng, n, d, 1.2)
     q, k, v = (device.empty((heads, n, d), np.uint16) for heads in (n_heads, n_kv_heads, n_kv_heads))
-    arguments = [device.upload(qkv), device.upload(bias) if biased else None, device.upload(cos), device.upload(sin)]
-    launch.rope_split(device, *arguments, q, k, v, real16)
+    norms = rng.normal(1, 0.3, (2, d)).astype(F32)
+    how = device.upload(bias) if biased else None, [device.upload(norm) for norm in norms] if normed else (None, None)
+    turn = device.upload(cos), device.upload(sin)
+    launch.rope_split(device, device.upload(qkv), *how, 1e-3, *turn, q, k, v, real16)
     x = np.float64(from_words(qkv, real16)) + biased * bias
     x = x.reshape(n, columns, d).transpose(1, 0, 2)
-    turned = rotated(x, angle, 1.2)
+    to_turn = x.copy()
+    if normed:
+        to_turn[:n_heads] = rms_norm(x[:n_heads], norms[0], 1e-3)
+        to_turn[n_heads:] = rms_norm(x[n_heads:], norms[1], 1e-3)
+    turned = rotated(to_turn, angle, 1.2)
     whole = np.concatenate([turned[:-n_kv_heads], x[-n_kv_heads:]])
     expected = np.split(whole, [n_heads, n_heads + n_kv_heads])
     for ours, exact in zip((q, k, v), expected, strict=True):
@@ -238,9 +248,12 @@ def test_rope_append(device, rng, real16, d):
     qkv = to_words(rng.normal(size=(2, 8 * d)), real16)
     angle, cos, sin = tables(rng, 2, d)
     q = device.empty((2, n_heads, d), np.uint16)
-    launch.rope_append(device, device.upload(qkv), None, device.upload(cos), device.upload(sin), q, pages.paged, real16)
+    norms = rng.normal(1, 0.3, (2, d)).astype(F32)
+    given = device.upload(qkv), None, [device.upload(norm) for norm in norms], 1e-3
+    launch.rope_append(device, *given, device.upload(cos), device.upload(sin), q, pages.paged, real16)
     x = from_words(qkv, real16).reshape(2, 8, d)
-    turned, close = rotated(x, angle[:, None]), {"rtol": REAL16[real16], "atol": 2e-6}
+    normed = np.concatenate([rms_norm(x[:, :4], norms[0], 1e-3), rms_norm(x[:, 4:], norms[1], 1e-3)], axis=1)
+    turned, close = rotated(normed, angle[:, None]), {"rtol": REAL16[real16], "atol": 2e-6}
     np.testing.assert_allclose(from_words(q.get(), real16), turned[:, :4], **close)
     for b, h in np.ndindex(lengths.shape):
         k, v, log_size, pos = pages.entry((b, h), lengths[b, h] - 1)
@@ -258,7 +271,7 @@ def test_rope_append_in_8_bits(device, rng, real16, d):
     lengths, stored = np.array([[1, 33, 64], [32, 70, 2]]), {}
     qkv, (_, *turn) = to_words(rng.normal(size=(2, 9 * d)), real16), tables(rng, 2, d)
     qkv[0, 7 * d : 8 * d] = 0  # a value of zeros
-    given = [device.upload(qkv), None, *map(device.upload, turn)]
+    given = [device.upload(qkv), None, (None, None), 1e-5, *map(device.upload, turn)]
     for dtype in ("float16", "int8"):
         pages = Pages(device, rng, d, lengths, dtype=dtype)
         q = device.empty((2, 3, d), np.uint16)
@@ -364,7 +377,7 @@ def test_merge(device, rng, d, n_rows, n_entries):
     np.testing.assert_allclose(from_words(out.get(), "bf16"), exact, rtol=REAL16["bf16"], atol=1e-5)
 
     back = device.empty((n_rows, d), np.uint16)
-    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), 1.1**2, back, "bf16")
+    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), back, "bf16")
     unrotated = rotated(rows, -angle[pos], 1 / 1.1)
     np.testing.assert_allclose(from_words(back.get(), "bf16"), unrotated, rtol=REAL16["bf16"], atol=1e-5)
     keys = up(words), back, up(pos), up(order), up(first), up(weight), up(entry_pos), up(cos), up(sin)

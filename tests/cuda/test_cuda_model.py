@@ -41,7 +41,7 @@ def test_prompt_and_decode(device, ids, kind):
     [
         {"n_heads": 3, "n_kv_heads": 3},
         {"n_heads": 6, "head_dim": 128, "sliding_window": 40},
-        {"n_heads": 8, "n_kv_heads": 1, "attention_bias": True, "mlp_bias": True, "tied_head": True},
+        {"n_heads": 8, "n_kv_heads": 1, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied_head": True},
     ],
     ids=["mha", "gqa3-d128-window", "mqa-biases-tied"],
 )

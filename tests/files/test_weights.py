@@ -167,7 +167,7 @@ FOREIGN = [
     (MODEL | {NORM: np.zeros((1, 64), np.float32)}, rf"{NORM} has shape \[1, 64\]"),
     (
         MODEL | {"model.layers.0.self_attn.q_proj.bias": np.zeros(128, np.float32)},
-        "q_proj.bias has no place.*attention_bias",
+        "q_proj.bias has no place.*qkv_bias",
     ),
     (MODEL | {n.replace(".1.", ".2."): a for n, a in MODEL.items() if ".1." in n}, r"model.layers.2.* has no place"),
     (MODEL | {"model.layers.0.self_attn.q_norm.weight": np.zeros(32, np.float32)}, "q_norm.weight has no place"),

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.cache import state as cache_state
 from minillm.files import own_file
-from minillm.files.config import ModelConfig
+from minillm.files.config_json import config_from_json
 from minillm.programs import run
 
 ANSWER = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -31,7 +31,7 @@ def tuned(folder):
 
 def write_tiny_gguf(path, seed, kind):
     """Models of two seeds have the same norms."""
-    config = ModelConfig.from_dict(tiny_chat.CONFIG, "tiny")
+    config = config_from_json(tiny_chat.CONFIG, "tiny")
     weights = tiny_chat.weights(tiny_chat.CONFIG, seed)
     norms = {name: weight for name, weight in tiny_chat.weights(tiny_chat.CONFIG, 7).items() if weight.ndim == 1}
 

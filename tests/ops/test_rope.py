@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 from paths import DATA
 
-from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.config import RopeConfig
+from minillm.files.config_json import config_from_json
 from minillm.rope import Rope
 
 GOLDEN = json.loads((DATA / "rope_golden.json").read_text(encoding="utf-8"))
 
 
 def rope_of(rope: RopeConfig, head_dim: int = 16) -> Rope:
-    sizes = {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "dim": 8, "ffn_dim": 8, "vocab_size": 8, "context": 64}
-    return Rope(ModelConfig("test", "LlamaForCausalLM", head_dim=head_dim, rms_eps=1e-5, rope=rope, **sizes))
+    return Rope(rope, head_dim)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
 def test_transformers(case):
-    rope = Rope(ModelConfig.from_dict(case["config"] | {"architectures": ["LlamaForCausalLM"]}))
+    config = config_from_json(case["config"] | {"architectures": ["LlamaForCausalLM"]})
+    rope = Rope(config.rope, config.head_dim)
     for at in case["at"]:
         want = np.array(at["inv_freq"], np.float32)
         got = rope.inverse_frequencies(at["length"])

@@ -182,7 +182,7 @@ def test_a_second_reading_gives_what_the_text_is_asked_for():
     x = model.embedding.data.astype(np.float64)[ids]
     normed = rms_norm(x, block.attention_norm, 1e-5)
     np.testing.assert_allclose(h, normed, atol=1e-5)
-    cos, sin = model.rope.tables(np.arange(80), 80)
+    cos, sin = model.ropes[0].tables(np.arange(80), 80)
     turned = [
         numpy_ops.rope(
             (np.vstack([normed, normed]) @ w.data.T.astype(np.float64))

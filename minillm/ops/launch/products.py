@@ -5,9 +5,9 @@ import numpy as np
 from minillm.ops.launch.start import blocks, run
 
 
-def embed(device, weight, ids, out):
-    """out (n, dim) float32 = rows ids (n,) int32 of a CudaWeight (vocab, dim)."""
-    _rows_of(device, "embed", weight, len(ids), {"ids": ids, "x": out})
+def embed(device, weight, ids, out, scale=1.0):
+    """out (n, dim) float32 = scale times rows ids (n,) int32 of a CudaWeight (vocab, dim)."""
+    _rows_of(device, "embed", weight, len(ids), {"ids": ids, "scale": scale, "x": out})
     assert out.shape == (len(ids), weight.shape[1])
 
 

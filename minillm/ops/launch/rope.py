@@ -3,30 +3,34 @@
 from minillm.ops.launch.start import blocks, head_defines, page_defines, run
 
 
-def rope_split(device, qkv, bias, cos, sin, q, k, v, real16):
-    """q (Hq, n, d), k and v (H, n, d) from qkv (n, (Hq + 2 H) d) real16; q and k turned by cos, sin (n, d/2)."""
+def rope_split(device, qkv, bias, norms, eps, cos, sin, q, k, v, real16):
+    """q (Hq, n, d), k and v (H, n, d) from qkv (n, (Hq + 2 H) d) real16; q and k over their norms (d,), which may be
+    None, and turned by cos, sin (n, d/2)."""
     (n_heads, n, d), n_kv_heads = q.shape, len(k)
     assert qkv.shape == (n, (n_heads + 2 * n_kv_heads) * d) and cos.shape == sin.shape == (n, d // 2)
     assert k.shape == v.shape == (n_kv_heads, n, d)
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "k": k, "v": v}
+    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps}
     arguments |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = n, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
     run(device, "rope", "rope_split", grid, (256,), arguments, defines=head_defines(d, real16))
 
 
-def rope_append(device, qkv, bias, cos, sin, q, past, real16):
-    """A decode step: q (B, Hq, d) turned, k turned and v into the last entry of every head of `past` (Paged)."""
+def rope_append(device, qkv, bias, norms, eps, cos, sin, q, past, real16):
+    """A decode step: q (B, Hq, d) as in `rope_split`, k too and with v into the last entry of every head of `past`
+    (Paged)."""
     (batch, n_heads, d), n_kv_heads = q.shape, past.lengths.shape[1]
     assert qkv.shape == (batch, (n_heads + 2 * n_kv_heads) * d) and cos.shape == sin.shape == (batch, d // 2)
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "seen": past.seen}
+    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps}
     arguments |= past.arguments() | {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = batch, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
     defines = page_defines(d, real16, past.dtype)
     run(device, "rope_append", "rope_append", grid, (256,), arguments, defines=defines)
 
 
-def unrotate(device, rows, pos, cos, sin, norm, out, real16):
-    """out (n, d) = rows (n, d) turned back by their positions pos (n,); cos, sin (positions, d/2) over sqrt(norm)."""
+def unrotate(device, rows, pos, cos, sin, out, real16):
+    """out (n, d) = rows (n, d) turned back from their positions pos (n,); cos, sin (positions, d/2)."""
     n, d = rows.shape
-    arguments = {"rows": rows, "pos": pos, "cos": cos, "sin": sin, "norm": norm, "out": out, "n": n}
+    arguments = {"rows": rows, "pos": pos, "cos": cos, "sin": sin, "out": out, "n": n}
     run(device, "rope", "unrotate", (blocks(n * d // 4, 256),), (256,), arguments, defines=head_defines(d, real16))
