@@ -15,7 +15,7 @@ def tiny_golden(llm, folder):
     what does not."""
     with np.load(folder / "golden.npz") as golden:
         ids, logits = golden["ids"].tolist(), golden["logits"]
-    if llm.config.rope.kind == "dynamic":
+    if llm.config.rope.kind in ("dynamic", "longrope"):
         n = llm.config.rope.original_context
         ids, logits = ids[:n], llm.logits(ids[:n])
     return ids, logits

@@ -1,4 +1,4 @@
-"""A Llama or Mistral forward pass in NumPy float64, as literal as it gets: what minillm is compared with.
+"""A forward pass of Llama and its kind in NumPy float64, as literal as it gets: what minillm is compared with.
 
 It shares no code with minillm. A model is its config.json as a dict and its weights as a dict of float arrays under
 their Hugging Face names; nothing is cached, batched or fused. n: tokens, m: keys, the rest as in config.json.
@@ -13,44 +13,70 @@ import numpy as np
 def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
     """Logits (n, vocab) float64 of the token ids (n,).
 
-    `inv_freq` (head_dim // 2,) and `attention_factor` are what the model's RoPE scaling makes of them; without them the
-    plain theta ** (-2i / head_dim) is used, and a config that wants a scaling is refused.
+    `inv_freq` (rotated // 2,) and `attention_factor` are what the model's RoPE scaling makes of them; without them the
+    plain theta ** (-2i / rotated) is used, and a config that wants a scaling is refused.
     """
-    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    w = split({name: np.asarray(array, np.float64) for name, array in weights.items()}, config)
     n, n_heads = len(ids), config["num_attention_heads"]
     n_kv_heads = config.get("num_key_value_heads") or n_heads
     head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
     eps = config["rms_norm_eps"]
+    turned = int(head_dim * config.get("partial_rotary_factor", 1))
     if inv_freq is None:
-        inv_freq = plain_inv_freq(config, head_dim)
+        inv_freq = plain_inv_freq(config, turned)
 
     position = np.arange(n)
-    angle = position[:, None] * np.asarray(inv_freq, np.float64)  # (n, head_dim // 2)
+    angle = position[:, None] * np.asarray(inv_freq, np.float64)  # (n, turned // 2)
     cos, sin = np.cos(angle) * attention_factor, np.sin(angle) * attention_factor
-    mask = position[None, :] <= position[:, None]  # (n queries, n keys)
-    if config.get("sliding_window"):
-        mask &= position[None, :] > position[:, None] - config["sliding_window"]
+    causal = position[None, :] <= position[:, None]  # (n queries, n keys)
+    near = position[None, :] > position[:, None] - (config.get("sliding_window") or n)
+    residual = config.get("residual_multiplier", 1)
+    scale = config.get("attention_multiplier", head_dim**-0.5)
 
-    x = w["model.embed_tokens.weight"][ids]  # (n, dim)
+    x = w["model.embed_tokens.weight"][ids] * config.get("embedding_multiplier", 1)  # (n, dim)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
 
         def linear(name, x, prefix=prefix):
             return x @ w[f"{prefix}{name}.weight"].T + w.get(f"{prefix}{name}.bias", 0)
 
+        def heads(kind, x, count, prefix=prefix):
+            y = linear(f"self_attn.{kind}_proj", x).reshape(n, count, head_dim)
+            if f"{prefix}self_attn.{kind}_norm.weight" in w:
+                y = rms_norm(y, w[f"{prefix}self_attn.{kind}_norm.weight"], eps)
+            return y.transpose(1, 0, 2)
+
         h = rms_norm(x, w[prefix + "input_layernorm.weight"], eps)
-        q = linear("self_attn.q_proj", h).reshape(n, n_heads, head_dim).transpose(1, 0, 2)
-        k = linear("self_attn.k_proj", h).reshape(n, n_kv_heads, head_dim).transpose(1, 0, 2)
-        v = linear("self_attn.v_proj", h).reshape(n, n_kv_heads, head_dim).transpose(1, 0, 2)
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
-        x = x + linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
+        q, k, v = heads("q", h, n_heads), heads("k", h, n_kv_heads), heads("v", h, n_kv_heads)
+        if config["model_type"] != "smollm3" or layer % 4 != 3:
+            q[..., :turned], k[..., :turned] = rotate(q[..., :turned], cos, sin), rotate(k[..., :turned], cos, sin)
+        slides = layer >= config.get("max_window_layers", 0)
+        out = attention(q * scale * head_dim**0.5, k, v, causal & near if slides else causal)
+        x = x + residual * linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
 
         h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], eps)
         gate = linear("mlp.gate_proj", h)
-        x = x + linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
+        x = x + residual * linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
 
     head = w["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
-    return rms_norm(x, w["model.norm.weight"], eps) @ head.T
+    return rms_norm(x, w["model.norm.weight"], eps) @ head.T / config.get("logits_scaling", 1)
+
+
+def split(weights, config):
+    """`weights` with the matrices of Phi-3, which lie above one another in one, by their names in a Llama."""
+    out = {}
+    for name, array in weights.items():
+        if "qkv_proj" in name:
+            d = config["hidden_size"] // config["num_attention_heads"]
+            q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+            parts = np.split(array, [q, q + kv])
+            out |= {name.replace("qkv", kind): part for kind, part in zip("qkv", parts, strict=True)}
+        elif "gate_up_proj" in name:
+            parts = np.split(array, 2)
+            out |= {name.replace("gate_up", kind): part for kind, part in zip(("gate", "up"), parts, strict=True)}
+        else:
+            out[name] = array
+    return out
 
 
 def attention(q, k, v, mask=None, log_size=None):

@@ -1,6 +1,6 @@
 """Writes the tiny random models of tests/data/tiny and what transformers computes with them.
 
-    python tools/make_tiny_models.py        (needs torch and transformers, which minillm itself does without)
+    python tools/make_tiny_models.py [NAME ...]      (needs torch and transformers, which minillm itself does without)
 
 Each is a folder as on the Hub, without a tokenizer: config.json, *.safetensors, and beside them golden.npz with
 `ids` (n,) int64, `logits` (n, vocab) float32 of one forward pass in float32, and the `inv_freq` (head_dim // 2,) and
@@ -40,6 +40,9 @@ LLAMA = {
     "torch_dtype": "bfloat16",
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+
+QWEN = LLAMA | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 
 # Heads are 16 wide in the RoPE models, so that they have eight frequencies: some that a scaling leaves alone, some that
 # it blends, some that it stretches. Old (rope_scaling) and new (rope_parameters) spellings both occur.
@@ -97,6 +100,51 @@ MODELS = {
     "head-dim": (24, 1, MISTRAL | {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 24}),
     "mqa-f16": (24, 1, LLAMA | {"num_key_value_heads": 1, "torch_dtype": "float16"}),
     "tied-head": (24, 1, LLAMA | {"tie_word_embeddings": True}),
+    "qwen2": (40, 1, QWEN | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}),
+    "qwen3": (
+        24,
+        1,
+        LLAMA
+        | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "smollm3": (
+        24,
+        1,
+        LLAMA
+        | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 4, "pad_token_id": 0},
+    ),
+    "granite": (
+        24,
+        1,
+        LLAMA
+        | {
+            "architectures": ["GraniteForCausalLM"],
+            "model_type": "granite",
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": (40, 1, PHI3 | {"sliding_window": 8}),
+    "phi4-mini": (
+        40,
+        1,
+        PHI3
+        | WIDE
+        | {
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 1.7, 2.0],
+                "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0],
+            },
+        },
+    ),
 }
 
 
@@ -112,7 +160,9 @@ def random_weights(model, generator):
         elif "embed" in name:
             values *= 0.2
         else:
-            values *= (2.0 if "q_proj" in name or "k_proj" in name else 1.0) / parameter.shape[1] ** 0.5
+            values *= (
+                2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv_proj")) else 1.0
+            ) / parameter.shape[1] ** 0.5
         weights[name] = values
     return weights  # without lm_head.weight where it is the embedding
 
@@ -171,12 +221,12 @@ def check(name, model, ids, logits, config):
     other[0] = 3 + (ids[0] - 2) % (config["vocab_size"] - 3)
     change = np.abs(logits_of(model, other) - logits).max(axis=1)  # (n,)
     reach = len(ids)
-    if config.get("sliding_window"):
+    if config.get("sliding_window") and not config.get("max_window_layers"):
         reach = (config["sliding_window"] - 1) * config["num_hidden_layers"] + 1
         assert change[reach:].max() == 0, name
     assert change[:reach].min() > 1e-3, (name, change)
 
-    if "rope" in name:  # the scaling must show: more than rounding could explain
+    if "rope" in name or name == "phi4-mini":  # the scaling must show: more than rounding could explain
         rope = model.model.rotary_emb
         scaled, factor = rope.inv_freq.clone(), rope.attention_scaling
         rope.rope_type = "default"
@@ -187,6 +237,7 @@ def check(name, model, ids, logits, config):
 
 if __name__ == "__main__":
     disable_progress_bar()
-    shutil.rmtree(TINY, ignore_errors=True)
     for seed, (name, (n, n_files, config)) in enumerate(MODELS.items()):
-        make(name, n, n_files, config, seed)
+        if len(sys.argv) == 1 or name in sys.argv[1:]:
+            shutil.rmtree(TINY / name, ignore_errors=True)
+            make(name, n, n_files, config, seed)
