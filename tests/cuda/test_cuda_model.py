@@ -42,8 +42,19 @@ def test_prompt_and_decode(device, ids, kind):
         {"n_heads": 3, "n_kv_heads": 3},
         {"n_heads": 6, "head_dim": 128, "sliding_window": 40},
         {"n_heads": 8, "n_kv_heads": 1, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied_head": True},
+        {  # what one family or another has
+            **{
+                "qkv_bias": True,
+                "qk_norm": True,
+                "rotated_dim": 48,
+                "unrotated": (0,),
+                "sliding_window": 40,
+                "full": (1,),
+            },
+            **{"attention_scale": 0.2, "embedding_scale": 3.0, "logit_scale": 0.5},
+        },
     ],
-    ids=["mha", "gqa3-d128-window", "mqa-biases-tied"],
+    ids=["mha", "gqa3-d128-window", "mqa-biases-tied", "families"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes_of_model(device, ids, changes, dtype):
