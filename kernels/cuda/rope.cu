@@ -20,10 +20,12 @@ rope_split(const real16* qkv, const float* bias, const float* q_norm, const floa
     store(to + HALF + i, high);
 }
 
-// out (n, d) = rows (n, d), row r turned back from position pos[r]. cos, sin (positions, d/2): they carry a factor (yarn's),
-// which is taken out, so that what RoPE was applied to comes out. Grid: blocks over the rows.
+// out (n, d) = rows (n, d), row r turned back from position pos[r]. cos, sin (positions, d/2). factor (d/2,), or null for
+// ones: what both carry for each pair (yarn's); it is taken out, so that what RoPE was applied to comes out.
+// Grid: blocks over the rows.
 extern "C" __global__ void __launch_bounds__(256)
-unrotate(const real16* rows, const int* pos, const float* cos, const float* sin, real16* out, int n) {
+unrotate(const real16* rows, const int* pos, const float* cos, const float* sin, const float* factor, real16* out,
+         int n) {
     int thread = blockIdx.x * blockDim.x + threadIdx.x, r = thread / THREADS, i = thread % THREADS * 2;
     if (r >= n) return;
     const real16* row = rows + (size_t)r * D;
@@ -35,7 +37,7 @@ unrotate(const real16* rows, const int* pos, const float* cos, const float* sin,
     load(s, sin + (size_t)at * HALF + i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-        float a = low[j], b = high[j], norm = c[j] * c[j] + s[j] * s[j];
+        float a = low[j], b = high[j], norm = factor ? factor[i + j] * factor[i + j] : 1.f;
         low[j] = (a * c[j] + b * s[j]) / norm;
         high[j] = (b * c[j] - a * s[j]) / norm;
     }

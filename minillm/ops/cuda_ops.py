@@ -91,7 +91,7 @@ class CudaOps(CudaPlanning):
         row = np.broadcast_to(row, x.shape[:-1]).ravel()
         tables = (self.device.upload(table.reshape(-1, half)) for table in (cos, -sin))
         out = self.device.empty((len(row), 2 * half), np.uint16)
-        launch.unrotate(self.device, x.reshape(out.shape), self._indices(row), *tables, 1.0, out, self.real16)
+        launch.unrotate(self.device, x.reshape(out.shape), self._indices(row), *tables, None, out, self.real16)
         return out.reshape(x.shape)
 
     def swiglu(self, gate, up):

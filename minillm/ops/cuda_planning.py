@@ -19,7 +19,7 @@ class CudaPlanning(Backend):
     def unrotated(self, rows, pos, cos, sin):
         out = self.device.empty(rows.shape, np.uint16)
         tables = self._upload_once(cos), self._upload_once(sin)
-        launch.unrotate(self.device, self._rows(rows), self._indices(pos), *tables, out, self.real16)
+        launch.unrotate(self.device, self._rows(rows), self._indices(pos), *tables, tables[0][0], out, self.real16)
         return out
 
     def segment_ids(self, lengths):

@@ -377,7 +377,7 @@ def test_merge(device, rng, d, n_rows, n_entries):
     np.testing.assert_allclose(from_words(out.get(), "bf16"), exact, rtol=REAL16["bf16"], atol=1e-5)
 
     back = device.empty((n_rows, d), np.uint16)
-    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), back, "bf16")
+    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), up(np.full(d // 2, 1.1, F32)), back, "bf16")
     unrotated = rotated(rows, -angle[pos], 1 / 1.1)
     np.testing.assert_allclose(from_words(back.get(), "bf16"), unrotated, rtol=REAL16["bf16"], atol=1e-5)
     keys = up(words), back, up(pos), up(order), up(first), up(weight), up(entry_pos), up(cos), up(sin)

@@ -29,8 +29,9 @@ def rope_append(device, qkv, bias, norms, eps, cos, sin, q, past, real16):
     run(device, "rope_append", "rope_append", grid, (256,), arguments, defines=defines)
 
 
-def unrotate(device, rows, pos, cos, sin, out, real16):
-    """out (n, d) = rows (n, d) turned back from their positions pos (n,); cos, sin (positions, d/2)."""
+def unrotate(device, rows, pos, cos, sin, factor, out, real16):
+    """out (n, d) = rows (n, d) turned back from their positions pos (n,); cos, sin (positions, d/2) carry a factor
+    for each pair, (d/2,), or none."""
     n, d = rows.shape
-    arguments = {"rows": rows, "pos": pos, "cos": cos, "sin": sin, "out": out, "n": n}
+    arguments = {"rows": rows, "pos": pos, "cos": cos, "sin": sin, "factor": factor, "out": out, "n": n}
     run(device, "rope", "unrotate", (blocks(n * d // 4, 256),), (256,), arguments, defines=head_defines(d, real16))
