@@ -22,8 +22,9 @@ from minillm.engine.admission import cache_bytes, fitting_dtype, require, requir
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
+from minillm.files.formats import BF16, QUANTIZED
 from minillm.files.profile_file import find as find_profile
-from minillm.files.stored_model import QUANTIZED, open_model, tensor_shapes
+from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
 from minillm.model import MLP_ROWS, Model
 from minillm.sampling import SamplingParams
@@ -157,10 +158,10 @@ class LLM:
         weights = {}
         for number, (name, shape) in enumerate(shapes.items()):
             if len(shape) == 1:
-                weights[name] = Weight("F32", np.full(shape, name.endswith("norm.weight"), np.float32), shape)
+                weights[name] = Weight.floats(np.full(shape, name.endswith("norm.weight"), np.float32))
             else:
                 words = backend.random_words(shape, seed * len(shapes) + number)
-                weights[name] = Weight("BF16", words, shape)
+                weights[name] = Weight(BF16, words, shape)
         model = Model(config, weights, backend)
         llm = cls(config, model, None, cache or CacheConfig(), config.context, "stored", frozenset(config.eos_ids))
         llm.load_seconds = time.perf_counter() - start

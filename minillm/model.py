@@ -103,7 +103,7 @@ class Model:
 
     def _project(self, weight, bias):
         for block, w, b in zip(self.blocks, weight, bias, strict=True):
-            block.w_score, block.b_score = self.ops.prepare(Weight("F32", w, w.shape)), b
+            block.w_score, block.b_score = self.ops.prepare(Weight.floats(w)), b
 
     def layers(self, parts, past, wants=(), first=0):
         """Carry tokens through the blocks from `first` on: yields a Step between the halves of every (block, part).

@@ -42,7 +42,7 @@ def model_of(config, ops=numpy_ops, seed=0):
         shapes |= {layer + "self_attn.o_proj": (config.dim, q), layer + "mlp.down_proj": (config.dim, config.ffn_dim)}
         shapes |= {layer + f"mlp.{x}_proj": (config.ffn_dim, config.dim) for x in ("gate", "up")}
     values = {name: rng.normal(len(shape) == 1, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
-    model = Model(config, {f"{name}.weight": Weight("F32", x, x.shape) for name, x in values.items()}, ops)
+    model = Model(config, {f"{name}.weight": Weight.floats(x) for name, x in values.items()}, ops)
     score = rng.normal(0, 0.3, (config.n_layers, config.n_kv_heads, config.dim + 1)).astype(np.float32)
     model.predict(np.ascontiguousarray(score[:, :, 1:]), np.ascontiguousarray(score[:, :, 0]))
     return model
@@ -61,7 +61,7 @@ def compressor_of(model, method="semanticache", budget=None, **options):
 
 def bare_model(rope, wo, n_kv_heads, scale=1.0):
     """What compression sees of a model whose keys and values come from elsewhere. wo (L, dim, Hq * d) float32."""
-    weights = [Weight("F32", w, w.shape) for w in wo]
+    weights = [Weight.floats(w) for w in wo]
     projections = [OutputProjection(w, n_kv_heads, rope.head_dim, numpy_ops) for w in weights]
     blocks = [SimpleNamespace(wo=w, rope=0, window=None) for w in weights]
     model = SimpleNamespace(ops=numpy_ops, scale=scale, blocks=blocks, projections=projections)

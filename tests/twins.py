@@ -13,6 +13,7 @@ from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.compress.options import Recipe
 from minillm.compress.reading import extend
+from minillm.files.formats import FORMATS
 from minillm.files.stored_model import tensor_shapes
 from minillm.files.weights import Weight
 from minillm.model import Model
@@ -34,7 +35,7 @@ def weights_of(config, kind, seed=0):
     for name, shape in tensor_shapes(config).items():
         values = rng.normal(size=shape).astype(np.float32)
         if len(shape) == 1:
-            out[name] = Weight("F32", 1 + values / 10 if "norm" in name else values / 10, shape)
+            out[name] = Weight.floats(1 + values / 10 if "norm" in name else values / 10)
             continue
         values /= np.float32(np.sqrt(shape[1]))
         if kind == "F32":
@@ -45,7 +46,7 @@ def weights_of(config, kind, seed=0):
             data = to_words(values, "bf16")
         else:
             data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-        out[name] = Weight(kind, data, shape)
+        out[name] = Weight(FORMATS[kind], data, shape)
     return out
 
 

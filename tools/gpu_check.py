@@ -31,11 +31,12 @@ from minillm.cache.kv_cache import Entries, KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.errors import MinillmError
 from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.formats import BF16, FORMATS
 from minillm.files.profile_file import Profile
 from minillm.files.weights import Weight
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps, open_ops
-from minillm.ops.cuda_weights import FORMATS, CudaWeight
+from minillm.ops.cuda_weights import CudaWeight
 from minillm.sampling import GREEDY, Sampler, SamplingParams
 from minillm.session import Session
 
@@ -225,7 +226,7 @@ class Kernels:
 
     def matrix(self, n_out, n_in):
         words = self.ops.random_words((n_out, n_in), 1)
-        return CudaWeight.of(self.device, Weight("BF16", words, (n_out, n_in)), "bf16")
+        return CudaWeight.of(self.device, Weight(BF16, words, (n_out, n_in)), "bf16")
 
     def random(self, *shape):
         return self.ops.random_words(shape, 3)
@@ -272,7 +273,7 @@ class Kernels:
         x, norm = (self.device.upload(np.ones(shape, np.float32)) for shape in ((1, c.dim), (c.dim,)))
         for kind, n_bytes in (("Q8_0", c.dim), ("Q4_0", c.dim // 2)):
             words, scales = self.random(2 * c.ffn_dim, n_bytes // 2), self.random(2 * c.ffn_dim, c.dim // 32)
-            weight = CudaWeight(FORMATS[kind], (2 * c.ffn_dim, c.dim), words.view(np.uint8), scales)
+            weight = CudaWeight(FORMATS[kind].device, (2 * c.ffn_dim, c.dim), words.view(np.uint8), scales)
             arguments = x, norm, 1e-5, weight, None, self.random(1, c.ffn_dim)
             self.add(f"norm_gemv_swiglu {kind}", weight.nbytes, 0, launch.norm_gemv_swiglu, *arguments)
 

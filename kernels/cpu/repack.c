@@ -34,6 +34,12 @@ static void one_panel(void *context, int64_t p, int thread)
     }
 }
 
+/* Bytes of the panels of a matrix. */
+EXPORT int64_t minillm_panels_bytes(int kind, int n_out, int n_in)
+{
+    return round_up(n_out, PANEL) / PANEL * round_up(n_in / BLOCK * (kind == Q8_0 ? 544 : kind == Q4_0 ? 288 : 320), 64);
+}
+
 EXPORT void minillm_repack(int kind, int n_out, int n_in, const uint8_t *stored, uint8_t *panels)
 {
     Repack c = {kind, n_out, n_in, stored, panels};

@@ -11,18 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from minillm.files.formats import FORMATS
 from minillm.files.mapped_file import MappedFile, StoredTensor
 
-# ggml type number -> (name, elements a block, bytes a block): the types minillm keeps as they are. The rest are looked
-# up in the gguf package, which takes 0.1 s to import.
-_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    30: ("BF16", 1, 2),
-}
+# ggml type number -> (name, weights of a block, bytes of a block). Other types are looked up in the gguf package, which
+# takes 0.1 s to import.
+_TYPES = {format.number: (format.name, format.block, format.block_bytes) for format in FORMATS.values()}
 # metadata value type -> struct code
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm.errors import MinillmError
 from minillm.files import own_file
-from minillm.files.quants import FLOATS
+from minillm.files.formats import FLOATS
 from minillm.files.stored_model import StoredModel
 from minillm.files.weights import load_weights
 from minillm.ops import say_once
@@ -184,7 +184,7 @@ def _load_for(stored, mark, path):
     made_from, here = about.get("weights"), stored.digest
     if made_from and made_from != here and made_from.split()[:-1] == here.split()[:-1]:
         reason = f"{path} was made from other weights than these of {config.name}, which have the same norms"
-        if set(here.split()[1:-1]) <= set(FLOATS):
+        if set(here.split()[1:-1]) <= {format.name for format in FLOATS}:
             raise MinillmError(f"{reason}: {REMEDY}")
         say_once(f"minillm: {reason}: another quantisation, or a fine-tune that wants a profile of its own")
     return found

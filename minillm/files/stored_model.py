@@ -20,13 +20,12 @@ from minillm.errors import MinillmError, UsageError
 from minillm.files.config import ModelConfig
 from minillm.files.config_gguf import FACTORS, config_from_gguf
 from minillm.files.config_json import read_config
+from minillm.files.formats import F32, FLOATS, FORMATS, QUANTIZED, WeightFormat
 from minillm.files.gguf_file import GGUFFile, read_gguf
 from minillm.files.hub import ModelFiles
 from minillm.files.mapped_file import StoredTensor
-from minillm.files.quants import BLOCK_WEIGHTS, FLOATS, KINDS, kind_bytes
 from minillm.files.safetensors_file import read_folder
 
-QUANTIZED = ("q8_0", "q4_0")  # what floats can be turned into at load
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,18 @@ class StoredModel:
         turned = any(name.endswith(part.json) for part in BLOCK if part.rotated)
         return self.config.order(self.metadata is not None and self.config.family.pairs) if turned else None
 
-    def kinds(self, dtype: str) -> dict[str, str]:
-        """Tensor name -> the kind (quants.KINDS) that its Weight is to have; for `dtype` see weights.load_weights.
+    def formats(self, dtype: str) -> dict[str, WeightFormat]:
+        """Tensor name -> the format that its Weight is to have; for `dtype` see weights.load_weights.
         Raises MinillmError naming the tensor that cannot be loaded so."""
         if dtype not in ("float32", "stored", *QUANTIZED):
             raise UsageError(f"weights cannot be loaded as {dtype!r}; use float32, stored, {' or '.join(QUANTIZED)}")
         head = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
-        return {name: _kind(tensor, dtype, name == head) for name, tensor in self.tensors.items()}
+        return {name: _format(tensor, dtype, name == head) for name, tensor in self.tensors.items()}
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all Weights loaded as `dtype`, from the headers alone."""
-        kinds = self.kinds(dtype)
-        return sum(kind_bytes(kinds[name], math.prod(tensor.shape)) for name, tensor in self.tensors.items())
+        formats = self.formats(dtype)
+        return sum(formats[name].nbytes(math.prod(tensor.shape)) for name, tensor in self.tensors.items())
 
 
 def open_model(files: ModelFiles) -> StoredModel:
@@ -108,8 +107,8 @@ def gguf_config(gguf: GGUFFile, name: str) -> ModelConfig:
     """The config of a .gguf file; the factors of RoPE go into it. Raises MinillmError."""
     factors = {name: gguf.tensors[name] for name in FACTORS if name in gguf.tensors}
     for tensor in factors.values():
-        if tensor.kind != "F32":
-            raise tensor.error(f"is of type {tensor.kind}; it must be F32")
+        if tensor.kind != F32.name:
+            raise tensor.error(f"is of type {tensor.kind}; it must be {F32.name}")
     values = {name: tuple(t.file.bytes_at(t.offset, t.nbytes).view("<f4").tolist()) for name, t in factors.items()}
     return config_from_gguf(gguf.metadata, name, gguf.tensors, values)
 
@@ -122,7 +121,7 @@ def folder_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     unused |= {name for name in found if name.startswith(_SEEING)}
     tensors = _placed(path, dict(_apart(found, config)), config, unused)
     for tensor in tensors.values():
-        if tensor.kind not in FLOATS:
+        if not _is_float(tensor):
             raise _unreadable(tensor)
     return tensors
 
@@ -131,7 +130,7 @@ def gguf_tensors(path: Path, gguf: GGUFFile, config: ModelConfig) -> dict[str, S
     """The tensors that a config asks for, of a .gguf file, under their Hugging Face names."""
     tensors = _placed(path, dict(_renamed(gguf, config)), config)
     for tensor in tensors.values():
-        if tensor.kind not in FLOATS and len(tensor.shape) == 1:
+        if not _is_float(tensor) and len(tensor.shape) == 1:
             raise _unreadable(tensor)
     return tensors
 
@@ -201,20 +200,25 @@ def _placed(path: Path, found: dict, config: ModelConfig, unused=frozenset()) ->
     return {name: tensor for name, tensor in ordered if name in shapes}
 
 
+def _is_float(tensor: StoredTensor) -> bool:
+    return FORMATS.get(tensor.kind) in FLOATS
+
+
 def _unreadable(tensor: StoredTensor) -> MinillmError:
-    return tensor.error(f"is of type {tensor.kind}; minillm reads {', '.join(FLOATS)} here")
+    return tensor.error(f"is of type {tensor.kind}; minillm reads {', '.join(format.name for format in FLOATS)} here")
 
 
-def _kind(tensor: StoredTensor, dtype: str, is_head: bool) -> str:
-    """The kind that the Weight of a tensor is to have."""
+def _format(tensor: StoredTensor, dtype: str, is_head: bool) -> WeightFormat:
+    """The format that the Weight of a tensor is to have."""
     if dtype == "float32" or len(tensor.shape) == 1:
-        return "F32"
+        return F32
     if dtype == "stored":
-        return tensor.kind if tensor.kind in KINDS else "F32"
-    if tensor.kind not in FLOATS:
+        return FORMATS.get(tensor.kind, F32)
+    if not _is_float(tensor):
         raise tensor.error(f"is quantised already ({tensor.kind}): quantize is for 16- and 32-bit models only")
-    if tensor.shape[1] % BLOCK_WEIGHTS:
+    format = QUANTIZED[dtype][is_head]
+    if tensor.shape[1] % format.block:
         raise tensor.error(
-            f"has rows of {tensor.shape[1]}, which are no blocks of {BLOCK_WEIGHTS}: load it without quantize"
+            f"has rows of {tensor.shape[1]}, which are no blocks of {format.block}: load it without quantize"
         )
-    return "Q8_0" if is_head else dtype.upper()
+    return format

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.files.formats import F32, FORMATS, WeightFormat
 from minillm.files.gguf_file import dequantize_other
 from minillm.files.mapped_file import StoredTensor
-from minillm.files.quants import BLOCK_BYTES, BLOCK_WEIGHTS, FLOATS, quantize, widen
 from minillm.files.stored_model import StoredModel
 
 _PART = 2**18  # weights converted at a time: a millisecond or some of work, and temporaries of a few MB
@@ -26,47 +26,52 @@ _THREADS = min(8, os.cpu_count() or 1)  # for widening; more than that wait for 
 class Weight:
     """One tensor of shape (out, in), or (n,) and then always F32."""
 
-    kind: str  # one of quants.KINDS
-    data: np.ndarray  # F32 float32, F16 float16, BF16 uint16 words, all of `shape`; blocks: uint8 (out, bytes of a row)
+    format: WeightFormat
+    data: np.ndarray  # floats: the format's words, of `shape`; blocks: uint8 (out, bytes of a row)
     shape: tuple[int, ...]
+
+    @classmethod
+    def floats(cls, array: np.ndarray) -> "Weight":
+        """A float32 array as it is."""
+        return cls(F32, array, array.shape)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
     def rows(self, lo: int, hi: int) -> np.ndarray:
-        """(hi - lo, in) float32: a view if kind is F32, else a fresh array."""
+        """(hi - lo, in) float32: a view of float32 data, else a fresh array."""
         part = self.data[lo:hi]
-        if self.kind == "F32":
+        if self.format is F32:
             return part
         out = np.empty((len(part), *self.shape[1:]), np.float32)
-        widen(self.kind, part, out)
+        self.format.widen(part, out)
         return out
 
     def widened(self, run=map) -> "Weight":
         """The same weight as F32; itself if it is. `run`: the map of a thread pool, for parts of the rows."""
-        if self.kind == "F32":
+        if self.format is F32:
             return self
         out = np.empty(self.shape, np.float32)
 
         def widen_rows(part):
-            widen(self.kind, self.data[part], out[part])
+            self.format.widen(self.data[part], out[part])
 
         for _ in run(widen_rows, _parts(self.shape)):
             pass
-        return Weight("F32", out, self.shape)
+        return Weight.floats(out)
 
-    def quantized(self, kind: str, run=map) -> "Weight":
-        """The same matrix of floats in blocks of `kind`, Q8_0 or Q4_0. `run` as in `widened`."""
+    def quantized(self, format: WeightFormat, run=map) -> "Weight":
+        """The same matrix of floats in blocks. `run` as in `widened`."""
         n_out, n_in = self.shape
-        out = np.empty((n_out, n_in // BLOCK_WEIGHTS * BLOCK_BYTES[kind]), np.uint8)
+        out = np.empty((n_out, format.nbytes(n_in)), np.uint8)
 
         def quantize_rows(part):
-            out[part] = quantize(kind, self.rows(part.start, part.stop))
+            out[part] = format.quantize(self.rows(part.start, part.stop))
 
         for _ in run(quantize_rows, _parts(self.shape)):
             pass
-        return Weight(kind, out, self.shape)
+        return Weight(format, out, self.shape)
 
 
 def _parts(shape):
@@ -86,13 +91,13 @@ def load_weights(
     progress: show a bar on stderr, if that is a terminal. only: name -> whether to load it.
     Raises MinillmError naming file and tensor of a type that cannot be read or turned into blocks.
     """
-    weights, kinds = {}, stored.kinds(dtype)
+    weights, formats = {}, stored.formats(dtype)
     wanted = {name: tensor for name, tensor in stored.tensors.items() if only(name)}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(wanted, progress):
-            weight, kind = _load(tensor, stored.order_of(name), pool.map), kinds[name]
-            if weight.kind != kind:
-                weight = weight.widened(pool.map) if kind == "F32" else weight.quantized(kind, pool.map)
+            weight, format = _load(tensor, stored.order_of(name), pool.map), formats[name]
+            if weight.format is not format:
+                weight = weight.widened(pool.map) if format is F32 else weight.quantized(format, pool.map)
             if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
                 tensor.file.release(tensor.offset, tensor.nbytes)
             weights[name] = weight
@@ -115,14 +120,12 @@ def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[s
 
 def _load(tensor: StoredTensor, order: np.ndarray | None, run) -> Weight:
     """The tensor as it is stored, the rows of each head in this order."""
-    kind, raw = tensor.kind, tensor.file.bytes_at(tensor.offset, tensor.nbytes)
-    if kind in BLOCK_BYTES:
-        data = raw.reshape(*tensor.shape[:-1], -1)
-    elif kind in FLOATS:
-        data = raw.view(FLOATS[kind]).reshape(tensor.shape)
+    if format := FORMATS.get(tensor.kind):
+        data = tensor.file.bytes_at(tensor.offset, tensor.nbytes).view(format.words)
+        data = data.reshape(*tensor.shape[:-1], -1)
         data = data if data.flags.aligned else data.copy()  # BLAS would copy it at every product
     else:
-        kind, data = "F32", dequantize_other(tensor, run)
+        format, data = F32, dequantize_other(tensor, run)
     if order is not None:
         data = data.reshape(-1, len(order), *data.shape[1:])[:, order].reshape(data.shape)
-    return Weight(kind, data, tensor.shape)
+    return Weight(format, data, tensor.shape)

@@ -22,7 +22,7 @@ from minillm.ops.pages import anonymous
 
 ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
-KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "float32": 0, "bfloat16": 2, "int8": 6}
+PAGE_KINDS = {"float32": 0, "bfloat16": 2, "int8": 6}  # of enum Kind in minillm_cpu.h, as those of weight formats are
 
 
 class Matrix(Structure):
@@ -148,6 +148,7 @@ class Segments(Structure):
 _P, _N = c_void_p, c_int64
 _SIGNATURES = {  # name -> (result, arguments)
     "trim": (None, []),
+    "panels_bytes": (c_int64, [c_int, c_int, c_int]),
     "repack": (None, [c_int, c_int, c_int, _P, _P]),
     "rms_norm": (None, [_P, _P, c_float, _P, _N, _N]),
     "rope": (None, [_P, _P, _P, _P, _N, _N, _N]),
@@ -318,7 +319,7 @@ def paged(layer, slabs):
         seen=layer.seen,
         slab_pages=pool.slab_pages,
         page_size=pool.page_size,
-        kind=KINDS[pool.dtype],
+        kind=PAGE_KINDS[pool.dtype],
     )
 
 

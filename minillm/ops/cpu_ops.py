@@ -12,7 +12,7 @@ import numpy as np
 
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_clusters import GreedyClusters
-from minillm.ops.cpu_lib import KINDS, Kernels, Matrix, Product, floats, paged, pointer, pointing, slab_table, whole
+from minillm.ops.cpu_lib import Kernels, Matrix, Product, floats, paged, pointer, pointing, slab_table, whole
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import NumpyOps, set_blas_threads
 from minillm.ops.pages import StoredRows, from_int8
@@ -40,14 +40,13 @@ class CpuOps(NumpyOps):
         from are given back."""
         if isinstance(weight, CpuWeight):
             return weight
-        if weight.kind in ("F32", "F16", "BF16"):
-            return CpuWeight(self.lib, weight.kind, weight.shape, np.ascontiguousarray(weight.data))
-        (n_out, n_in), stored = weight.shape, np.ascontiguousarray(weight.data)
-        panel = -(-n_in // 32 * {"Q8_0": 544, "Q4_0": 288, "Q4_1": 320}[weight.kind] // 64) * 64
-        panels = cpu_lib.huge_pages(-(-n_out // 16) * panel)
-        self.lib.repack(KINDS[weight.kind], n_out, n_in, pointer(stored), pointer(panels))
+        format, stored = weight.format, np.ascontiguousarray(weight.data)
+        if format.is_float:
+            return CpuWeight(self.lib, format, weight.shape, stored)
+        panels = cpu_lib.huge_pages(self.lib.panels_bytes(format.kind, *weight.shape))
+        self.lib.repack(format.kind, *weight.shape, pointer(stored), pointer(panels))
         _release_mapped(weight.data)
-        return CpuWeight(self.lib, weight.kind, weight.shape, panels)
+        return CpuWeight(self.lib, format, weight.shape, panels)
 
     def runner(self, model):
         return Runner(model)
@@ -275,11 +274,11 @@ class CpuOps(NumpyOps):
 
 
 class CpuWeight:
-    """A Weight as the kernels read it. kind, shape as in Weight; data: what `matrix` points into."""
+    """A Weight as the kernels read it. format, shape as in Weight; data: what `matrix` points into."""
 
-    def __init__(self, lib, kind, shape, data):
-        self.lib, self.kind, self.shape, self.data = lib, kind, shape, data
-        self.matrix = Matrix(kind=KINDS[kind], n_out=shape[0], n_in=shape[1], data=pointer(data))
+    def __init__(self, lib, format, shape, data):
+        self.lib, self.format, self.shape, self.data = lib, format, shape, data
+        self.matrix = Matrix(kind=format.kind, n_out=shape[0], n_in=shape[1], data=pointer(data))
 
     @property
     def nbytes(self):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.errors import MinillmError
+from minillm.files.formats import BF16
 from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_decode import FINE
 from minillm.ops.cuda_planning import CudaPlanning
@@ -60,7 +61,7 @@ class CudaOps(CudaPlanning):
 
     def prepare(self, weight):
         if self.real16 is None:
-            self.real16 = "bf16" if weight.kind == "BF16" else "half"
+            self.real16 = "bf16" if weight.format is BF16 else "half"
         return CudaWeight.of(self.device, weight, self.real16)
 
     def runner(self, model):

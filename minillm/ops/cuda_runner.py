@@ -4,9 +4,10 @@ q, k and v are made by one matrix, gate and up by another, and everything that c
 
 import numpy as np
 
+from minillm.files.formats import WORDS
 from minillm.ops import launch
 from minillm.ops.cuda_decode import FINE, DecodeStep
-from minillm.ops.cuda_weights import DENSE, CudaWeight, stacked
+from minillm.ops.cuda_weights import CudaWeight, stacked
 
 MLP_ROWS = 4096  # rows of the wide middle of the MLP that exist at a time
 PRODUCT_BYTES = 128 << 20  # a matrix in blocks is widened in tiles of this many bytes for cuBLAS
@@ -48,7 +49,7 @@ def _widened(ops, weight):
         return weight
     words = ops.device.empty(weight.shape, np.uint16)
     launch.dequantize(ops.device, weight, 0, words)
-    return CudaWeight(DENSE[ops.real16], weight.shape, words.view(np.uint8))
+    return CudaWeight(WORDS[ops.real16], weight.shape, words.view(np.uint8))
 
 
 def _uploaded(device, *parts):

@@ -4,27 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.files.quants import BLOCK_BYTES, BLOCK_WEIGHTS
+from minillm.files.formats import WORDS, DeviceFormat
 from minillm.ops.pages import to_words
 
-
-@dataclass(frozen=True)
-class Format:
-    """A struct of weights.cuh: `chunk` values lie in 16 bytes and meet activations of the type real16."""
-
-    name: str
-    chunk: int
-    real16: str
-
-
-FORMATS = {
-    "F16": Format("F16", 8, "half"),
-    "BF16": Format("BF16", 8, "bf16"),
-    "Q8_0": Format("Q8_0", 16, "half"),
-    "Q4_0": Format("Q4_0", 32, "half"),
-    "Q4_1": Format("Q4_1", 32, "half"),
-}
-DENSE = {"half": FORMATS["F16"], "bf16": FORMATS["BF16"]}  # real16 -> the format of plain 16-bit words
 STORED = {"half": "float16", "bf16": "bfloat16"}  # real16 -> the type of K and V in pages, by name
 
 
@@ -33,7 +15,7 @@ class CudaWeight:
     """A matrix (out, in). words (out, bytes of a row) uint8; scales (out, scales of a row) uint16 halfs, None for plain
     16-bit words: device arrays."""
 
-    format: Format
+    format: DeviceFormat
     shape: tuple[int, int]
     words: object
     scales: object = None
@@ -42,13 +24,14 @@ class CudaWeight:
     def of(cls, device, weight, real16):
         """A Weight as this model's activations can meet it: blocks and 16-bit words stay what they are, anything else
         becomes 16-bit words of the type real16."""
-        kept = FORMATS.get(weight.kind)
+        kept, scales = weight.format.device, None
         if kept is None or kept.real16 != real16:
-            words, scales, kept = to_words(weight.rows(0, weight.shape[0]), STORED[real16]), None, DENSE[real16]
-        elif weight.kind in BLOCK_BYTES:
-            words, scales = _apart(weight)
+            words, kept = to_words(weight.rows(0, weight.shape[0]), STORED[real16]), WORDS[real16]
+        elif kept.apart:
+            n_out, block_bytes = weight.shape[0], weight.format.block_bytes
+            words, scales = kept.apart(weight.data.reshape(n_out, -1, block_bytes))
         else:
-            words, scales = weight.data, None
+            words = weight.data
         if not device.owns(words):  # as random ones are
             words = device.upload(np.ascontiguousarray(words))
         words = words.view(np.uint8)
@@ -66,15 +49,6 @@ class CudaWeight:
             self.words[lo:hi],
             None if self.scales is None else self.scales[lo:hi],
         )
-
-
-def _apart(weight):
-    """Quants (out, bytes) and scales (out, n) of blocks of 32, which a file holds side by side."""
-    n_out, n_in = weight.shape
-    blocks = weight.data.reshape(n_out, n_in // BLOCK_WEIGHTS, BLOCK_BYTES[weight.kind])
-    head = 4 if weight.kind == "Q4_1" else 2  # bytes of d, or of d and m
-    scales = np.ascontiguousarray(blocks[:, :, :head]).view(np.uint16)
-    return np.ascontiguousarray(blocks[:, :, head:]).reshape(n_out, -1), scales.reshape(n_out, -1)
 
 
 def stacked(device, weights):

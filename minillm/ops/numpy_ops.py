@@ -3,6 +3,7 @@ definition."""
 
 import numpy as np
 
+from minillm.files.formats import F32
 from minillm.memory import available_memory
 from minillm.ops.contract import Backend
 from minillm.ops.numpy_clusters import GreedyClusters
@@ -31,12 +32,12 @@ class NumpyOps(Backend):
         unique, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
         if unique.size and not 0 <= unique[0] <= unique[-1] < table.shape[0]:
             raise IndexError(f"token ids are not all in 0..{table.shape[0] - 1}")
-        if table.kind == "F32":
+        if table.format is F32:
             return table.data[unique][inverse]
         return np.concatenate([table.rows(i, i + 1) for i in unique])[inverse]
 
     def linear(self, x, weight, bias=None):
-        if weight.kind == "F32":
+        if weight.format is F32:
             y = x @ weight.data.T
         else:
             n_out, n_in = weight.shape

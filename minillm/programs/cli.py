@@ -8,8 +8,8 @@ from pathlib import Path
 from minillm import ops
 from minillm.compress.config import TABLES, CacheConfig
 from minillm.errors import UsageError
+from minillm.files.formats import QUANTIZED
 from minillm.files.hub import DEFAULT_MODEL
-from minillm.files.stored_model import QUANTIZED
 from minillm.llm import DTYPES
 from minillm.ops.pages import DTYPES as KV_DTYPES
 from minillm.sampling import SamplingParams

@@ -104,7 +104,7 @@ def random_rows(rng, group, lengths, sinks, window, n_queries, *, ties=False):
     wo = rng.normal(size=(15, group * n_heads * D)).astype(F32)
     layer = make_layer(heads, FakeRope(D))
     layer.queries, layer.scale = [Queries(q, q_pos)], 1.0 if ties else SCALE
-    layer.output = OutputProjection(Weight("F32", wo, wo.shape), n_heads, D, numpy_ops)
+    layer.output = OutputProjection(Weight.floats(wo), n_heads, D, numpy_ops)
     return layer, literal.Rows(heads, q, q_pos, wo, layer.scale)
 
 
@@ -152,7 +152,7 @@ def test_identical_query_heads_are_the_method_without_groups(name):
         for field in ("k", "v", "pos", "protected", "scale"):
             setattr(of_group, field, getattr(layer, field))
         of_group.queries = [Queries(np.repeat(layer.queries[0].q, group, axis=0), layer.queries[0].pos)]
-        of_group.output = OutputProjection(Weight("F32", wo, wo.shape), 2, D, numpy_ops)
+        of_group.output = OutputProjection(Weight.floats(wo), 2, D, numpy_ops)
         for target in (13, 20, 31):
             assert kept_rows(config, of_group, target) == kept_rows(config, layer, target)
 
@@ -186,7 +186,7 @@ def test_norms_and_inner_products_through_the_output_projection(dim):
     rng = np.random.default_rng(4)
     lengths, v = np.array([1500, 0, 3]), rng.normal(size=(1503, D)).astype(F32)
     wo = rng.normal(size=(dim, 9 * D)).astype(F32)
-    output = OutputProjection(Weight("F32", wo, wo.shape), 3, D, numpy_ops)
+    output = OutputProjection(Weight.floats(wo), 3, D, numpy_ops)
     l1, l2, inner = output.norms(v, lengths, "l1"), output.norms(v, lengths, "l2"), output.inner(v, lengths)
     for row in (0, 1023, 1024, 1499, 1500, 1502):
         first = 0 if row < 1500 else 6

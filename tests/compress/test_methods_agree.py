@@ -38,7 +38,7 @@ def grouped(model, group):
         if "o_proj" in name:
             values = np.repeat(values.reshape(c.dim, c.n_heads, c.head_dim), group, axis=1).reshape(c.dim, -1) / group
         values = np.ascontiguousarray(values, F32)
-        weights[name] = Weight("F32", values, values.shape)
+        weights[name] = Weight.floats(values)
     return Model(replace(c, n_heads=group * c.n_heads), weights, numpy_ops)
 
 
@@ -46,13 +46,13 @@ def weights_of(model):
     """name -> Weight, as a Model takes them."""
     parts = {"wq": "q", "wk": "k", "wv": "v", "wo": "o"}
     named = {"model.embed_tokens.weight": model.embedding, "lm_head.weight": model.head}
-    named["model.norm.weight"] = Weight("F32", model.norm, model.norm.shape)
+    named["model.norm.weight"] = Weight.floats(model.norm)
     for i, block in enumerate(model.blocks):
         at = f"model.layers.{i}."
         named |= {f"{at}self_attn.{part}_proj.weight": getattr(block, field) for field, part in parts.items()}
         named |= {f"{at}mlp.{part}_proj.weight": getattr(block, f"w_{part}") for part in ("gate", "up", "down")}
         for name, norm in (("input", block.attention_norm), ("post_attention", block.mlp_norm)):
-            named[f"{at}{name}_layernorm.weight"] = Weight("F32", norm, norm.shape)
+            named[f"{at}{name}_layernorm.weight"] = Weight.floats(norm)
     return named
 
 
@@ -115,7 +115,7 @@ def check_kept(name, layer, other, error):
 def reading_layer(rng, name, lengths, group, d):
     layer, _ = layer_of(rng, lengths, group=group, again=SCORES[name].reads == "again", d=d, n_queries=40)
     wo = rng.normal(size=(15, group * len(lengths) * d)).astype(F32)
-    layer.output = OutputProjection(Weight("F32", wo, wo.shape), len(lengths), d, numpy_ops)
+    layer.output = OutputProjection(Weight.floats(wo), len(lengths), d, numpy_ops)
     return layer
 
 

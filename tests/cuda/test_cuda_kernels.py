@@ -9,16 +9,17 @@ from emulator import Kernel, cases
 from literal import rotated
 from oracle import rms_norm
 
+from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cuda_clusters, launch
 from minillm.ops.cuda_ops import CudaOps
-from minillm.ops.cuda_weights import FORMATS, CudaWeight
+from minillm.ops.cuda_weights import CudaWeight
 from minillm.ops.launch import planning
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
 
 F32 = np.float32
 REALS, HEAD_DIMS = cases(list(REAL16), races=["half"]), cases([64, 128], races=[64])
-KINDS = cases(list(FORMATS), races=["F16", "Q4_0"])
+KINDS = cases([name for name, format in FORMATS.items() if format.device], races=["F16", "Q4_0"])
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_rms_norm(device, rng, real16, n, dim):
 
 def matrix(device, rng, kind, n_out, n_in):
     """A random CudaWeight, its values in float64, and the type of what it meets."""
-    values, real16 = rng.normal(size=(n_out, n_in)).astype(F32), FORMATS[kind].real16
+    values, real16 = rng.normal(size=(n_out, n_in)).astype(F32), FORMATS[kind].device.real16
     if kind in ("F16", "BF16"):
         data = to_words(values, real16)
         values = from_words(data, real16)
@@ -51,7 +52,7 @@ def matrix(device, rng, kind, n_out, n_in):
         quant = gguf.GGMLQuantizationType[kind]
         data = gguf.quants.quantize(values, quant)
         values = gguf.quants.dequantize(data, quant)
-    return CudaWeight.of(device, Weight(kind, data, values.shape), real16), np.float64(values), real16
+    return CudaWeight.of(device, Weight(FORMATS[kind], data, values.shape), real16), np.float64(values), real16
 
 
 def normed(x, weight, real16):

@@ -28,6 +28,7 @@ from model_files import (
 )
 
 from minillm.errors import MinillmError, UsageError
+from minillm.files.formats import FORMATS
 from minillm.files.hub import ModelFiles
 from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
@@ -42,9 +43,9 @@ def assert_same(weights, want, config, path, dtype):
     for name, array in want.items():
         weight = weights[name]
         assert weight.shape == array.shape
-        assert weight.widened().kind == "F32"
+        assert weight.widened().format.name == "F32"
         if array.ndim == 1 or dtype == "float32":
-            assert weight.kind == "F32" and weight.data.dtype == np.float32
+            assert weight.format.name == "F32" and weight.data.dtype == np.float32
         np.testing.assert_array_equal(weight.widened().data, array, err_msg=name)
         np.testing.assert_array_equal(weight.rows(1, 5), array[1:5], err_msg=name)
         assert weight.rows(1, 5).dtype == np.float32
@@ -65,9 +66,9 @@ def test_safetensors(tmp_path, kind, dtype, config):
     want = {name: round_trip[kind](array) for name, array in model.items()}
     weights = load(tmp_path, config, dtype)
     assert_same(weights, want, config, tmp_path, dtype)
-    assert weights["model.norm.weight"].kind == "F32"
+    assert weights["model.norm.weight"].format.name == "F32"
     if dtype == "stored":
-        assert weights["model.layers.0.mlp.up_proj.weight"].kind == kind
+        assert weights["model.layers.0.mlp.up_proj.weight"].format.name == kind
 
 
 @pytest.mark.parametrize("dtype", ["float32", "stored"])
@@ -80,7 +81,7 @@ def test_gguf(tmp_path, kind, dtype):
     weights = load(path, BIASED, dtype)
     assert_same(weights, want, BIASED, path, dtype)
     if dtype == "stored":
-        assert weights["model.layers.1.self_attn.q_proj.weight"].kind == ("F32" if kind == "Q5_0" else kind)
+        assert weights["model.layers.1.self_attn.q_proj.weight"].format.name == ("F32" if kind == "Q5_0" else kind)
 
 
 def test_k_quants(tmp_path):
@@ -114,7 +115,7 @@ def test_any_block_is_what_the_library_says(kind):
     blocks[:, : 4 if kind == "Q4_1" else 2] = scales[:, : 2 if kind == "Q4_1" else 1].astype(np.float16).view(np.uint8)
     data = blocks.reshape(5000, 4 * block)
     want = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
-    weight = Weight(kind, data, (5000, 128))
+    weight = Weight(FORMATS[kind], data, (5000, 128))
     np.testing.assert_array_equal(weight.widened().data, want)
     np.testing.assert_array_equal(weight.rows(4990, 5000), want[4990:])
     assert weight.nbytes == data.nbytes
@@ -263,8 +264,8 @@ def test_blocks_are_rounded_as_by_ggml():
     rows[1, ::32], rows[2, ::32] = -8, 127
     rows[3, :2], rows[4, :2] = (5000, -5000), (-5000, 5000)
     for kind, reference in (("Q8_0", q8_0_of), ("Q4_0", q4_0_of)):
-        made = Weight("F32", rows, rows.shape).quantized(kind)
-        assert (made.kind, made.shape, made.data.dtype) == (kind, rows.shape, np.uint8)
+        made = Weight.floats(rows).quantized(FORMATS[kind])
+        assert (made.format.name, made.shape, made.data.dtype) == (kind, rows.shape, np.uint8)
         for row, blocks in zip(rows, made.data, strict=True):
             assert blocks.tobytes() == b"".join(reference(block) for block in row.reshape(-1, 32))
 
@@ -287,7 +288,7 @@ def test_blocks_at_load(tmp_path, file, kind, dtype, config):
             np.testing.assert_array_equal(weights[name].data, floats[name].data)
             continue
         expected = "Q8_0" if name == head else dtype.upper()
-        assert weights[name].kind == expected and weights[name].shape == array.shape
+        assert weights[name].format.name == expected and weights[name].shape == array.shape
         blocks = gguf.quantize(floats[name].data, gguf.GGMLQuantizationType[expected])
         np.testing.assert_array_equal(weights[name].data, blocks)
     assert stored(path, config).weight_bytes(dtype) == sum(w.nbytes for w in weights.values())
@@ -362,7 +363,7 @@ def test_default_model(default_model_path):
     config, weights = model.config, load_weights(model, dtype="stored")
     assert (config.n_layers, config.n_heads, config.n_kv_heads, config.vocab_size) == (30, 9, 3, 49152)
     assert sum(int(np.prod(w.shape)) for w in weights.values()) == 134_515_008
-    assert weights["model.embed_tokens.weight"].kind == "Q8_0"
+    assert weights["model.embed_tokens.weight"].format.name == "Q8_0"
     q = weights["model.layers.0.self_attn.q_proj.weight"]
-    assert (q.kind, q.shape, q.data.shape) == ("Q4_1", (576, 576), (576, 360))
+    assert (q.format.name, q.shape, q.data.shape) == ("Q4_1", (576, 576), (576, 360))
     assert 0.01 < q.rows(0, 64).std() < 1

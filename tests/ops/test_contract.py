@@ -40,7 +40,7 @@ def ops(request):
     if request.param == "emulator" and emulator.available():
         pytest.skip(emulator.available())
     ops = CudaOps(emulator.EmulatedDevice() if request.param == "emulator" else cuda_device_or_skip())
-    ops.prepare(Weight("F32", np.ones((8, 8), F32), (8, 8)))
+    ops.prepare(Weight.floats(np.ones((8, 8), F32)))
     return ops
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_left_undone(ops):
 
 def test_linear_and_embed(ops, rng):
     matrix = normal(rng, 72, 64)
-    weight, bias = Weight("F32", matrix, matrix.shape), normal(rng, 72)
+    weight, bias = Weight.floats(matrix), normal(rng, 72)
     for x in (normal(rng, 1, 64), normal(rng, 40, 64)):
         for more in ((), (bias,)):
             found = ops.linear(ops.array(x), ops.prepare(weight), *more)

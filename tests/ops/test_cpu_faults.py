@@ -88,12 +88,13 @@ def test_an_operation_that_cannot_have_memory_raises_and_the_next_one_is_right(p
     in the caller's thread or in another."""
     said = program(
         """
+        from minillm.files.formats import FORMATS
         from minillm.files.weights import Weight
         from minillm.ops.numpy_ops import NUMPY as numpy_ops
         import gguf
         w = normal(96, 64)
-        f32 = Weight("F32", w, w.shape)
-        blocks = Weight("Q8_0", gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0), w.shape)
+        f32 = Weight.floats(w)
+        blocks = Weight(FORMATS["Q8_0"], gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0), w.shape)
         for weight in (f32, blocks):
             for n in (1, 70):
                 x, prepared = normal(n, 64), cpu_ops.prepare(weight)
@@ -178,7 +179,7 @@ def test_fewer_threads_where_the_system_has_no_more(program, fails_at, there):
         f"""
         w = normal(96, 64)
         from minillm.files.weights import Weight
-        x, weight = normal(5, 64), Weight("F32", w, w.shape)
+        x, weight = normal(5, 64), Weight.floats(w)
         faults.fail_thread({fails_at})
         library = cpu_lib.library()
         print(library.functions["set_threads"](4), "threads")

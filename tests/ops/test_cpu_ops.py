@@ -17,6 +17,7 @@ from literal import NEAREST, FakeRope, check_nearest, prefill
 from minillm.cache.kv_cache import Entries, KVCache, PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.errors import UsageError
+from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_ops import CpuOps
@@ -62,7 +63,7 @@ def weight(rng, kind, n_out, n_in, scale=1.0):
         if kind == "Q4_1":
             parts.append((-8 * d + rng.uniform(-0.1, 0.1, d.shape) * scale).astype(np.float16).view(np.uint8))
         data = np.concatenate([*parts, quants], axis=2).reshape(n_out, -1)
-    return Weight(kind, data, (n_out, n_in))
+    return Weight(FORMATS[kind], data, (n_out, n_in))
 
 
 def close(actual, expected, tolerance):

@@ -10,6 +10,7 @@ from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random
 
 from minillm import ops
 from minillm.errors import UsageError
+from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
@@ -30,7 +31,7 @@ def close_each(actual, expected, atol=2e-5):
 
 
 def f32(array):
-    return Weight("F32", np.ascontiguousarray(array, F32), array.shape)
+    return Weight.floats(np.ascontiguousarray(array, F32))
 
 
 def stored_weight(kind, rng, n_out, n_in):
@@ -39,15 +40,15 @@ def stored_weight(kind, rng, n_out, n_in):
     if kind == "F32":
         return f32(values), np.float64(values)
     if kind == "F16":
-        return Weight(kind, values.astype(np.float16), values.shape), np.float64(values.astype(np.float16))
+        return Weight(FORMATS[kind], values.astype(np.float16), values.shape), np.float64(values.astype(np.float16))
     if kind == "BF16":
         words = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return Weight(kind, words, values.shape), np.float64((words.astype(np.uint32) << 16).view(F32))
+        return Weight(FORMATS[kind], words, values.shape), np.float64((words.astype(np.uint32) << 16).view(F32))
     import gguf
 
     quant = gguf.GGMLQuantizationType[kind]
     blocks = gguf.quants.quantize(values, quant)
-    return Weight(kind, blocks, values.shape), np.float64(gguf.quants.dequantize(blocks, quant))
+    return Weight(FORMATS[kind], blocks, values.shape), np.float64(gguf.quants.dequantize(blocks, quant))
 
 
 # linear layers and what surrounds them
@@ -75,7 +76,7 @@ def test_linear_asks_a_weight_for_rows_and_nothing_else(monkeypatch):
         asked.append((lo, hi))
         return values[lo:hi]
 
-    weight = SimpleNamespace(kind="unheard of", shape=values.shape, rows=rows)
+    weight = SimpleNamespace(format="unheard of", shape=values.shape, rows=rows)
     x = rng.normal(size=(2, 8)).astype(F32)
     close(numpy_ops.linear(x, weight), np.float64(x) @ values.T)
     assert asked == [(0, 3), (3, 6), (6, 9), (9, 10)]

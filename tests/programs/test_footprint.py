@@ -31,7 +31,7 @@ ops = backend("cpu")
 config = ModelConfig("wide", "LlamaForCausalLM", 12, 8, 8, 64, 64, 64, 64, 8192, 1e-5, RopeConfig(), tied_head=True)
 rng = np.random.default_rng(0)
 weights = {
-    name: Weight("F32", (0.2 * rng.standard_normal(shape)).astype(np.float32), shape)
+    name: Weight.floats((0.2 * rng.standard_normal(shape)).astype(np.float32))
     for name, shape in tensor_shapes(config).items()
 }
 model, pool = Model(config, weights, ops), PagePool(ops, 64)

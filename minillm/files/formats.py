@@ -1,0 +1,134 @@
+"""Weight formats: everything that Python knows of how weights lie in files and in memory.
+
+A format is floats of one kind, or ggml's blocks of weights that share a scale:
+
+Q8_0  32 weights, 34 bytes: float16 d, 32 x int8 q                            w = d * q
+Q4_0  32 weights, 18 bytes: float16 d, 16 bytes of two 4-bit q                w = d * (q - 8)
+Q4_1  32 weights, 20 bytes: float16 d, float16 m, 16 bytes of two 4-bit q     w = d * q + m
+In a byte of 4-bit q, the low half is weight i and the high half weight i + 16.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+_CHUNK = 2**18  # weights of blocks to_float32 at a time: their temporaries stay in the cache, which is twice as fast
+
+
+@dataclass(frozen=True)
+class DeviceFormat:
+    """How a GPU holds a format: as a struct of kernels/cuda/weights.cuh, of which `chunk` weights lie in 16 bytes and
+    meet activations of the type real16 ("half" or "bf16").
+
+    apart: blocks (out, blocks, bytes of a block) uint8 -> words (out, bytes) uint8, scales (out, n) uint16; None: the
+    words are as stored, without scales."""
+
+    name: str  # of the struct
+    chunk: int
+    real16: str
+    apart: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One format of weights. Formats are the objects of FORMATS: two are the same if they are one object."""
+
+    name: str  # ggml's and safetensors'
+    number: int  # ggml's, in a .gguf file
+    kind: int  # of enum Kind in kernels/cpu/minillm_cpu.h
+    block: int  # weights that share a scale; 1: floats
+    block_bytes: int
+    words: type[np.generic]  # of an array of them: float32, float16, uint16 of bfloat16; uint8 of blocks
+    to_float32: Callable[[np.ndarray, np.ndarray], None]  # blocks (n, block_bytes), or words -> out (n, block) float32
+    device: DeviceFormat | None = None  # None: a GPU gets 16-bit words
+
+    @property
+    def is_float(self) -> bool:
+        return self.block == 1
+
+    def nbytes(self, n: int) -> int:
+        """Bytes of n weights, a multiple of `block`."""
+        return n // self.block * self.block_bytes
+
+    def widen(self, data: np.ndarray, out: np.ndarray) -> None:
+        """Writes `data` (words, or uint8 blocks) to out, float32 and contiguous, of as many weights. Bit for bit what
+        gguf.quants computes."""
+        if self.is_float:
+            self.to_float32(data, out)
+            return
+        blocks, weights = data.reshape(-1, self.block_bytes), out.reshape(-1, self.block)
+        step = _CHUNK // self.block
+        for lo in range(0, len(blocks), step):
+            self.to_float32(blocks[lo : lo + step], weights[lo : lo + step])
+
+    def quantize(self, rows: np.ndarray) -> np.ndarray:
+        """rows (n, in) float32, in a multiple of `block` -> uint8 (n, bytes of a row) of Q8_0 or Q4_0, rounded as
+        ggml's reference rounds: by gguf.quants."""
+        import gguf
+
+        with np.errstate(all="ignore"):  # a block of tiny weights has the scale 0, whatever is divided by it
+            return gguf.quantize(rows, gguf.GGMLQuantizationType(self.number))
+
+
+def _copy(data, out):
+    out[...] = data
+
+
+def _bf16(data, out):  # the upper half of a float32
+    np.left_shift(data, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+
+
+def _halves(blocks, at, n=1):
+    """n float16 of each block, from byte `at` on, as (blocks, n) float32."""
+    return np.ascontiguousarray(blocks[:, at : at + 2 * n]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(bytes_, out):
+    """Bytes (n, 16) of two 4-bit numbers -> out (n, 32): the low halves, then the high ones."""
+    halves = np.empty((len(bytes_), 32), np.uint8)
+    np.bitwise_and(bytes_, 15, out=halves[:, :16])
+    np.right_shift(bytes_, 4, out=halves[:, 16:])
+    out[...] = halves
+
+
+def _q8_0(blocks, out):
+    out[...] = blocks[:, 2:].view(np.int8)
+    out *= _halves(blocks, 0)
+
+
+def _q4_0(blocks, out):
+    _nibbles(blocks[:, 2:], out)
+    out -= 8
+    out *= _halves(blocks, 0)
+
+
+def _q4_1(blocks, out):
+    _nibbles(blocks[:, 4:], out)
+    out *= _halves(blocks, 0)
+    out += _halves(blocks, 2)
+
+
+def _scales_apart(scale_bytes, blocks):
+    """Of blocks that begin with their float16 scales: the quants, and the scales."""
+    scales, words = (np.ascontiguousarray(part) for part in (blocks[..., :scale_bytes], blocks[..., scale_bytes:]))
+    return words.reshape(len(blocks), -1), scales.view(np.uint16).reshape(len(blocks), -1)
+
+
+_BEFORE_QUANTS = {n: partial(_scales_apart, n) for n in (2, 4)}
+_ALL = (
+    WeightFormat("F32", 0, 0, 1, 4, np.float32, _copy),
+    WeightFormat("F16", 1, 1, 1, 2, np.float16, _copy, DeviceFormat("F16", 8, "half")),
+    WeightFormat("BF16", 30, 2, 1, 2, np.uint16, _bf16, DeviceFormat("BF16", 8, "bf16")),
+    WeightFormat("Q8_0", 8, 3, 32, 34, np.uint8, _q8_0, DeviceFormat("Q8_0", 16, "half", _BEFORE_QUANTS[2])),
+    WeightFormat("Q4_0", 2, 4, 32, 18, np.uint8, _q4_0, DeviceFormat("Q4_0", 32, "half", _BEFORE_QUANTS[2])),
+    WeightFormat("Q4_1", 3, 5, 32, 20, np.uint8, _q4_1, DeviceFormat("Q4_1", 32, "half", _BEFORE_QUANTS[4])),
+)
+FORMATS = {format.name: format for format in _ALL}
+F32, F16, BF16 = _ALL[:3]
+FLOATS = (F32, F16, BF16)
+WORDS = {"half": F16.device, "bf16": BF16.device}  # real16 -> how a GPU holds plain 16-bit words
+
+# what a user asks for -> the format of matrices, and of the head: llama.cpp too keeps that finer than the rest
+QUANTIZED = {"q8_0": (FORMATS["Q8_0"], FORMATS["Q8_0"]), "q4_0": (FORMATS["Q4_0"], FORMATS["Q8_0"])}

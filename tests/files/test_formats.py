@@ -1,0 +1,50 @@
+"""The table of weight formats against ggml's, and against what the C and CUDA sources say of the same formats."""
+
+import re
+
+import gguf
+import numpy as np
+import pytest
+from paths import ROOT
+
+from minillm.files.formats import FLOATS, FORMATS
+from minillm.ops import cpu_lib
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_ggmls(name):
+    format, number = FORMATS[name], gguf.GGMLQuantizationType[name]
+    assert (format.number, format.block, format.block_bytes) == (number, *gguf.GGML_QUANT_SIZES[number])
+    assert format.is_float == (format in FLOATS) == (np.dtype(format.words).itemsize == format.block_bytes)
+
+
+def test_kinds_are_those_of_the_kernels():
+    """enum Kind of minillm_cpu.h: every weight format and every type of pages has the number it has there."""
+    source = (ROOT / "kernels/cpu/minillm_cpu.h").read_text()
+    names = re.search(r"enum Kind \{ (.+?) \};", source)[1].split(", ")
+    pages = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
+    assert {pages[name]: names.index(name) for name in pages} == cpu_lib.PAGE_KINDS
+    assert names == [format.name for format in FORMATS.values()] + ["I8"]
+    assert [format.kind for format in FORMATS.values()] == list(range(len(FORMATS)))
+
+
+@pytest.mark.skipif(cpu_lib.library() is None, reason="the kernels were not built")
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if not format.is_float])
+@pytest.mark.parametrize("n_out, n_in", [(1, 256), (16, 512), (40, 768)])
+def test_panels_are_as_large_as_the_file(name, n_out, n_in):
+    """In panels of 16 rows, each rounded up to 64 bytes."""
+    format, size = FORMATS[name], cpu_lib.library().functions["panels_bytes"]
+    panel = -(-16 * format.nbytes(n_in) // 64) * 64
+    assert size(format.kind, n_out, n_in) == -(-n_out // 16) * panel
+
+
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.device])
+def test_structs_are_those_of_the_cuda_kernels(name):
+    device, source = FORMATS[name].device, (ROOT / "kernels/cuda/weights.cuh").read_text()
+    base = re.search(rf"struct {device.name} : (\w+(?:<\w+>)?)", source)
+    body = source[source.index(f"struct {device.name} ") :] if base is None else ""
+    base = base and base[1].split("<")[0]
+    body = body or re.search(rf"struct {base} \{{.*?\n\}};", source, re.S)[0]
+    assert int(re.search(r"CHUNK = (\d+);", body)[1]) == device.chunk
+    real16 = "bf16" if f"struct {device.name} : Dense<bf16>" in source else "half"
+    assert device.real16 == real16
