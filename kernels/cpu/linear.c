@@ -8,7 +8,9 @@
 
 #include <assert.h>
 
-enum { NR = 4 };           /* rows of x that a register's worth of weights is used for */
+enum { NR = 4 };        /* rows of x that a register's worth of weights is used for */
+enum { NV = PANEL / VW }; /* vectors of a panel's row */
+enum { HALF = 16 };     /* columns whose activations are summed: what shares a scale is one of these or two */
 
 #if defined(MINILLM_AMX)
 enum { FEW_BLOCKS = 8, FEW_FLOATS = 4 }; /* rows up to which the first way is faster */
@@ -24,10 +26,8 @@ typedef struct {
     int64_t end[MAX_PRODUCTS]; /* units of the products up to this one */
     const int8_t *q;           /* (n, 2, n_in) x as hi and lo */
     const float *d;            /* (n, n_in / 32) scales */
-    const int32_t *total;      /* (n, n_in / 32) sums of q */
+    const int32_t *total;      /* (n, n_in / 16) sums of q */
 } Linear;
-
-INLINE int is_blocks(int kind) { return kind >= Q8_0; }
 
 int FN(all_blocks)(const Product *products, int count)
 {
@@ -51,8 +51,8 @@ static void quantise_row(void *context, int64_t row, int thread)
     int64_t n_blocks = c->n_in / BLOCK;
     int8_t *q = (int8_t *)c->q + row * 2 * c->n_in;
     float *d = (float *)c->d + row * n_blocks;
-    int32_t *total = (int32_t *)c->total + row * n_blocks;
-    for (int64_t b = 0; b < n_blocks; b++, x += BLOCK, q += BLOCK) {
+    int32_t *total = (int32_t *)c->total + row * 2 * n_blocks;
+    for (int64_t b = 0; b < n_blocks; b++, x += BLOCK, q += BLOCK, total += 2) {
         vf peak = splat(0), bad = splat(0); /* bad becomes NaN where x is not finite, which a maximum may lose */
         for (int i = 0; i < BLOCK; i += VW) {
             peak = vmax(peak, (vf)((vi)load(x + i) & (vi)splat_u(0x7fffffff)));
@@ -63,25 +63,25 @@ static void quantise_row(void *context, int64_t row, int thread)
         if (d[b] != d[b]) { /* zeros times NaN: what comes of it is NaN, and found */
             memset(q, 0, BLOCK);
             memset(q + c->n_in, 0, BLOCK);
-            total[b] = 0;
+            total[0] = total[1] = 0;
             continue;
         }
-        vi sums = (vi)splat_u(0);
-        for (int i = 0; i < BLOCK; i += VW) {
-            /* 1.5 * 2^23 added: the low bits of the float are the nearest integer */
-            vi near = (vi)(load(x + i) * splat(inverse) + splat(12582912.0f)) - (vi)splat(12582912.0f);
-            vi hi = (near + 128) >> 8, lo = near - (hi << 8);
-            lo -= lo == -128; /* + 1: -lo must be an int8 as well, see vpsignb below */
-            sums += (hi << 8) + lo;
-            typedef int8_t vb __attribute__((vector_size(VW)));
-            vb high_bytes = __builtin_convertvector(hi, vb), low_bytes = __builtin_convertvector(lo, vb);
-            memcpy(q + i, &high_bytes, sizeof high_bytes);
-            memcpy(q + c->n_in + i, &low_bytes, sizeof low_bytes);
+        for (int half = 0; half < 2; half++) {
+            vi sums = (vi)splat_u(0);
+            for (int i = HALF * half; i < HALF * (half + 1); i += VW) {
+                /* 1.5 * 2^23 added: the low bits of the float are the nearest integer */
+                vi near = (vi)(load(x + i) * splat(inverse) + splat(12582912.0f)) - (vi)splat(12582912.0f);
+                vi hi = (near + 128) >> 8, lo = near - (hi << 8);
+                lo -= lo == -128; /* + 1: -lo must be an int8 as well, see vpsignb below */
+                sums += (hi << 8) + lo;
+                vb high_bytes = __builtin_convertvector(hi, vb), low_bytes = __builtin_convertvector(lo, vb);
+                memcpy(q + i, &high_bytes, sizeof high_bytes);
+                memcpy(q + c->n_in + i, &low_bytes, sizeof low_bytes);
+            }
+            total[half] = 0;
+            for (int i = 0; i < VW; i++)
+                total[half] += sums[i];
         }
-        int32_t s = 0;
-        for (int i = 0; i < VW; i++)
-            s += sums[i];
-        total[b] = s;
     }
 }
 
@@ -91,127 +91,132 @@ INLINE __m512i four(const int8_t *x) { int32_t word; memcpy(&word, x, 4); return
 INLINE __m256i four(const int8_t *x) { int32_t word; memcpy(&word, x, 4); return _mm256_set1_epi32(word); }
 #endif
 
-/* While a block is multiplied, the same block of the next panel is fetched. A panel is too short (6 KiB for 576 columns of Q4_1) for the
- * processor to find its two streams, quants and scales, before it ends: reading took 1.6 times its floor, and so takes 1.2. */
-#define FETCH_NEXT_PANEL                                                                \
-    for (int64_t line = 0; line < quant_bytes(kind); line += 64)                        \
-        __builtin_prefetch(block + ahead + line);                                       \
-    for (int64_t row = 0; row < (kind == Q4_1 ? 2 : 1); row++)                          \
-        __builtin_prefetch((const uint8_t *)(scales + PANEL * (row * n_blocks + b)) + ahead);
+/* The sum of the activations that meet a part of a block. */
+INLINE int32_t total_of(const int kind, const int32_t *total, int part) { return FACTS[kind].columns == HALF ? total[part] : total[0] + total[1]; }
 
-/* out[r][0..15] = the products of a panel's rows with rows r of x. `first`: their first row. */
-INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const Matrix *w, int64_t p, int64_t first, float out[NR][PANEL])
+/* dot[r] = the sums of (quant - shift) * x over a part of a block, of the panel's 16 rows and rows r of x: q (2, n_in) of each, total. They
+ * are whole numbers of 32 bits: scales, which are more bits in K-quants, come after. */
+INLINE void part_dots(const int kind, const int rows, const PanelBlock *block, const int part, const int8_t *q, int64_t n_in, const int32_t *total, vi dot[NR][NV])
 {
-    const uint8_t *quants = panel_of(w, p);
-    const uint16_t *scales = panel_scales(kind, quants, c->n_in);
-    const int64_t n_blocks = c->n_in / BLOCK;
-    const int8_t *q = c->q + first * 2 * c->n_in;
-    const float *d = c->d + first * n_blocks;
-    const int32_t *total = c->total + first * n_blocks;
-    const int64_t ahead = panel_bytes(kind, c->n_in);
-    const int32_t shift = kind == Q8_0 ? 128 : kind == Q4_0 ? 8 : 0; /* stored quants are that much larger */
+    const int first = FACTS[kind].columns / 4 * part, last = first + FACTS[kind].columns / 4;
 #if defined(__AVX512VNNI__)
-    const __m512i low = _mm512_set1_epi8(15);
-    __m512 sums[NR];
+    __m512i sums[NR][2];
+    UNROLLED
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = _mm512_setzero_si512();
+        sums[r][1] = _mm512_set1_epi32(-FACTS[kind].shift * total_of(kind, total + r * (n_in / HALF), part));
+    }
+    UNROLLED
+    for (int g = first; g < last; g++) {
+        const __m512i word = (__m512i)quad(kind, block, 0, g);
+        UNROLLED
+        for (int r = 0; r < rows; r++)
+            UNROLLED
+            for (int half = 0; half < 2; half++)
+                sums[r][half] = _mm512_dpbusd_epi32(sums[r][half], word, four(q + (2 * r + half) * n_in + 4 * g));
+    }
+    UNROLLED
     for (int r = 0; r < rows; r++)
-        sums[r] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < n_blocks; b++) {
-        __m512i dot[NR][2];
+        dot[r][0] = (vi)_mm512_add_epi32(_mm512_slli_epi32(sums[r][0], 8), sums[r][1]);
+#elif defined(__AVX2__)
+    /* Products of a quant and an int8, two to a lane of 16 bits, are added while they fit. Two of 8 bits do not: those meet as signed ones. */
+    enum { PRODUCTS = 2 * 127 };
+    const int wide = FACTS[kind].bits == 8, together = wide ? 1 : (int)least(32767 / (PRODUCTS * ((1 << FACTS[kind].bits) - 1)), last - first) & ~1;
+    const __m256i ones = _mm256_set1_epi16(1);
+    UNROLLED
+    for (int v = 0; v < NV; v++) {
+        __m256i sums[NR][2];
+        UNROLLED
         for (int r = 0; r < rows; r++) {
-            dot[r][0] = _mm512_setzero_si512();
-            dot[r][1] = _mm512_set1_epi32(-shift * total[r * n_blocks + b]);
+            sums[r][0] = _mm256_setzero_si256();
+            sums[r][1] = _mm256_set1_epi32(wide ? 0 : -FACTS[kind].shift * total_of(kind, total + r * (n_in / HALF), part));
         }
-        const uint8_t *block = quants + quant_bytes(kind) * b;
-        FETCH_NEXT_PANEL
-        for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++) {
-            __m512i word = _mm512_load_si512(block + 64 * g), high_word = _mm512_and_si512(_mm512_srli_epi16(word, 4), low);
-            if (kind != Q8_0)
-                word = _mm512_and_si512(word, low);
+        UNROLLED
+        for (int g = first; g < last; g += together) {
+            __m256i word[8];
+            UNROLLED
+            for (int t = 0; t < together; t++)
+                word[t] = (__m256i)quad(kind, block, VW * v, g + t);
+            if (wide)
+                word[0] = _mm256_xor_si256(word[0], _mm256_set1_epi8(-128));
+            UNROLLED
             for (int r = 0; r < rows; r++)
+                UNROLLED
                 for (int half = 0; half < 2; half++) {
-                    const int8_t *x = q + (2 * r + half) * c->n_in + BLOCK * b + 4 * g;
-                    dot[r][half] = _mm512_dpbusd_epi32(dot[r][half], word, four(x));
-                    if (kind != Q8_0)
-                        dot[r][half] = _mm512_dpbusd_epi32(dot[r][half], high_word, four(x + 16));
+                    const int8_t *x = q + (2 * r + half) * n_in + 4 * g;
+                    __m256i pairs = wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(word[0]), _mm256_sign_epi8(four(x), word[0])) : _mm256_maddubs_epi16(word[0], four(x));
+                    UNROLLED
+                    for (int t = 1; t < together; t++)
+                        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(word[t], four(x + 4 * t)));
+                    sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_madd_epi16(pairs, ones));
                 }
         }
-        __m512 scale = load_f16(scales + PANEL * b);
-        for (int r = 0; r < rows; r++) {
-            float dx = d[r * n_blocks + b];
-            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(dot[r][0], 8), dot[r][1])), _mm512_mul_ps(scale, splat(dx)), sums[r]);
-            if (kind == Q4_1)
-                sums[r] += load_f16(scales + PANEL * (n_blocks + b)) * splat(dx * (float)total[r * n_blocks + b]);
+        UNROLLED
+        for (int r = 0; r < rows; r++)
+            dot[r][v] = (vi)_mm256_add_epi32(_mm256_slli_epi32(sums[r][0], 8), sums[r][1]);
+    }
+#else
+    for (int r = 0; r < rows; r++) {
+        const int8_t *hi = q + 2 * r * n_in, *lo = hi + n_in;
+        int32_t x[BLOCK];
+        for (int i = 4 * first; i < 4 * last; i++)
+            x[i] = 256 * hi[i] + lo[i];
+        UNROLLED
+        for (int v = 0; v < NV; v++) {
+            vi sums = (vi)splat_u((uint32_t)(-FACTS[kind].shift * total_of(kind, total + r * (n_in / HALF), part)));
+            UNROLLED
+            for (int g = first; g < last; g++) {
+                const vu word = quad(kind, block, VW * v, g);
+                for (int j = 0; j < 4; j++)
+                    sums += (vi)(word >> 8 * j & splat_u(255)) * (vi)splat_u((uint32_t)x[4 * g + j]);
+            }
+            dot[r][v] = sums;
+        }
+    }
+#endif
+}
+
+/* out[r][0..15] = the products of a panel's rows with rows r of x. `row`: their first row.
+ *
+ * While a block is multiplied, the same block of the next panel is fetched. A panel is too short (6 KiB for 576 columns of Q4_1) for the
+ * processor to find its two streams, quants and scales, before it ends: reading took 1.6 times its floor, and so takes 1.2. */
+INLINE void blocks_panel(const int kind, const int rows, const Linear *c, const Matrix *w, int64_t p, int64_t row, float out[NR][PANEL])
+{
+    const uint8_t *panel = panel_of(w, p);
+    const int64_t n_in = c->n_in, n_blocks = n_in / BLOCK, ahead = panel_bytes(kind, n_in);
+    const int8_t *q = c->q + row * 2 * n_in;
+    const float *d = c->d + row * n_blocks;
+    const int32_t *total = c->total + row * 2 * n_blocks;
+    vf sums[NR][NV];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < NV; v++)
+            sums[r][v] = splat(0);
+    for (int64_t b = 0; b < n_blocks; b++) {
+        const PanelBlock block = panel_block(kind, panel, n_in, b);
+        for (int64_t line = 0; line < quant_bytes(kind); line += 64)
+            __builtin_prefetch(block.quants + ahead + line);
+        if (64 * block.number < scale_bytes(kind))
+            __builtin_prefetch(block.scales + ahead + 64 * block.number);
+        UNROLLED
+        for (int part = 0; part < parts(kind); part++) {
+            vi dot[NR][NV];
+            part_dots(kind, rows, &block, part, q + BLOCK * b, n_in, total + 2 * b, dot);
+            UNROLLED
+            for (int v = 0; v < NV; v++) {
+                const vf scale = scale_of(kind, &block, VW * v, part), offset = offset_of(kind, &block, VW * v);
+                UNROLLED
+                for (int r = 0; r < rows; r++) {
+                    const float dx = d[r * n_blocks + b];
+                    sums[r][v] += __builtin_convertvector(dot[r][v], vf) * (scale * splat(dx));
+                    if (FACTS[kind].offsets)
+                        sums[r][v] += offset * splat(dx * (float)total_of(kind, total + r * 2 * n_blocks + 2 * b, part));
+                }
+            }
         }
     }
     for (int r = 0; r < rows; r++)
-        store(out[r], sums[r]);
-#else
-    memset(out, 0, sizeof(float[NR][PANEL]));
-    for (int64_t b = 0; b < n_blocks; b++) {
-        int32_t dot[NR][PANEL];
-        const uint8_t *block = quants + quant_bytes(kind) * b;
-        FETCH_NEXT_PANEL
-#if defined(__AVX2__)
-        const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-        for (int side = 0; side < 2; side++) { /* rows 0-7, 8-15 */
-            __m256i acc[NR][2];
-            for (int r = 0; r < rows; r++) {
-                acc[r][0] = _mm256_setzero_si256();
-                acc[r][1] = _mm256_set1_epi32(kind == Q8_0 ? 0 : -shift * total[r * n_blocks + b]);
-            }
-            for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++) {
-                __m256i word = _mm256_loadu_si256((const __m256i *)(block + 64 * g + 32 * side));
-                if (kind == Q8_0)
-                    word = _mm256_xor_si256(word, _mm256_set1_epi8(-128)); /* signed: uint8 x int8 pairs overflow 16 bits */
-                for (int r = 0; r < rows; r++)
-                    for (int half = 0; half < 2; half++) {
-                        const int8_t *x = q + (2 * r + half) * c->n_in + BLOCK * b + 4 * g;
-                        __m256i pairs;
-                        if (kind == Q8_0) {
-                            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(word), _mm256_sign_epi8(four(x), word));
-                        } else {
-                            __m256i high = _mm256_and_si256(_mm256_srli_epi16(word, 4), low);
-                            pairs = _mm256_maddubs_epi16(_mm256_and_si256(word, low), four(x));
-                            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(high, four(x + 16)));
-                        }
-                        acc[r][half] = _mm256_add_epi32(acc[r][half], _mm256_madd_epi16(pairs, ones));
-                    }
-            }
-            for (int r = 0; r < rows; r++)
-                _mm256_storeu_si256((__m256i *)(dot[r] + 8 * side), _mm256_add_epi32(_mm256_slli_epi32(acc[r][0], 8), acc[r][1]));
-        }
-#else
-        for (int r = 0; r < rows; r++) {
-            const int8_t *hi = q + 2 * r * c->n_in + BLOCK * b, *lo = hi + c->n_in;
-            int32_t x[BLOCK];
-            for (int i = 0; i < BLOCK; i++)
-                x[i] = 256 * hi[i] + lo[i];
-            for (int i = 0; i < PANEL; i++)
-                dot[r][i] = -shift * total[r * n_blocks + b];
-            for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++)
-                for (int j = 0; j < 4; j++)
-                    for (int i = 0; i < PANEL; i++) {
-                        uint8_t word = block[64 * g + 4 * i + j];
-                        if (kind == Q8_0)
-                            dot[r][i] += word * x[4 * g + j];
-                        else
-                            dot[r][i] += (word & 15) * x[4 * g + j] + (word >> 4) * x[16 + 4 * g + j];
-                    }
-        }
-#endif
-        for (int r = 0; r < rows; r++) {
-            float dx = d[r * n_blocks + b];
-            for (int i = 0; i < PANEL; i += VW) {
-                vi whole;
-                memcpy(&whole, dot[r] + i, sizeof whole);
-                vf grown = load(out[r] + i) + __builtin_convertvector(whole, vf) * (load_f16(scales + PANEL * b + i) * splat(dx));
-                if (kind == Q4_1)
-                    grown += load_f16(scales + PANEL * (n_blocks + b) + i) * splat(dx * (float)total[r * n_blocks + b]);
-                store(out[r] + i, grown);
-            }
-        }
-    }
-#endif
+        for (int v = 0; v < NV; v++)
+            store(out[r] + VW * v, sums[r][v]);
 }
 
 INLINE vf load_kind(const int kind, const uint8_t *row, int64_t i)
@@ -269,14 +274,14 @@ INLINE void floats_panel(const int kind, const int rows, const Linear *c, const 
 
 static void panel_product(const Linear *c, const Matrix *w, int64_t p, int64_t first, int64_t rows, float out[NR][PANEL])
 {
+#define CASE(kind) case kind: FOR_ROWS(blocks_panel, kind)
     switch (w->kind) {
     case F32: FOR_ROWS(floats_panel, F32)
     case F16: FOR_ROWS(floats_panel, F16)
     case BF16: FOR_ROWS(floats_panel, BF16)
-    case Q8_0: FOR_ROWS(blocks_panel, Q8_0)
-    case Q4_0: FOR_ROWS(blocks_panel, Q4_0)
-    default: FOR_ROWS(blocks_panel, Q4_1)
+    FOR_BLOCK_KINDS(CASE)
     }
+#undef CASE
 }
 
 static void few_rows(void *context, int64_t unit, int thread)
@@ -321,9 +326,9 @@ void FN(linear)(const Product *products, int count, const float *x, int64_t n, c
     }
     if (any_blocks) {
         size_t n_blocks = (size_t)(n * c.n_in / BLOCK);
-        c.d = scratch(SHARED, 0, n_blocks * (4 + 4 + 2 * BLOCK));
+        c.d = scratch(SHARED, 0, n_blocks * (4 + 8 + 2 * BLOCK));
         c.total = (const int32_t *)(c.d + n_blocks);
-        c.q = (const int8_t *)(c.total + n_blocks);
+        c.q = (const int8_t *)(c.total + 2 * n_blocks);
         if (n * c.n_in > 1 << 14)
             parallel(n, quantise_row, &c);
         else

@@ -4,7 +4,6 @@
 
 #if MANY_BLOCKS
 
-#define UNROLLED _Pragma("GCC unroll 16")
 #define NV (PANEL / VW) /* vectors of a panel's row */
 #if defined(__AVX512F__)
 enum { MR = 8, NP = 2 }; /* rows and panels at a time: 16 of 32 registers are sums */
@@ -89,14 +88,15 @@ Integers FN(left_integers)(const float *x, int64_t n, int64_t width, const float
     return c.a;
 }
 
-/* A panel spread out: quants [k / 2][16 rows][2] int16, then scales [k / 32][16] and, of Q4_1, offsets as many, float32. */
-INLINE int64_t spread_bytes(int64_t k) { return k * PANEL * 2 + k / BLOCK * PANEL * 8; }
+/* A panel spread out: quants [k / 2][16 rows][2] int16, then a scale for every part of a block, [.][16], and offsets [k / 32][16],
+ * float32. */
+INLINE int64_t spread_bytes(int64_t k) { return PANEL * (2 * k + 4 * (k / 16 + k / BLOCK)); }
 INLINE float *spread_scales(int16_t *panel, int64_t k) { return (float *)(panel + k * PANEL); }
 
 /* Two 16-bit numbers a word: byte 0 and 1 of each, less shift. */
-INLINE void put_pairs(int16_t *to, vu word, uint32_t mask, int16_t shift)
+INLINE void put_pairs(int16_t *to, vu word, int shift)
 {
-    const vu low = (word & splat_u(mask)) | (word << 8 & splat_u(mask << 16)), less = splat_u((uint32_t)shift << 16 | (uint32_t)shift);
+    const vu low = (word & splat_u(255)) | (word << 8 & splat_u(255 << 16)), less = splat_u((uint32_t)shift << 16 | (uint32_t)shift);
 #if defined(__AVX512F__)
     const vu pair = (vu)_mm512_sub_epi16((__m512i)low, (__m512i)less);
 #else
@@ -105,33 +105,26 @@ INLINE void put_pairs(int16_t *to, vu word, uint32_t mask, int16_t shift)
     memcpy(to, &pair, sizeof pair);
 }
 
-static void spread(const Matrix *w, int64_t p, int16_t *panel)
+INLINE void spread(const int kind, const uint8_t *source, int64_t k, int16_t *panel)
 {
-    const int kind = w->kind;
-    const int64_t k = w->n_in, n_blocks = k / BLOCK;
-    const uint8_t *source = panel_of(w, p);
-    const uint16_t *scales = panel_scales(kind, source, k);
-    float *to = spread_scales(panel, k);
-    for (int64_t i = 0; i < (kind == Q4_1 ? 2 : 1) * n_blocks * PANEL; i += VW)
-        store(to + i, load_f16(scales + i));
-    for (int64_t b = 0; b < n_blocks; b++)
-        for (int rows = 0; rows < PANEL; rows += VW) {
-            const uint8_t *quants = source + quant_bytes(kind) * b + 4 * rows;
-            for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++) {
-                const vu word = load_u(quants + 64 * g);
-                int16_t *pairs = panel + PANEL * (BLOCK * b + 4 * g) + 2 * rows; /* of columns 4 g and the next; then 4 g + 2 */
-                if (kind == Q8_0) {
-                    put_pairs(pairs, word, 255, 128);
-                    put_pairs(pairs + 2 * PANEL, word >> 16, 255, 128);
-                } else {
-                    const int16_t shift = kind == Q4_0 ? 8 : 0;
-                    put_pairs(pairs, word, 15, shift);
-                    put_pairs(pairs + 2 * PANEL, word >> 16, 15, shift);
-                    put_pairs(pairs + 16 * PANEL, word >> 4, 15, shift);
-                    put_pairs(pairs + 18 * PANEL, word >> 20, 15, shift);
-                }
+    float *scales = spread_scales(panel, k), *offsets = scales + k / FACTS[kind].columns * PANEL;
+    for (int64_t b = 0; b < k / BLOCK; b++) {
+        const PanelBlock block = panel_block(kind, source, k, b);
+        UNROLLED
+        for (int row = 0; row < PANEL; row += VW) {
+            UNROLLED
+            for (int g = 0; g < BLOCK / 4; g++) {
+                const vu word = quad(kind, &block, row, g);
+                int16_t *pairs = panel + PANEL * (BLOCK * b + 4 * g) + 2 * row; /* of columns 4 g and the next; then 4 g + 2 */
+                put_pairs(pairs, word, FACTS[kind].shift);
+                put_pairs(pairs + 2 * PANEL, word >> 16, FACTS[kind].shift);
             }
+            for (int part = 0; part < parts(kind); part++)
+                store(scales + PANEL * (b * parts(kind) + part) + row, scale_of(kind, &block, row, part));
+            if (FACTS[kind].offsets)
+                store(offsets + PANEL * b + row, offset_of(kind, &block, row));
         }
+    }
 }
 
 INLINE vi dot(vi sums, vi a, vi b)
@@ -143,8 +136,8 @@ INLINE vi dot(vi sums, vi a, vi b)
 #endif
 }
 
-/* out (MR, UNIT) = rows of a from `row` on, times NP panels. */
-INLINE void rows_by_panels(const Integers *a, int64_t row, int16_t *b, float *out, const int offsets)
+/* out (MR, UNIT) = rows of a from `row` on, times NP panels, of whose weights `columns` share a scale. */
+INLINE void rows_by_panels(const Integers *a, int64_t row, int16_t *b, float *out, const int columns, const int with_offsets)
 {
     const int64_t k = a->k, n_blocks = k / BLOCK, ldb = spread_bytes(k) / 2;
     const int16_t *q = a->q + row * k;
@@ -156,14 +149,15 @@ INLINE void rows_by_panels(const Integers *a, int64_t row, int16_t *b, float *ou
         UNROLLED
         for (int v = 0; v < NP * NV; v++)
             store(out + r * UNIT + v * VW, splat(0));
-    for (int64_t block = 0; block < n_blocks; block++) {
+    for (int64_t part = 0; part < k / columns; part++) {
+        const int64_t block = part * columns / BLOCK;
         vi sums[MR][NP * NV];
         UNROLLED
         for (int r = 0; r < MR; r++)
             UNROLLED
             for (int v = 0; v < NP * NV; v++)
                 sums[r][v] = (vi)splat_u(0);
-        for (int64_t i = BLOCK * block; i < BLOCK * (block + 1); i += 2) {
+        for (int64_t i = columns * part; i < columns * (part + 1); i += 2) {
             vi column[NP * NV];
             UNROLLED
             for (int v = 0; v < NP * NV; v++)
@@ -179,13 +173,13 @@ INLINE void rows_by_panels(const Integers *a, int64_t row, int16_t *b, float *ou
         }
         UNROLLED
         for (int v = 0; v < NP * NV; v++) {
-            const float *at = scales[v / NV] + PANEL * block + v % NV * VW;
-            const vf scale = load(at), offset = offsets ? load(at + PANEL * n_blocks) : splat(0);
+            const float *at = scales[v / NV] + PANEL * part + v % NV * VW;
+            const vf scale = load(at), offset = with_offsets ? load(at + PANEL * (k / columns)) : splat(0);
             UNROLLED
             for (int r = 0; r < MR; r++) {
                 float *to = out + r * UNIT + v * VW;
                 vf grown = load(to) + __builtin_convertvector(sums[r][v], vf) * (scale * splat(d[r * n_blocks + block]));
-                if (offsets)
+                if (with_offsets)
                     grown += offset * splat(sum_of[r * n_blocks + block]);
                 store(to, grown);
             }
@@ -197,11 +191,25 @@ INLINE void rows_by_panels(const Integers *a, int64_t row, int16_t *b, float *ou
 static void product(const Integers *a, int64_t row, int64_t rows, int kind, int16_t *b, float *out)
 {
     for (int64_t r = 0; r < rows; r += MR)
-        for (int p = 0; p < 2; p += NP)
-            if (kind == Q4_1)
-                rows_by_panels(a, row + r, b + p * spread_bytes(a->k) / 2, out + r * UNIT + p * PANEL, 1);
+        for (int p = 0; p < 2; p += NP) {
+            int16_t *panel = b + p * spread_bytes(a->k) / 2;
+            float *to = out + r * UNIT + p * PANEL;
+            if (FACTS[kind].offsets)
+                rows_by_panels(a, row + r, panel, to, BLOCK, 1);
+            else if (FACTS[kind].columns == BLOCK)
+                rows_by_panels(a, row + r, panel, to, BLOCK, 0);
             else
-                rows_by_panels(a, row + r, b + p * spread_bytes(a->k) / 2, out + r * UNIT + p * PANEL, 0);
+                rows_by_panels(a, row + r, panel, to, BLOCK / 2, 0);
+        }
+}
+
+static void spread_panel(const Matrix *w, int64_t p, int16_t *panel)
+{
+#define CASE(kind) case kind: spread(kind, panel_of(w, p), w->n_in, panel); return;
+    switch (w->kind) {
+    FOR_BLOCK_KINDS(CASE)
+    }
+#undef CASE
 }
 
 /* Panels 2 unit and the next one of w; zeros beyond its last. */
@@ -209,7 +217,7 @@ static void spread_unit(const Matrix *w, int64_t unit, int16_t *b)
 {
     for (int64_t p = 0; p < 2; p++)
         if (PANEL * (2 * unit + p) < w->n_out)
-            spread(w, 2 * unit + p, b + p * spread_bytes(w->n_in) / 2);
+            spread_panel(w, 2 * unit + p, b + p * spread_bytes(w->n_in) / 2);
         else
             memset(b + p * spread_bytes(w->n_in) / 2, 0, (size_t)spread_bytes(w->n_in));
 }

@@ -16,9 +16,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, I8 }; /* I8: of pages alone, whole numbers and a scale a row */
+enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, I8 }; /* I8: of pages alone, whole numbers and a scale a row */
 
-enum { BLOCK = 32, PANEL = 16 }; /* weights that share a scale; rows of a matrix that are computed together */
+enum { BLOCK = 32, PANEL = 16 }; /* columns, and rows, of a matrix that are computed together */
 
 /* A weight (n_out, n_in). F32, F16, BF16: row-major, as stored. Blocks: the panels of panels.c. data NULL: no such weight. */
 typedef struct {

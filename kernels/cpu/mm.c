@@ -83,7 +83,6 @@ void FN(mm)(const mm_t *a, int64_t lda, const mm_t *b, int64_t ldb, float *c, in
 void FN(mm_begin)(void) {}
 void FN(mm_end)(void) {}
 
-#define UNROLLED _Pragma("GCC unroll 16")
 #define NV (PANEL / VW) /* vectors of a panel's row */
 #if defined(__AVX512F__)
 enum { MR = 12, NP = 2 }; /* rows and panels at a time: 24 of 32 registers are sums */

@@ -15,54 +15,56 @@ INLINE void put_pair(mm_t *panel, int64_t column, int rows, vf even, vf odd)
 #endif
 }
 
-INLINE vf widened(vu word, int shift, uint32_t mask, vf d, vf offset)
-{
-    return __builtin_convertvector((vi)((word >> shift) & splat_u(mask)), vf) * d + offset;
-}
+INLINE vf widened(vu word, int shift, vf d, vf offset) { return __builtin_convertvector((vi)(word >> shift & splat_u(255)), vf) * d + offset; }
 
-INLINE void unpack(int kind, const uint8_t *source, int64_t n_in, mm_t *panel)
+INLINE void unpack(const int kind, const uint8_t *source, int64_t n_in, mm_t *panel)
 {
-    const uint16_t *scales = panel_scales(kind, source, n_in);
-    int64_t n_blocks = n_in / BLOCK;
-    for (int64_t b = 0; b < n_blocks; b++)
-        for (int rows = 0; rows < PANEL; rows += VW) {
-            vf d = load_f16(scales + PANEL * b + rows), offset;
-            if (kind == Q4_1)
-                offset = load_f16(scales + PANEL * (n_blocks + b) + rows);
-            else
-                offset = d * splat(kind == Q8_0 ? -128.0f : -8.0f);
-            const uint8_t *quants = source + quant_bytes(kind) * b + 4 * rows;
-            for (int g = 0; g < (kind == Q8_0 ? 8 : 4); g++) {
-                vu word = load_u(quants + 64 * g);
-                int64_t column = BLOCK * b + 4 * g;
-                if (kind == Q8_0) {
-                    put_pair(panel, column, rows, widened(word, 0, 255, d, offset), widened(word, 8, 255, d, offset));
-                    put_pair(panel, column + 2, rows, widened(word, 16, 255, d, offset), widened(word, 24, 255, d, offset));
-                } else {
-                    put_pair(panel, column, rows, widened(word, 0, 15, d, offset), widened(word, 8, 15, d, offset));
-                    put_pair(panel, column + 2, rows, widened(word, 16, 15, d, offset), widened(word, 24, 15, d, offset));
-                    put_pair(panel, column + 16, rows, widened(word, 4, 15, d, offset), widened(word, 12, 15, d, offset));
-                    put_pair(panel, column + 18, rows, widened(word, 20, 15, d, offset), widened(word, 28, 15, d, offset));
+    const int groups = FACTS[kind].columns / 4;
+    for (int64_t b = 0; b < n_in / BLOCK; b++) {
+        const PanelBlock block = panel_block(kind, source, n_in, b);
+        for (int rows = 0; rows < PANEL; rows += VW)
+            UNROLLED
+            for (int part = 0; part < parts(kind); part++) {
+                const vf d = scale_of(kind, &block, rows, part), offset = offset_of(kind, &block, rows) - d * splat((float)FACTS[kind].shift);
+                UNROLLED
+                for (int g = groups * part; g < groups * (part + 1); g++) {
+                    const vu word = quad(kind, &block, rows, g);
+                    const int64_t column = BLOCK * b + 4 * g;
+                    put_pair(panel, column, rows, widened(word, 0, d, offset), widened(word, 8, d, offset));
+                    put_pair(panel, column + 2, rows, widened(word, 16, d, offset), widened(word, 24, d, offset));
                 }
             }
-        }
+    }
 }
 
 void FN(mm_pack_weight)(const Matrix *w, int64_t p, mm_t *panel)
 {
-    const uint8_t *source = w->data;
-    if (w->kind == Q8_0)
-        unpack(Q8_0, panel_of(w, p), w->n_in, panel);
-    else if (w->kind == Q4_0)
-        unpack(Q4_0, panel_of(w, p), w->n_in, panel);
-    else if (w->kind == Q4_1)
-        unpack(Q4_1, panel_of(w, p), w->n_in, panel);
-    else {
-        const void *rows[PANEL];
-        int64_t row_bytes = (int64_t)w->n_in * (w->kind == F32 ? 4 : 2);
-        for (int r = 0; r < PANEL; r++)
-            rows[r] = PANEL * p + r < w->n_out ? source + (PANEL * p + r) * row_bytes : NULL;
-        FN(mm_pack_rows)(w->kind, rows, w->n_in, panel);
+#define CASE(kind) case kind: unpack(kind, panel_of(w, p), w->n_in, panel); return;
+    switch (w->kind) {
+    FOR_BLOCK_KINDS(CASE)
+    }
+#undef CASE
+    const void *rows[PANEL];
+    int64_t row_bytes = (int64_t)w->n_in * (w->kind == F32 ? 4 : 2);
+    for (int r = 0; r < PANEL; r++)
+        rows[r] = PANEL * p + r < w->n_out ? (const uint8_t *)w->data + (PANEL * p + r) * row_bytes : NULL;
+    FN(mm_pack_rows)(w->kind, rows, w->n_in, panel);
+}
+
+/* Row `row` of a panel (n_in,): what is read of its neighbours in a register is left. */
+INLINE void panel_row(const int kind, const uint8_t *panel, int64_t n_in, int row, float *out)
+{
+    const int first = row / VW * VW, lane = row % VW, groups = FACTS[kind].columns / 4;
+    for (int64_t b = 0; b < n_in / BLOCK; b++) {
+        const PanelBlock block = panel_block(kind, panel, n_in, b);
+        const float offset = offset_of(kind, &block, first)[lane];
+        UNROLLED
+        for (int g = 0; g < BLOCK / 4; g++) {
+            const float d = scale_of(kind, &block, first, g / groups)[lane];
+            const uint32_t word = quad(kind, &block, first, g)[lane];
+            for (int i = 0; i < 4; i++)
+                out[BLOCK * b + 4 * g + i] = d * (float)((int)(word >> 8 * i & 255) - FACTS[kind].shift) + offset;
+        }
     }
 }
 
@@ -80,32 +82,22 @@ static void one_row(void *context, int64_t i, int thread)
     int64_t id = c->ids[i], n_in = w->n_in;
     float *out = c->out + i * n_in;
     const uint16_t *halves = (const uint16_t *)w->data + id * n_in;
-    if (w->kind == F32) {
+#define CASE(kind) case kind: panel_row(kind, panel_of(w, id / PANEL), n_in, (int)(id % PANEL), out); return;
+    switch (w->kind) {
+    case F32:
         memcpy(out, (const float *)w->data + id * n_in, 4 * (size_t)n_in);
-    } else if (w->kind == F16) {
+        return;
+    case F16:
         for (int64_t k = 0; k < n_in; k++)
             out[k] = f16_to_float(halves[k]);
-    } else if (w->kind == BF16) {
+        return;
+    case BF16:
         for (int64_t k = 0; k < n_in; k++)
             out[k] = bf16_to_float(halves[k]);
-    } else {
-        const uint8_t *panel = panel_of(w, id / PANEL);
-        const uint16_t *scales = panel_scales(w->kind, panel, n_in);
-        int64_t row = id % PANEL, n_blocks = n_in / BLOCK;
-        for (int64_t b = 0; b < n_blocks; b++) {
-            float d = f16_to_float(scales[PANEL * b + row]);
-            float m = w->kind == Q4_1 ? f16_to_float(scales[PANEL * (n_blocks + b) + row]) : 0;
-            const uint8_t *quants = panel + quant_bytes(w->kind) * b + 4 * row;
-            for (int k = 0; k < BLOCK; k++) {
-                if (w->kind == Q8_0) {
-                    out[BLOCK * b + k] = d * (float)(quants[64 * (k / 4) + k % 4] - 128);
-                    continue;
-                }
-                int q = quants[64 * (k % 16 / 4) + k % 4] >> (k < 16 ? 0 : 4) & 15;
-                out[BLOCK * b + k] = w->kind == Q4_0 ? d * (float)(q - 8) : d * (float)q + m;
-            }
-        }
+        return;
+    FOR_BLOCK_KINDS(CASE)
     }
+#undef CASE
 }
 
 /* out (n, n_in) = rows `ids` of w. */

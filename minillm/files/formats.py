@@ -6,6 +6,12 @@ Q8_0  32 weights, 34 bytes: float16 d, 32 x int8 q                            w 
 Q4_0  32 weights, 18 bytes: float16 d, 16 bytes of two 4-bit q                w = d * (q - 8)
 Q4_1  32 weights, 20 bytes: float16 d, float16 m, 16 bytes of two 4-bit q     w = d * q + m
 In a byte of 4-bit q, the low half is weight i and the high half weight i + 16.
+
+K-quants have 256 weights a block, in parts with a small whole scale each. Of byte l of 32 with 4-bit q, the low half is
+weight l and the high half weight l + 32 of 64 (Q6_K: byte l of 64, weights l and l + 64 of 128).
+Q4_K  144 bytes: float16 d and dmin, 12 of packed 6-bit s and m for 8 parts, 128 of 4-bit q     w = d * s * q - dmin * m
+Q5_K  176 bytes: as Q4_K, before the 4-bit q 32 bytes of fifth bits: bit i of byte l is weight l of part i
+Q6_K  210 bytes: 128 of 4-bit q, 64 of two high bits each, 16 x int8 s, float16 d                w = d * s * (q - 32)
 """
 
 from collections.abc import Callable
@@ -110,6 +116,45 @@ def _q4_1(blocks, out):
     out += _halves(blocks, 2)
 
 
+def _packed_scales(packed):
+    """12 bytes of 6-bit scales and mins -> scales (n, 8, 1), mins (n, 8, 1) float32."""
+    low_scales, low_mins, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([low_scales & 63, rest & 15 | low_scales >> 6 << 4], axis=1)
+    mins = np.concatenate([low_mins & 63, rest >> 4 | low_mins >> 6 << 4], axis=1)
+    return scales[..., None].astype(np.float32), mins[..., None].astype(np.float32)
+
+
+def _low_bits(bytes_, run):
+    """Bytes of two 4-bit numbers -> (n, parts, run) uint8: the low halves of `run` bytes, then their high ones."""
+    runs = bytes_.reshape(len(bytes_), -1, 1, run)
+    return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(bytes_), -1, run)
+
+
+def _offset_parts(q, blocks, out):
+    """q (n, 8, 32) of Q4_K or Q5_K -> out."""
+    (scales, mins), halves = _packed_scales(blocks[:, 4:16]), _halves(blocks, 0, 2)[:, :, None]
+    parts = out.reshape(q.shape)
+    np.multiply(halves[:, :1] * scales, q, out=parts)
+    parts -= halves[:, 1:] * mins
+
+
+def _q4_k(blocks, out):
+    _offset_parts(_low_bits(blocks[:, 16:], 32), blocks, out)
+
+
+def _q5_k(blocks, out):
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    _offset_parts(_low_bits(blocks[:, 48:], 32) | fifth << 4, blocks, out)
+
+
+def _q6_k(blocks, out):
+    low, high = _low_bits(blocks[:, :128], 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(low.shape)
+    q = (low | high << 4).view(np.int8).reshape(-1, 16, 16) - np.int8(32)
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
+    np.multiply((_halves(blocks, 208) * scales)[..., None], q, out=out.reshape(q.shape))
+
+
 def _scales_apart(scale_bytes, blocks):
     """Of blocks that begin with their float16 scales: the quants, and the scales."""
     scales, words = (np.ascontiguousarray(part) for part in (blocks[..., :scale_bytes], blocks[..., scale_bytes:]))
@@ -124,6 +169,9 @@ _ALL = (
     WeightFormat("Q8_0", 8, 3, 32, 34, np.uint8, _q8_0, DeviceFormat("Q8_0", 16, "half", _BEFORE_QUANTS[2])),
     WeightFormat("Q4_0", 2, 4, 32, 18, np.uint8, _q4_0, DeviceFormat("Q4_0", 32, "half", _BEFORE_QUANTS[2])),
     WeightFormat("Q4_1", 3, 5, 32, 20, np.uint8, _q4_1, DeviceFormat("Q4_1", 32, "half", _BEFORE_QUANTS[4])),
+    WeightFormat("Q4_K", 12, 6, 256, 144, np.uint8, _q4_k),
+    WeightFormat("Q5_K", 13, 7, 256, 176, np.uint8, _q5_k),
+    WeightFormat("Q6_K", 14, 8, 256, 210, np.uint8, _q6_k),
 )
 FORMATS = {format.name: format for format in _ALL}
 F32, F16, BF16 = _ALL[:3]

@@ -22,7 +22,7 @@ from minillm.ops.pages import anonymous
 
 ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
-PAGE_KINDS = {"float32": 0, "bfloat16": 2, "int8": 6}  # of enum Kind in minillm_cpu.h, as those of weight formats are
+PAGE_KINDS = {"float32": 0, "bfloat16": 2, "int8": 9}  # of enum Kind in minillm_cpu.h, as those of weight formats are
 
 
 class Matrix(Structure):

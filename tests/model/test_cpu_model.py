@@ -3,14 +3,25 @@
 Logits of the tiny models are some units large. Pages hold K and V in bf16 (2^-9 of each), and on avx512 and amx the
 operands of large products are bf16 as well."""
 
+from dataclasses import replace
+
 import goldens
 import numpy as np
 import pytest
+from blocks import BLOCKS, random_blocks
 from compiled import PATHS
+from model_files import CONFIG
 
 from minillm import LLM, CacheConfig
 from minillm.cache.kv_cache import KVCache
+from minillm.cache.page_pool import PagePool
 from minillm.compress.reading import extend
+from minillm.files.formats import FORMATS
+from minillm.files.stored_model import tensor_shapes
+from minillm.files.weights import Weight
+from minillm.model import Model
+from minillm.ops.cpu_ops import CpuOps
+from minillm.ops.numpy_ops import NUMPY
 
 FLOAT, BF16 = 1e-5, 3e-2  # small random models make much of a rounding; the default model's logits move by 1e-2
 
@@ -144,3 +155,50 @@ def test_greedy_text_is_that_of_transformers_but_for_near_ties(default_model, go
     chosen = zip(logits.argmax(axis=1), greedy["ids"], greedy["runners_up"], greedy["margins"], strict=True)
     for token, expected, runner_up, margin in chosen:
         assert token == expected or (token == runner_up and margin <= 0.02)
+
+
+# weights in blocks
+
+WIDE = replace(CONFIG, dim=256, n_heads=4, head_dim=64, ffn_dim=512, vocab_size=300)
+
+
+def weights_in(kind_of):
+    """Random weights by name, the matrix `name` in blocks of kind_of(name)."""
+    rng, weights = np.random.default_rng(5), {}
+    for name, shape in tensor_shapes(WIDE).items():
+        if len(shape) == 1:
+            weights[name] = Weight.floats(rng.uniform(0.5, 1.5, shape).astype(np.float32))
+        else:
+            scale = 3.0 if name == "lm_head.weight" else 1.7  # logits some units large
+            blocks = random_blocks(rng, kind_of(name), *shape, scale * shape[1] ** -0.5)
+            weights[name] = Weight(FORMATS[kind_of(name)], blocks, shape)
+    return weights
+
+
+def log_probabilities(ops, weights):
+    """Of each of 60 tokens, of which 40 are read at once and the others one by one: (60, vocab)."""
+    model, ids = Model(WIDE, weights, ops), [7 * i % 300 for i in range(60)]
+    cache = KVCache(
+        PagePool(model.ops, WIDE.head_dim, slab_bytes=1 << 20, dtype="float32"), WIDE.n_layers, WIDE.n_kv_heads
+    )
+    logits = [*model.logits(extend(model, ids[:40], cache, None)), *(model.decode([i], [cache])[0] for i in ids[40:])]
+    logits = np.float64(logits)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+MIXED = {"q_proj": "Q4_K", "k_proj": "Q4_K", "v_proj": "Q6_K", "up_proj": "Q5_K", "down_proj": "Q8_0"}
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "mixed"])
+def test_a_model_in_blocks_is_the_model_of_its_floats(path, kind):
+    """KL divergence from the same weights in float32, on the reference backend; "mixed": q, k and v, and gate and up,
+    are of several formats."""
+    weights = weights_in(lambda name: MIXED.get(name.split(".")[-2], "Q4_0") if kind == "mixed" else kind)
+    exact = log_probabilities(NUMPY, {name: weight.widened() for name, weight in weights.items()})
+    assert 1 < exact.std() < 5
+
+    def divergence(ops):
+        return (np.exp(exact) * (exact - log_probabilities(ops, weights))).sum(axis=1).mean()
+
+    assert abs(divergence(NUMPY)) < 1e-8
+    assert divergence(CpuOps(path)) < (1e-7 if path in ("portable", "avx2") else 1e-3)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from blocks import BLOCKS, random_blocks
 from compiled import PATHS, cpu_ops
 from literal import NEAREST, FakeRope, check_nearest, prefill
 
@@ -24,8 +25,7 @@ from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import StoredRows, page_bytes, to_int8
 
-KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
-WORDS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}
+KINDS = list(FORMATS)
 
 
 @pytest.fixture(params=PATHS)
@@ -51,18 +51,7 @@ def weight(rng, kind, n_out, n_in, scale=1.0):
     elif kind == "BF16":
         data = ((normal(rng, n_out, n_in) * np.float32(scale)).view(np.uint32) >> 16).astype(np.uint16)
     else:
-        shape = (n_out, n_in // 32)
-        quants = rng.integers(0, 256, (*shape, 4 * WORDS[kind]), np.uint8)
-        d = (
-            rng.uniform(0.5, 1.5, (*shape, 1))
-            * scale
-            * rng.choice([-1, 1], (*shape, 1))
-            / (127 if kind == "Q8_0" else 8)
-        )
-        parts = [d.astype(np.float16).view(np.uint8)]
-        if kind == "Q4_1":
-            parts.append((-8 * d + rng.uniform(-0.1, 0.1, d.shape) * scale).astype(np.float16).view(np.uint8))
-        data = np.concatenate([*parts, quants], axis=2).reshape(n_out, -1)
+        data = random_blocks(rng, kind, n_out, n_in, scale)
     return Weight(FORMATS[kind], data, (n_out, n_in))
 
 
@@ -75,18 +64,19 @@ def close(actual, expected, tolerance):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 33, 300])
 def test_linear(path, rng, kind, n):
+    block = FORMATS[kind].block
     for n_out, n_in in [(1, 32), (37, 96), (64, 160), (130, 576)]:
-        n_in += 7 * (kind not in WORDS)
+        n_in = n_in + 7 if kind not in BLOCKS else -(-n_in // block) * block
         w, x, bias = weight(rng, kind, n_out, n_in, 0.1), normal(rng, n, n_in), normal(rng, n_out)
         exact = x.astype(np.float64) @ w.rows(0, n_out).astype(np.float64).T
-        share = 4e-3 if n > 4 and path in ("avx512", "amx") else 1e-4 if kind in WORDS else 1e-6
+        share = 4e-3 if n > 4 and path in ("avx512", "amx") else 1e-4 if kind in BLOCKS else 1e-6
         norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w.rows(0, n_out), axis=1)
         allowed = share * norms + 1e-6
         assert (np.abs(cpu_ops.linear(x, w) - exact) <= allowed).all()
         assert (np.abs(cpu_ops.linear(x, cpu_ops.prepare(w), bias) - exact - bias) <= allowed).all()
 
 
-@pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("n", [1, 4])
 def test_whole_activations_are_exact(path, rng, kind, n):
     """Activations that are whole numbers up to 127 * 256, one of them that in each block, lose nothing but a last bit
@@ -111,15 +101,15 @@ def test_linear_of_huge_tiny_and_zero_rows(path, rng, kind):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(path, rng, n, bad):
     for kind in KINDS:
-        x = normal(rng, n, 64)
+        x = normal(rng, n, 256)
         x[-1, 5] = bad
-        y = cpu_ops.linear(x, weight(rng, kind, 40, 64))
+        y = cpu_ops.linear(x, weight(rng, kind, 40, 256))
         assert not np.isfinite(y[-1]).any() and np.isfinite(y[:-1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_embed_and_rows_are_the_stored_values(path, rng, kind):
-    w, ids = weight(rng, kind, 50, 96), np.array([0, 49, 7, 7, 16, 15])
+    w, ids = weight(rng, kind, 50, 512), np.array([0, 49, 7, 7, 16, 15])
     np.testing.assert_allclose(cpu_ops.embed(w, ids), w.rows(0, 50)[ids], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(cpu_ops.prepare(w).rows(14, 19), w.rows(14, 19), rtol=1e-6, atol=1e-7)
     with pytest.raises(IndexError):
