@@ -16,7 +16,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, I8 }; /* I8: of pages alone, whole numbers and a scale a row */
+/* I8: of pages alone, whole numbers and a scale a row. Those after it are of files alone: repack.c makes others of them. */
+enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, I8, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4 };
 
 enum { BLOCK = 32, PANEL = 16 }; /* columns, and rows, of a matrix that are computed together */
 

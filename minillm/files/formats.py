@@ -12,6 +12,9 @@ weight l and the high half weight l + 32 of 64 (Q6_K: byte l of 64, weights l an
 Q4_K  144 bytes: float16 d and dmin, 12 of packed 6-bit s and m for 8 parts, 128 of 4-bit q     w = d * s * q - dmin * m
 Q5_K  176 bytes: as Q4_K, before the 4-bit q 32 bytes of fifth bits: bit i of byte l is weight l of part i
 Q6_K  210 bytes: 128 of 4-bit q, 64 of two high bits each, 16 x int8 s, float16 d                w = d * s * (q - 32)
+
+Other types of ggml are read, and held as others. Where the kernels are compiled they become, once, the smallest of the
+above that holds them without loss or nearly so: Q8_0, and Q3_K becomes Q6_K. Without those NumPy widens them as stored.
 """
 
 from collections.abc import Callable
@@ -43,12 +46,18 @@ class WeightFormat:
 
     name: str  # ggml's and safetensors'
     number: int  # ggml's, in a .gguf file
-    kind: int  # of enum Kind in kernels/cpu/minillm_cpu.h
+    kind: int | None  # of enum Kind in kernels/cpu/minillm_cpu.h; None: no kernel reads it, `held` is made at load
     block: int  # weights that share a scale; 1: floats
     block_bytes: int
     words: type[np.generic]  # of an array of them: float32, float16, uint16 of bfloat16; uint8 of blocks
     to_float32: Callable[[np.ndarray, np.ndarray], None]  # blocks (n, block_bytes), or words -> out (n, block) float32
     device: DeviceFormat | None = None  # None: a GPU gets 16-bit words
+    becomes: str | None = None  # the format that it is held as, by name; None: itself
+
+    @property
+    def held(self) -> "WeightFormat":
+        """The format that weights of this one have in memory, where kernels multiply by them."""
+        return FORMATS[self.becomes] if self.becomes else self
 
     @property
     def is_float(self) -> bool:
@@ -161,6 +170,16 @@ def _scales_apart(scale_bytes, blocks):
     return words.reshape(len(blocks), -1), scales.view(np.uint16).reshape(len(blocks), -1)
 
 
+def _by_gguf(number, blocks, out):
+    import gguf  # takes 0.1 s
+
+    out[...] = gguf.dequantize(blocks, gguf.GGMLQuantizationType(number))
+
+
+def _other(name, number, kind, block, block_bytes, becomes="Q8_0"):
+    return WeightFormat(name, number, kind, block, block_bytes, np.uint8, partial(_by_gguf, number), becomes=becomes)
+
+
 _BEFORE_QUANTS = {n: partial(_scales_apart, n) for n in (2, 4)}
 _ALL = (
     WeightFormat("F32", 0, 0, 1, 4, np.float32, _copy),
@@ -172,6 +191,23 @@ _ALL = (
     WeightFormat("Q4_K", 12, 6, 256, 144, np.uint8, _q4_k),
     WeightFormat("Q5_K", 13, 7, 256, 176, np.uint8, _q5_k),
     WeightFormat("Q6_K", 14, 8, 256, 210, np.uint8, _q6_k),
+    _other("Q5_0", 6, 10, 32, 22),
+    _other("Q5_1", 7, 11, 32, 24),
+    _other("Q2_K", 10, 12, 256, 84),
+    _other("Q3_K", 11, 13, 256, 110, becomes="Q6_K"),
+    _other("IQ4_NL", 20, 14, 32, 18),
+    _other("IQ4_XS", 23, 15, 256, 136),
+    _other("MXFP4", 39, 16, 32, 17),
+    _other("IQ1_S", 19, None, 256, 50),
+    _other("IQ1_M", 29, None, 256, 56),
+    _other("IQ2_XXS", 16, None, 256, 66),
+    _other("IQ2_XS", 17, None, 256, 74),
+    _other("IQ2_S", 22, None, 256, 82),
+    _other("IQ3_XXS", 18, None, 256, 98),
+    _other("IQ3_S", 21, None, 256, 110),
+    _other("TQ1_0", 34, None, 256, 54),
+    _other("TQ2_0", 35, None, 256, 66),
+    _other("NVFP4", 40, None, 64, 36),
 )
 FORMATS = {format.name: format for format in _ALL}
 F32, F16, BF16 = _ALL[:3]

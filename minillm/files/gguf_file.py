@@ -14,8 +14,8 @@ import numpy as np
 from minillm.files.formats import FORMATS
 from minillm.files.mapped_file import MappedFile, StoredTensor
 
-# ggml type number -> (name, weights of a block, bytes of a block). Other types are looked up in the gguf package, which
-# takes 0.1 s to import.
+# ggml type number -> (name, weights of a block, bytes of a block). Types that minillm cannot read are looked up in the
+# gguf package, which takes 0.1 s to import.
 _TYPES = {format.number: (format.name, format.block, format.block_bytes) for format in FORMATS.values()}
 # metadata value type -> struct code
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -101,27 +101,6 @@ def _type(number: int) -> tuple[str | None, int, int]:
     except ValueError:
         return None, 1, 1
     return kind.name, *GGML_QUANT_SIZES[kind]
-
-
-def dequantize_other(tensor: StoredTensor, run=map) -> np.ndarray:
-    """tensor.shape float32 of a ggml type that minillm does not keep, by gguf.quants. `run`: a thread pool's map."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    kind = GGMLQuantizationType[tensor.kind]
-    out = np.empty(tensor.shape, np.float32)
-    rows = out.reshape(-1, tensor.shape[-1])
-    raw = tensor.file.bytes_at(tensor.offset, tensor.nbytes).reshape(len(rows), -1)
-
-    def dequantize_rows(lo: int) -> None:
-        rows[lo : lo + step] = dequantize(raw[lo : lo + step], kind)
-
-    step = max(1, 2**18 // rows.shape[1])  # rows at a time: the library's temporaries are several times its input
-    try:
-        for _ in run(dequantize_rows, range(0, len(rows), step)):
-            pass
-    except NotImplementedError:
-        raise tensor.error(f"is of type {tensor.kind}, which minillm cannot read; take another quantisation") from None
-    return out
 
 
 class _Reader:

@@ -27,7 +27,6 @@ from minillm.files.mapped_file import StoredTensor
 from minillm.files.safetensors_file import read_folder
 
 
-
 @dataclass(frozen=True)
 class StoredModel:
     """Of one model, mapped and not read yet."""
@@ -71,9 +70,9 @@ class StoredModel:
         return {name: _format(tensor, dtype, name == head) for name, tensor in self.tensors.items()}
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all Weights loaded as `dtype`, from the headers alone."""
+        """Bytes of all Weights loaded as `dtype`, in the formats that they are held as; from the headers alone."""
         formats = self.formats(dtype)
-        return sum(formats[name].nbytes(math.prod(tensor.shape)) for name, tensor in self.tensors.items())
+        return sum(formats[name].held.nbytes(math.prod(tensor.shape)) for name, tensor in self.tensors.items())
 
 
 def open_model(files: ModelFiles) -> StoredModel:
@@ -132,6 +131,8 @@ def gguf_tensors(path: Path, gguf: GGUFFile, config: ModelConfig) -> dict[str, S
     for tensor in tensors.values():
         if not _is_float(tensor) and len(tensor.shape) == 1:
             raise _unreadable(tensor)
+        if tensor.kind not in FORMATS:
+            raise tensor.error(f"is of type {tensor.kind}, which minillm cannot read; take another quantisation")
     return tensors
 
 
@@ -213,7 +214,8 @@ def _format(tensor: StoredTensor, dtype: str, is_head: bool) -> WeightFormat:
     if dtype == "float32" or len(tensor.shape) == 1:
         return F32
     if dtype == "stored":
-        return FORMATS.get(tensor.kind, F32)
+        format = FORMATS[tensor.kind]
+        return format.held if format.kind is None else format
     if not _is_float(tensor):
         raise tensor.error(f"is quantised already ({tensor.kind}): quantize is for 16- and 32-bit models only")
     format = QUANTIZED[dtype][is_head]

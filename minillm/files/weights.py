@@ -1,8 +1,8 @@
 """Weights in memory, and how they get there from a StoredModel.
 
-Its files are mapped. "stored" keeps F32, F16, BF16, Q8_0, Q4_0 and Q4_1 as they lie in the file, as views of the map;
-every other ggml type is dequantised to F32 at load. "float32" widens tensor after tensor and gives the mapped pages
-back; "q8_0" and "q4_0" make blocks of matrices of floats in the same way.
+Its files are mapped. "stored" keeps tensors as they lie in the file, as views of the map; those of formats that no
+kernel reads become Q8_0, a part at a time. "float32" widens tensor after tensor and gives the mapped pages back; "q8_0"
+and "q4_0" make blocks of matrices of floats in the same way.
 """
 
 import math
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.files.formats import F32, FORMATS, WeightFormat
-from minillm.files.gguf_file import dequantize_other
 from minillm.files.mapped_file import StoredTensor
 from minillm.files.stored_model import StoredModel
 
@@ -62,7 +61,7 @@ class Weight:
         return Weight.floats(out)
 
     def quantized(self, format: WeightFormat, run=map) -> "Weight":
-        """The same matrix of floats in blocks. `run` as in `widened`."""
+        """The same matrix in blocks of Q8_0 or Q4_0. `run` as in `widened`."""
         n_out, n_in = self.shape
         out = np.empty((n_out, format.nbytes(n_in)), np.uint8)
 
@@ -95,7 +94,7 @@ def load_weights(
     wanted = {name: tensor for name, tensor in stored.tensors.items() if only(name)}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(wanted, progress):
-            weight, format = _load(tensor, stored.order_of(name), pool.map), formats[name]
+            weight, format = _load(tensor, stored.order_of(name)), formats[name]
             if weight.format is not format:
                 weight = weight.widened(pool.map) if format is F32 else weight.quantized(format, pool.map)
             if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
@@ -118,14 +117,11 @@ def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[s
             bar.update(tensor.nbytes)
 
 
-def _load(tensor: StoredTensor, order: np.ndarray | None, run) -> Weight:
+def _load(tensor: StoredTensor, order: np.ndarray | None) -> Weight:
     """The tensor as it is stored, the rows of each head in this order."""
-    if format := FORMATS.get(tensor.kind):
-        data = tensor.file.bytes_at(tensor.offset, tensor.nbytes).view(format.words)
-        data = data.reshape(*tensor.shape[:-1], -1)
-        data = data if data.flags.aligned else data.copy()  # BLAS would copy it at every product
-    else:
-        format, data = F32, dequantize_other(tensor, run)
+    format = FORMATS[tensor.kind]
+    data = tensor.file.bytes_at(tensor.offset, tensor.nbytes).view(format.words).reshape(*tensor.shape[:-1], -1)
+    data = data if data.flags.aligned else data.copy()  # BLAS would copy it at every product
     if order is not None:
         data = data.reshape(-1, len(order), *data.shape[1:])[:, order].reshape(data.shape)
     return Weight(format, data, tensor.shape)

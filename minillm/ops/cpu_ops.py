@@ -36,8 +36,8 @@ class CpuOps(NumpyOps):
     # the forward pass
 
     def prepare(self, weight):
-        """Floats stay where they are, in the mapped file; blocks are laid out anew, and the mapped pages they were read
-        from are given back."""
+        """Floats stay where they are, in the mapped file; blocks are laid out anew, in the format that they are held
+        as, and the mapped pages they were read from are given back."""
         if isinstance(weight, CpuWeight):
             return weight
         format, stored = weight.format, np.ascontiguousarray(weight.data)
@@ -46,7 +46,7 @@ class CpuOps(NumpyOps):
         panels = cpu_lib.huge_pages(self.lib.panels_bytes(format.kind, *weight.shape))
         self.lib.repack(format.kind, *weight.shape, pointer(stored), pointer(panels))
         _release_mapped(weight.data)
-        return CpuWeight(self.lib, format, weight.shape, panels)
+        return CpuWeight(self.lib, format.held, weight.shape, panels)
 
     def runner(self, model):
         return Runner(model)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import gguf
 import numpy as np
 import pytest
+from blocks import BLOCKS, random_blocks
 from model_files import (
     BIASED,
     CONFIG,
@@ -49,7 +50,9 @@ def assert_same(weights, want, config, path, dtype):
         np.testing.assert_array_equal(weight.widened().data, array, err_msg=name)
         np.testing.assert_array_equal(weight.rows(1, 5), array[1:5], err_msg=name)
         assert weight.rows(1, 5).dtype == np.float32
-    assert stored(path, config).weight_bytes(dtype) == sum(w.nbytes for w in weights.values())
+    held = sum(w.format.held.nbytes(math.prod(w.shape)) for w in weights.values())
+    assert stored(path, config).weight_bytes(dtype) == held
+    assert all(w.nbytes == w.format.nbytes(math.prod(w.shape)) for w in weights.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "stored"])
@@ -81,32 +84,70 @@ def test_gguf(tmp_path, kind, dtype):
     weights = load(path, BIASED, dtype)
     assert_same(weights, want, BIASED, path, dtype)
     if dtype == "stored":
-        assert weights["model.layers.1.self_attn.q_proj.weight"].format.name == ("F32" if kind == "Q5_0" else kind)
+        assert weights["model.layers.1.self_attn.q_proj.weight"].format.name == kind
 
 
-def test_k_quants(tmp_path):
-    """Q6_K has rows of 256."""
-    config = replace(CONFIG, dim=256, n_layers=1, tied_head=True)
-    blocks = np.random.default_rng(0).integers(0, 255, (config.vocab_size, 210), dtype=np.uint8)
-    blocks[:, -2:] = np.array([0.25], np.float16).view(np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
+def write_embedding(path, config, kind, blocks):
+    """A .gguf whose embedding is `blocks`, all else float32."""
+    writer = gguf.GGUFWriter(path, "llama")
     for name, array in random_model(config).items():
         if name == "model.embed_tokens.weight":
-            writer.add_tensor("token_embd.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+            writer.add_tensor("token_embd.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
         else:
             writer.add_tensor(gguf_name(name), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    weights = load(tmp_path / "k.gguf", config)
-    want = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q6_K)
-    assert weights["model.embed_tokens.weight"].format is FORMATS["Q6_K"]
-    np.testing.assert_array_equal(weights["model.embed_tokens.weight"].widened().data, want)
-    assert stored(tmp_path / "k.gguf", config).weight_bytes("stored") == sum(w.nbytes for w in weights.values())
+    return path
 
 
-@pytest.mark.parametrize("kind", [name for name, format in FORMATS.items() if not format.is_float])
+OF_256 = replace(CONFIG, dim=256, n_layers=1, tied_head=True)
+
+
+@pytest.mark.parametrize("kind", [name for name, format in FORMATS.items() if format.block > 1])
+def test_any_format_of_blocks_is_loaded(tmp_path, kind):
+    """As it is stored, and with the values of gguf; what no kernel reads becomes Q8_0."""
+    blocks = random_blocks(np.random.default_rng(0), kind, OF_256.vocab_size, 256, 1.0)
+    path = write_embedding(tmp_path / "k.gguf", OF_256, kind, blocks)
+    weights, want = load(path, OF_256), gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    weight = weights["model.embed_tokens.weight"]
+    if FORMATS[kind].kind is None:
+        assert weight.format is FORMATS["Q8_0"]
+        want = gguf.dequantize(gguf.quantize(want, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
+    else:
+        assert weight.format is FORMATS[kind] and not weight.data.flags.writeable
+    np.testing.assert_array_equal(weight.widened().data, want)
+    held = sum(w.format.held.nbytes(math.prod(w.shape)) for w in weights.values())
+    assert stored(path, OF_256).weight_bytes("stored") == held
+    floats = load(path, OF_256, "float32")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(floats.data, gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]))
+
+
+# relative root mean square error of Q8_0 made of what no kernel reads
+ROUNDED = {"IQ1_S": 3e-3, "IQ1_M": 6e-3, "IQ2_XXS": 6e-3, "IQ2_XS": 6e-3, "IQ2_S": 6e-3, "IQ3_XXS": 6e-3, "IQ3_S": 6e-3}
+ROUNDED |= {"TQ1_0": 4e-4, "TQ2_0": 6e-3, "NVFP4": 8e-3}
+
+
+@pytest.mark.parametrize("kind, share", ROUNDED.items())
+def test_how_far_q8_0_is_from_what_no_kernel_reads(kind, share):
+    assert set(ROUNDED) == {name for name, format in FORMATS.items() if format.kind is None}
+    blocks = random_blocks(np.random.default_rng(0), kind, 64, 1024, 1.0)
+    exact = np.float64(gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]))
+    made = Weight(FORMATS[kind], blocks, exact.shape).quantized(FORMATS["Q8_0"])
+    error = np.sqrt(((made.rows(0, 64) - exact) ** 2).mean() / (exact**2).mean())
+    assert share / 3 < error < share
+
+
+@pytest.mark.parametrize("kind, n_bytes", [("I8", 256), ("Q8_K", 292), ("Q8_1", 320), ("Q1_0", 36)])
+def test_types_that_nobody_can_read_are_refused_before_loading(tmp_path, kind, n_bytes):
+    blocks = np.zeros((OF_256.vocab_size, n_bytes), np.int8 if kind == "I8" else np.uint8)
+    path = write_embedding(tmp_path / "k.gguf", OF_256, kind, blocks)
+    with pytest.raises(MinillmError, match=rf"k.gguf: tensor token_embd.weight is of type {kind}, .* cannot read"):
+        stored(path, OF_256)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_any_block_is_what_the_library_says(kind):
     """All bytes of the quants, scales of every size, more blocks than go through at a time."""
     rng, format = np.random.default_rng(0), FORMATS[kind]

@@ -9,6 +9,7 @@ import threading
 import weakref
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 from blocks import BLOCKS, random_blocks
@@ -18,14 +19,14 @@ from literal import NEAREST, FakeRope, check_nearest, prefill
 from minillm.cache.kv_cache import Entries, KVCache, PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.errors import UsageError
-from minillm.files.formats import FORMATS
+from minillm.files.formats import FLOATS, FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import StoredRows, page_bytes, to_int8
 
-KINDS = list(FORMATS)
+KINDS = [*(format.name for format in FLOATS), *BLOCKS]
 
 
 @pytest.fixture(params=PATHS)
@@ -114,6 +115,42 @@ def test_embed_and_rows_are_the_stored_values(path, rng, kind):
     np.testing.assert_allclose(cpu_ops.prepare(w).rows(14, 19), w.rows(14, 19), rtol=1e-6, atol=1e-7)
     with pytest.raises(IndexError):
         cpu_ops.embed(w, [50])
+
+
+# relative root mean square error of what is made of formats that are not kept, of random blocks
+REMADE = {"Q5_0": 0, "IQ4_NL": 0, "MXFP4": 0, "Q3_K": 0, "IQ4_XS": 3e-4, "Q5_1": 6e-3, "Q2_K": 6e-3}
+
+
+@pytest.mark.parametrize("kind, share", REMADE.items())
+def test_other_formats_become_kept_ones(path, rng, kind, share):
+    """Those of whole numbers and one scale lose nothing, but for IQ4_XS the last bits of a scale; the others are
+    rounded a second time."""
+    assert set(REMADE) == {name for name, format in FORMATS.items() if format.becomes and format.kind is not None}
+    w = Weight(FORMATS[kind], random_blocks(rng, kind, 37, 768, 1.0), (37, 768))
+    exact = np.float64(gguf.dequantize(w.data, gguf.GGMLQuantizationType[kind]))
+    made = cpu_ops.prepare(w)
+    assert made.format is FORMATS[FORMATS[kind].becomes]
+    error = np.sqrt(((made.rows(0, 37) - exact) ** 2).mean() / (exact**2).mean())
+    assert error == 0 if share == 0 else share / 3 < error < share
+    x = normal(rng, 3, 768)
+    close(cpu_ops.linear(x, w), x.astype(np.float64) @ exact.T, max(share, 4e-3 if path in ("avx512", "amx") else 1e-4))
+
+
+def test_scales_of_every_size_are_rounded_to_nearest(path, rng):
+    """A scale of IQ4_XS is a half times a whole number, held as a half: subnormal and infinite ones too."""
+    blocks, halves = rng.integers(0, 256, (4096, 136), np.uint8), rng.integers(0, 65536, 4096).astype(np.uint16)
+    halves[np.isnan(halves.view(np.float16))] = 0x3C00
+    blocks[:, :2] = halves[:, None].view(np.uint8)
+    w = Weight(FORMATS["IQ4_XS"], blocks, (4096, 256))
+    low, high = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15, blocks[:, 2:4].copy().view(np.uint16)
+    scale = low.reshape(-1, 8) | (high >> np.arange(0, 16, 2, dtype=np.uint16) & 3) << 4
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        d = (d * (scale.astype(np.float32) - 32)).astype(np.float16).astype(np.float32)
+        values = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
+        nibbles = blocks[:, 8:].reshape(-1, 8, 1, 16) >> np.array([0, 4], np.uint8)[:, None] & 15
+        expected = (values[nibbles].reshape(-1, 8, 32) * d[:, :, None]).reshape(-1, 256)
+    np.testing.assert_array_equal(cpu_ops.prepare(w).rows(0, 4096), expected)
 
 
 @pytest.mark.parametrize("n, dim", [(1, 1), (3, 17), (5, 576), (70, 1000)])
