@@ -35,7 +35,7 @@ def library(unit):
 
 def _kept(name, text, *options):
     """Path of what g++ makes of a text. Who asks for it while another process compiles it waits."""
-    flags = ["-std=c++20", "-g1", "-fPIC", "-w", "-ffp-contract=off", *SANITIZERS[SANITIZER]]
+    flags = ["-std=c++20", "-g1", "-fPIC", "-w", "-mf16c", "-ffp-contract=off", *SANITIZERS[SANITIZER]]
     headers = [header.read_bytes() for header in sorted(HERE.rglob("*.h"))]
     key = hashlib.sha256(b"\0".join([text.encode(), " ".join(flags).encode(), *headers])).hexdigest()[:20]
     folder = CACHE / key

@@ -1,10 +1,12 @@
 """A CUDA C source -> a translation unit for g++ -> kernels that are called as CuPy's are."""
 
 import ctypes
+import functools
 import math
 import platform
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 
@@ -16,10 +18,14 @@ _STATIC = re.compile(rf"(?<!\w)__shared__\s+({_TYPE})\s+(\w+(?:\[[^\]]*\])*(?:\s
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
 
 
+@functools.cache
 def available():
     """None, or why kernels cannot be run here."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return "the CUDA emulator switches fibers on x86-64 only"
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists() and " f16c" not in cpu.read_text():
+        return "the CUDA emulator needs a CPU that converts 16-bit floats (F16C)"
     return None if shutil.which("g++") else "the CUDA emulator needs g++ 11 or later"
 
 

@@ -99,7 +99,7 @@ asm(R"(.pushsection .text
 .type cuemu_switch,@function
 cuemu_switch: pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
  movq %rsp,(%rdi); movq %rsi,%rsp
- popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret
+ popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; popq %rcx; jmp *%rcx
 .popsection)");
 #else
 #error "the emulator knows how to switch fibers on x86-64 only"
@@ -306,10 +306,13 @@ enum Order { FORWARD, REVERSE, SHUFFLED };
 CUEMU_RUNTIME inline void run_block(int order, unsigned seed) {
     size_t n = rt.fibers.size();
     std::vector<unsigned> turn(n);
+    uint3 tid = {0, 0, 0};
     for (size_t i = 0; i < n; ++i) {
         Fiber& fiber = rt.fibers[i];
         fiber.state = READY;
-        fiber.tid = {unsigned(i % blockDim.x), unsigned(i / blockDim.x % blockDim.y), unsigned(i / (blockDim.x * blockDim.y))};
+        fiber.tid = tid;
+        if (++tid.x == blockDim.x) tid.x = 0, ++tid.y;
+        if (tid.y == blockDim.y) tid.y = 0, ++tid.z;
         fiber.stack = rt.teams[rt.team].stacks + i * (STACK + GUARD) + GUARD;
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(fiber.stack, STACK);

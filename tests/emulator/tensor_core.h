@@ -2,40 +2,46 @@
 // kernel takes where __CUDA_ARCH__ is not defined. Lanes lend one another pointers to their registers.
 #pragma once
 
-inline const void* cuemu_lent[cuemu::MAX_THREADS][2];
+struct CuemuLent { const void *a, *b; float* c; };
+inline CuemuLent cuemu_lent[cuemu::MAX_THREADS];
 
 // What the 32 lanes of this warp lend, from when all have come until cuemu_give_back.
-CUEMU_RUNTIME inline const void* (*cuemu_lend(const void* a, const void* b, cuemu::Place at))[2] {
+CUEMU_RUNTIME inline const CuemuLent* cuemu_lend(CuemuLent mine, cuemu::Place at) {
     int me = cuemu::thread_number();
-    cuemu_lent[me][0] = a, cuemu_lent[me][1] = b;
+    cuemu_lent[me] = mine;
     cuemu::warp_op(cuemu::SYNCWARP, ~0u, 0, 0, 32, at);
     return &cuemu_lent[me & ~31];
 }
 
 CUEMU_RUNTIME inline void cuemu_give_back(cuemu::Place at) { cuemu::warp_op(cuemu::SYNCWARP, ~0u, 0, 0, 32, at); }
 
-template <class T>  // __half or __nv_bfloat16: element i (0, 1) of a register of two
-float cuemu_element(unsigned pair, int i) {
-    return cuemu_bits<T>(uint16_t(pair >> (16 * i)));
+// C (16, 8) += A (16, 16) B (16, 8) of a warp's registers, a row of C at once; the sum over k is in its order.
+template <class T>  // __half or __nv_bfloat16, two in a register
+void cuemu_multiply(const CuemuLent* lent) {
+    typedef float Row __attribute__((vector_size(32)));
+    float a[16][16];
+    Row b[16], c[16];
+    auto elements = [](float* to, size_t stride, const void* registers, int i) {
+        unsigned pair = ((const unsigned*)registers)[i];
+        to[0] = cuemu_bits<T>(uint16_t(pair)), to[stride] = cuemu_bits<T>(uint16_t(pair >> 16));
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+        int group = lane >> 2, column = (lane & 3) * 2;
+        for (int i = 0; i < 4; ++i) elements(&a[group + 8 * (i & 1)][column + 8 * (i >> 1)], 1, lent[lane].a, i);
+        for (int i = 0; i < 2; ++i) elements((float*)&b[column + 8 * i] + group, 8, lent[lane].b, i);
+        for (int i = 0; i < 4; ++i) c[group + 8 * (i >> 1)][column + (i & 1)] = lent[lane].c[i];
+    }
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 16; ++k) c[row] += a[row][k] * b[k];
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) lent[lane].c[i] = c[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)];
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32: c[4] += a[4] b[2], a register is two elements of T
+// mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32: c[4] += a[4] b[2]. One lane multiplies for all.
 template <class T>
 void cuemu_mma_16816(float* c, const unsigned* a, const unsigned* b, CUEMU_AT) {
-    int lane = cuemu::thread_number() & 31, group = lane >> 2, in_group = lane & 3;
-    auto lent = cuemu_lend(a, b, at);
-    auto A = [&](int of_lane, int i) { return ((const unsigned*)lent[of_lane][0])[i]; };
-    auto B = [&](int of_lane, int i) { return ((const unsigned*)lent[of_lane][1])[i]; };
-    for (int j = 0; j < 4; ++j) {
-        int row = group + 8 * (j >> 1), col = 2 * in_group + (j & 1);
-        float sum = c[j];
-        for (int k = 0; k < 16; ++k) {
-            unsigned of_a = A((row & 7) * 4 + (k & 7) / 2, (row >> 3) + 2 * (k >> 3));
-            unsigned of_b = B(col * 4 + (k & 7) / 2, k >> 3);
-            sum += cuemu_element<T>(of_a, k & 1) * cuemu_element<T>(of_b, k & 1);
-        }
-        c[j] = sum;
-    }
+    auto lent = cuemu_lend({a, b, c}, at);
+    if (cuemu::thread_number() % 32 == 0) cuemu_multiply<T>(lent);
     cuemu_give_back(at);
 }
 
@@ -43,9 +49,9 @@ void cuemu_mma_16816(float* c, const unsigned* a, const unsigned* b, CUEMU_AT) {
 inline void cuemu_ldmatrix_x4(unsigned* r, const void* row, bool transposed, CUEMU_AT) {
     if ((uintptr_t)row & 15) cuemu::fail("ldmatrix: the address of a row is not a multiple of 16");
     int lane = cuemu::thread_number() & 31, group = lane >> 2, in_group = lane & 3;
-    auto lent = cuemu_lend(row, nullptr, at);
+    auto lent = cuemu_lend({row, nullptr, nullptr}, at);
     auto word = [&](int matrix, int of_row, int column) {
-        return unsigned(((const uint16_t*)lent[8 * matrix + of_row][0])[column]);
+        return unsigned(((const uint16_t*)lent[8 * matrix + of_row].a)[column]);
     };
     for (int j = 0; j < 4; ++j)
         r[j] = transposed ? word(j, 2 * in_group, group) | word(j, 2 * in_group + 1, group) << 16
