@@ -340,7 +340,7 @@ def test_longbench_prompts(llm, data):
         assert row["context"].strip() in text_of(llm, prompt.context) or no_chat
         assert "Who?" in text_of(llm, prompt.question) or "{input}" not in longbench.SETS[name]["template"]
         assert prompt.stop_ids == (frozenset([llm.encode("\n")[0]]) if name == "samsum" else frozenset())
-        assert prompt.min_tokens == (name == "samsum")
+        assert (prompt.min_tokens, prompt.max_tokens) == (name == "samsum", longbench.SETS[name]["max_tokens"])
 
 
 def test_longbench_cuts_the_middle(llm, data):
