@@ -48,7 +48,9 @@ BLOCK = (
     _norm("attention_norm", "input_layernorm", "attn_norm"),
     _norm("q_norm", "self_attn.q_norm", "attn_q_norm", rows="head", needs="qk_norm", rotated=True),
     _norm("k_norm", "self_attn.k_norm", "attn_k_norm", rows="head", needs="qk_norm", rotated=True),
+    _norm("attention_output_norm", "attention_output_norm", "post_attention_norm", needs="output_norms"),
     _norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+    _norm("mlp_output_norm", "mlp_output_norm", "post_ffw_norm", needs="output_norms"),
     *(weight for weight, _ in _LINEAR),
     *(bias for _, bias in _LINEAR),
 )
@@ -72,7 +74,12 @@ class Family:
     pairs: bool = False  # llama.cpp stores rows of Q and K so that neighbours are turned together, not halves
     window: str = ""  # the key of config.json that says whether there is a sliding window; "": there is none
     unrotated_every: int = 0  # this many layers one is not rotated, where no key says which
+    full_every: int = 0  # this many layers one has no sliding window, where no key says which
+    local_theta: float = 0.0  # of RoPE in the others, where no key says another
     scaled: bool = False  # embedding, residuals, attention and logits have factors
+    wide: bool = False  # embeddings are multiplied by the square root of their width
+    renamed: dict = field(default_factory=dict)  # names in safetensors that mean another Part in BLOCK
+    norm_offset: int = 0  # what safetensors leave out of the weights of norms
     partial: bool = False  # a part of a head may be rotated alone
     fused: dict = field(default_factory=dict)  # matrix of a file, in its names -> those of BLOCK above one another
 
@@ -84,6 +91,14 @@ _FUSED = {
     "mlp.gate_up_proj.weight": ("w_gate", "w_up"),
     "attn_qkv.weight": ("wq", "wk", "wv"),
     "ffn_up.weight": ("w_gate", "w_up"),
+}
+_GEMMA = {"head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 4096, "rope_theta": 1e6}
+_GEMMA |= {"query_pre_attn_scalar": 256, "tie_word_embeddings": True, "vocab_size": 262208}
+_GEMMA |= {"num_attention_heads": 8, "num_key_value_heads": 4, "bos_token_id": 2, "eos_token_id": 1}
+_GEMMA_NORMS = {
+    "post_attention_layernorm.weight": "attention_output_norm.weight",
+    "pre_feedforward_layernorm.weight": "post_attention_layernorm.weight",
+    "post_feedforward_layernorm.weight": "mlp_output_norm.weight",
 }
 
 FAMILIES = (
@@ -114,6 +129,17 @@ FAMILIES = (
         window="sliding_window",
         partial=True,
         fused=_FUSED,
+    ),
+    Family(
+        *("Gemma3ForCausalLM", "gemma3_text", "gemma3"),
+        fixed={"qk_norm": True, "output_norms": True, "activation": "gelu_tanh"},
+        defaults=_GEMMA,
+        window="sliding_window",
+        full_every=6,
+        local_theta=10000.0,
+        wide=True,
+        renamed=_GEMMA_NORMS,
+        norm_offset=1,
     ),
 )
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}

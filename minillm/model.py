@@ -9,6 +9,7 @@ import numpy as np
 
 from minillm.architectures import BLOCK
 from minillm.errors import MinillmError
+from minillm.files.config import ACTIVATIONS
 from minillm.files.weights import Weight
 from minillm.output_projection import OutputProjection
 from minillm.rope import Rope
@@ -156,7 +157,7 @@ class Model:
         if self.runner:
             return self.runner.output(index, x, mixed)
         block = self.blocks[index]
-        x += self.ops.linear(mixed, block.wo, block.bo)
+        x += self._attended(block, mixed)
         for lo in range(0, len(x), MLP_ROWS):
             x[lo : lo + MLP_ROWS] += self._mlp(block, x[lo : lo + MLP_ROWS])
         return np.isfinite(x).all()
@@ -203,7 +204,7 @@ class Model:
             for b, cache in enumerate(caches):
                 cache.append(index, k[b][:, None], v[b][:, None], [cache.position])
             mixed = ops.decode_attention(q, [cache.layer(index) for cache in caches], self.scale, block.window)
-            x += ops.linear(mixed, block.wo, block.bo)
+            x += self._attended(block, mixed)
             x += self._mlp(block, x)
             self._check_finite(np.isfinite(x).all(), index)
         return sample_each(self.logits(x), draws), queries, scores
@@ -235,20 +236,28 @@ class Model:
         )
 
     def _heads(self, x, weight, bias, norm=None):
-        rows = self.ops.linear(x, weight, bias).reshape(-1, self.config.head_dim)
-        if norm is not None:
-            rows = self.ops.rms_norm(rows, norm, self.config.rms_eps)
-        return np.ascontiguousarray(rows.reshape(len(x), -1, self.config.head_dim).transpose(1, 0, 2))
+        d = self.config.head_dim
+        rows = self._over_norm(self.ops.linear(x, weight, bias).reshape(-1, d), norm)
+        return np.ascontiguousarray(rows.reshape(len(x), -1, d).transpose(1, 0, 2))
 
     def _scores(self, block, x):
         """x (n, dim) -> (H, n) what the profile predicts each token to be worth to the head: log of an attention."""
         return self.ops.linear(x, block.w_score, block.b_score).T
 
+    def _attended(self, block, mixed):
+        """What the attention's output adds to the residual stream."""
+        return self._over_norm(self.ops.linear(mixed, block.wo, block.bo), block.attention_output_norm)
+
     def _mlp(self, block, x):
+        """What the MLP adds to it."""
         ops = self.ops
         h = ops.rms_norm(x, block.mlp_norm, self.config.rms_eps)
-        h = ops.swiglu(ops.linear(h, block.w_gate, block.b_gate), ops.linear(h, block.w_up, block.b_up))
-        return ops.linear(h, block.w_down, block.b_down)
+        gate, up = ops.linear(h, block.w_gate, block.b_gate), ops.linear(h, block.w_up, block.b_up)
+        h = ops.glu(gate, up, *ACTIVATIONS[self.config.activation])
+        return self._over_norm(ops.linear(h, block.w_down, block.b_down), block.mlp_output_norm)
+
+    def _over_norm(self, x, norm):
+        return x if norm is None else self.ops.rms_norm(x, norm, self.config.rms_eps)
 
     def check_ids(self, token_ids):
         """Raise MinillmError where a token id has no row in the embedding."""

@@ -16,13 +16,15 @@ def read(name):
     config, weights = read_folder(folder)
     if config.get("use_sliding_window"):
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
+    if "query_pre_attn_scalar" in config:
+        config["query_pre_attn_scalar"] = config["head_dim"]
     with np.load(folder / "golden.npz") as golden:
         return config, weights, golden["ids"]
 
 
 def write(path, config, weights, describe=lambda writer: None):
     """The model of a folder as a .gguf file of F32 at `path`. describe: adds metadata, a vocabulary say."""
-    family, n_layers = config["model_type"], config["num_hidden_layers"]
+    family, n_layers = config["model_type"].removesuffix("_text"), config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, family)
     _keys(writer, config)
     describe(writer)
@@ -30,6 +32,8 @@ def write(path, config, weights, describe=lambda writer: None):
     names = gguf.get_tensor_name_map(arch, n_layers)
     d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for name, array in weights.items():
+        if family == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         if family in PAIRS and (".q_proj." in name or ".k_proj." in name):
             halves = array.reshape(-1, 2, d // 2, *array.shape[1:])
             array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
@@ -58,6 +62,8 @@ def _keys(writer, config):
     writer.add_vocab_size(config["vocab_size"])
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
+    if "rope_local_base_freq" in config:
+        writer.add_float32("gemma3.rope.freq_base_swa", config["rope_local_base_freq"])
     if "residual_multiplier" in config:
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])

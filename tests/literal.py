@@ -89,6 +89,15 @@ class FakeRope:
         return rotated(x, -self.angles(pos), 1 / self.factor)
 
 
+def gated(activation, gate, up):
+    """act(gate) * up in float64."""
+    gate = np.float64(gate)
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
 def random_entries(rng, m, d, seen):
     """k, v, log_size, pos of m stored entries: sizes 1 to 9, positions below `seen` in no order."""
     k, v = rng.normal(size=(2, m, d)).astype(np.float32)

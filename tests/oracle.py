@@ -17,6 +17,8 @@ def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
     plain theta ** (-2i / rotated) is used, and a config that wants a scaling is refused.
     """
     w = split({name: np.asarray(array, np.float64) for name, array in weights.items()}, config)
+    if config["model_type"] == "gemma3_text":
+        w = {name: array + 1 if name.endswith("norm.weight") else array for name, array in w.items()}
     n, n_heads = len(ids), config["num_attention_heads"]
     n_kv_heads = config.get("num_key_value_heads") or n_heads
     head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
@@ -24,16 +26,17 @@ def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
     turned = int(head_dim * config.get("partial_rotary_factor", 1))
     if inv_freq is None:
         inv_freq = plain_inv_freq(config, turned)
+    gemma = config["model_type"] == "gemma3_text"
+    local_inv_freq = config.get("rope_local_base_freq", 1) ** (-np.arange(0, turned, 2) / turned)
 
     position = np.arange(n)
-    angle = position[:, None] * np.asarray(inv_freq, np.float64)  # (n, turned // 2)
-    cos, sin = np.cos(angle) * attention_factor, np.sin(angle) * attention_factor
     causal = position[None, :] <= position[:, None]  # (n queries, n keys)
     near = position[None, :] > position[:, None] - (config.get("sliding_window") or n)
     residual = config.get("residual_multiplier", 1)
-    scale = config.get("attention_multiplier", head_dim**-0.5)
+    scale = config.get("attention_multiplier", config.get("query_pre_attn_scalar", head_dim) ** -0.5)
+    wide = config["hidden_size"] ** 0.5 if gemma else 1
 
-    x = w["model.embed_tokens.weight"][ids] * config.get("embedding_multiplier", 1)  # (n, dim)
+    x = w["model.embed_tokens.weight"][ids] * config.get("embedding_multiplier", wide)  # (n, dim)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
 
@@ -48,15 +51,27 @@ def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
 
         h = rms_norm(x, w[prefix + "input_layernorm.weight"], eps)
         q, k, v = heads("q", h, n_heads), heads("k", h, n_kv_heads), heads("v", h, n_kv_heads)
+        slides = layer % 6 != 5 if gemma else layer >= config.get("max_window_layers", 0)
+        angle = position[:, None] * np.asarray(local_inv_freq if gemma and slides else inv_freq, np.float64)
+        cos, sin = np.cos(angle) * attention_factor, np.sin(angle) * attention_factor  # (n, turned // 2)
         if config["model_type"] != "smollm3" or layer % 4 != 3:
             q[..., :turned], k[..., :turned] = rotate(q[..., :turned], cos, sin), rotate(k[..., :turned], cos, sin)
-        slides = layer >= config.get("max_window_layers", 0)
         out = attention(q * scale * head_dim**0.5, k, v, causal & near if slides else causal)
-        x = x + residual * linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
+        out = linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
+        if gemma:
+            out = rms_norm(out, w[prefix + "post_attention_layernorm.weight"], eps)
+        x = x + residual * out
 
-        h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], eps)
+        h = rms_norm(x, w[prefix + ("pre_feedforward" if gemma else "post_attention") + "_layernorm.weight"], eps)
         gate = linear("mlp.gate_proj", h)
-        x = x + residual * linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
+        if gemma:
+            gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            gate = gate / (1 + np.exp(-gate))
+        out = linear("mlp.down_proj", gate * linear("mlp.up_proj", h))
+        if gemma:
+            out = rms_norm(out, w[prefix + "post_feedforward_layernorm.weight"], eps)
+        x = x + residual * out
 
     head = w["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]
     return rms_norm(x, w["model.norm.weight"], eps) @ head.T / config.get("logits_scaling", 1)

@@ -85,7 +85,7 @@ EXPORT void minillm_rope(const float *x, const float *cos, const float *sin, flo
 {
     kernels->rope(x, cos, sin, y, heads, n, d);
 }
-EXPORT void minillm_swiglu(float *gate, const float *up, int64_t n) { kernels->swiglu(gate, up, n); }
+EXPORT void minillm_glu(float *gate, const float *up, int64_t n, float linear, float cubic) { kernels->glu(gate, up, n, linear, cubic); }
 EXPORT void minillm_linear(const Product *products, int count, const float *x, int64_t n) { ATTEMPT(kernels->linear(products, count, x, n, NULL, 0)); }
 EXPORT void minillm_rows(const Matrix *w, const int64_t *ids, int64_t n, float *out) { kernels->rows(w, ids, n, out); }
 EXPORT void minillm_prefill_attention(const PrefillAttention *a) { ATTEMPT(kernels->prefill_attention(a)); }

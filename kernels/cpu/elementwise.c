@@ -1,4 +1,4 @@
-/* The operations that touch every element once: rms_norm, rope, swiglu, conversions to and from bf16, and the reading of memory
+/* The operations that touch every element once: rms_norm, rope, glu, conversions to and from bf16, and the reading of memory
  * that bandwidth is measured with. Each is split over threads where it takes longer than waking them (some 20 us). */
 #include "minillm_cpu.h"
 #include "rotate.h"
@@ -9,7 +9,8 @@ typedef struct {
     const float *x, *weight, *up, *cos, *sin;
     float *y;
     int64_t n, positions, dim, rows;
-    float eps;
+    float eps, linear, cubic;
+    int add; /* of rms_norm: onto y */
 } Elements;
 
 static int64_t tasks_of(int64_t n, int64_t a_task) { return (n + a_task - 1) / a_task; }
@@ -30,10 +31,12 @@ static void norm_rows(void *context, int64_t task, int thread)
         for (; i < c->dim; i++)
             total += x[i] * x[i];
         float scale = 1.0f / sqrtf(total / (float)c->dim + c->eps);
-        for (i = 0; i + VW <= c->dim; i += VW)
-            store(y + i, load(x + i) * splat(scale) * load(c->weight + i));
+        for (i = 0; i + VW <= c->dim; i += VW) {
+            const vf normed = load(x + i) * splat(scale) * load(c->weight + i);
+            store(y + i, c->add ? load(y + i) + normed : normed);
+        }
         for (; i < c->dim; i++)
-            y[i] = x[i] * scale * c->weight[i];
+            y[i] = (c->add ? y[i] : 0) + x[i] * scale * c->weight[i];
     }
 }
 
@@ -41,6 +44,13 @@ static void norm_rows(void *context, int64_t task, int thread)
 void FN(rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim)
 {
     Elements c = {.x = x, .weight = weight, .eps = eps, .y = y, .n = n, .dim = dim, .rows = most(1, CHUNK / dim)};
+    parallel(tasks_of(n, c.rows), norm_rows, &c);
+}
+
+/* The same, added to y. */
+void FN(add_rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim)
+{
+    Elements c = {.x = x, .weight = weight, .eps = eps, .y = y, .n = n, .dim = dim, .rows = most(1, CHUNK / dim), .add = 1};
     parallel(tasks_of(n, c.rows), norm_rows, &c);
 }
 
@@ -69,16 +79,18 @@ static void gate_chunk(void *context, int64_t task, int thread)
     int64_t i = task * CHUNK, end = least(i + CHUNK, c->n);
     for (; i + VW <= end; i += VW) {
         vf gate = load(c->y + i);
-        store(c->y + i, gate / (splat(1) + expv(-gate)) * load(c->up + i));
+        store(c->y + i, activated(gate, c->linear, c->cubic) * load(c->up + i));
     }
-    for (; i < end; i++)
-        c->y[i] = c->y[i] / (1 + expf(-c->y[i])) * c->up[i];
+    for (; i < end; i++) {
+        const float gate = c->y[i];
+        c->y[i] = gate / (1 + expf(-gate * (c->linear + c->cubic * gate * gate))) * c->up[i];
+    }
 }
 
-/* gate (n,) = silu(gate) * up. */
-void FN(swiglu)(float *gate, const float *up, int64_t n)
+/* gate (n,) = act(gate) * up (simd.h: activated). */
+void FN(glu)(float *gate, const float *up, int64_t n, float linear, float cubic)
 {
-    Elements c = {.y = gate, .up = up, .n = n};
+    Elements c = {.y = gate, .up = up, .n = n, .linear = linear, .cubic = cubic};
     parallel(tasks_of(n, CHUNK), gate_chunk, &c);
 }
 

@@ -2,7 +2,7 @@
  * them with a block of rows of x. On avx512 and amx the operands are bf16, the sums float32.
  * Without AMX, weights in blocks go another way: many_blocks.c.
  *
- * gate and up are one product: a task takes 16 rows of each, and silu(gate) * up leaves the L1 cache once, as the operand of w_down.
+ * gate and up are one product: a task takes 16 rows of each, and act(gate) * up leaves the L1 cache once, as the operand of w_down.
  * Written out in float32 in between, it cost 20 bytes of memory traffic an element instead of 2. */
 #include "many.h"
 #include "panels.h"
@@ -12,7 +12,8 @@ typedef struct {
     const mm_t *a;
     int64_t n, k, n_units, rows_a_task;
     int64_t end[MAX_PRODUCTS]; /* units of the products up to this one */
-    mm_t *h;                   /* of gated_many: the result, h_k wide */
+    const Block *block;        /* of gated_many */
+    mm_t *h;                   /* the result, h_k wide */
     int64_t h_k;
 } Many;
 
@@ -114,7 +115,7 @@ static void gated(void *context, int64_t task, int thread)
             mm_t *h = mm_left(c->h, c->h_k, row + r, column / MM_K * MM_K) + column % MM_K, result[PANEL];
             for (int i = 0; i < PANEL; i += VW) {
                 vf gate = load(block + r * UNIT + i) + load(bias[0] + i), up = load(block + r * UNIT + PANEL + i) + load(bias[1] + i);
-                vf y = gate / (splat(1) + expv(-gate)) * up;
+                vf y = activated(gate, c->block->linear, c->block->cubic) * up;
 #if MM_PAIR == 2
                 store_bf16(result + i, y);
 #else
@@ -130,10 +131,11 @@ static void gated(void *context, int64_t task, int thread)
     FN(mm_end)();
 }
 
-void FN(gated_many)(const Product *gate, const Product *up, const mm_t *a, int64_t n, mm_t *h)
+void FN(gated_many)(const Block *block, const mm_t *a, int64_t n, mm_t *h)
 {
-    const Product products[2] = {*gate, *up};
-    Many c = {.products = products, .a = a, .n = n, .k = round_up(gate->w.n_in, MM_K), .h = h, .h_k = round_up(gate->w.n_out, MM_K)};
+    const Product products[2] = {{block->w_gate, block->b_gate, NULL, 0, 0}, {block->w_up, block->b_up, NULL, 0, 0}};
+    Many c = {.products = products, .block = block, .a = a, .n = n, .h = h};
+    c.k = round_up(block->w_gate.n_in, MM_K), c.h_k = round_up(block->w_gate.n_out, MM_K);
     c.n_units = round_up(c.h_k, PANEL) / PANEL;
     c.rows_a_task = rows_a_task(c.k);
     parallel(c.n_units * ((n + c.rows_a_task - 1) / c.rows_a_task), gated, &c);

@@ -19,8 +19,8 @@ const mm_t *FN(left_operand)(const float *x, int64_t n, int64_t width, const flo
 /* The products of a left operand of n rows. */
 void FN(linear_many)(const Product *products, int count, const mm_t *a, int64_t n);
 
-/* silu(gate) * up as the left operand h. */
-void FN(gated_many)(const Product *gate, const Product *up, const mm_t *a, int64_t n, mm_t *h);
+/* act(w_gate a) * (w_up a) as the left operand h. */
+void FN(gated_many)(const Block *block, const mm_t *a, int64_t n, mm_t *h);
 
 void FN(rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
 void FN(linear)(const Product *products, int count, const float *x, int64_t n, const float *norm, float eps);

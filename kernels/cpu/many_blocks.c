@@ -23,7 +23,8 @@ typedef struct {
     const Product *products;
     int64_t n, n_units, rows_a_task;
     int64_t end[MAX_PRODUCTS]; /* units of the products up to this one */
-    Integers a, h;             /* h: of blocks_gated, the result */
+    const Block *block;        /* of blocks_gated */
+    Integers a, h;             /* h: the result */
 } Many;
 
 static Integers integers(int slot, int64_t n, int64_t k)
@@ -273,18 +274,19 @@ static void gated(void *context, int64_t task, int thread)
                     g += load(c->products[0].bias + UNIT * unit + i);
                 if (c->products[1].bias)
                     u += load(c->products[1].bias + UNIT * unit + i);
-                store(gate + i, g / (splat(1) + expv(-g)) * u);
+                store(gate + i, activated(g, c->block->linear, c->block->cubic) * u);
             }
             quantise(&c->h, row + r, unit, gate);
         }
     }
 }
 
-Integers FN(blocks_gated)(const Product *gate, const Product *up, Integers a, int64_t n)
+Integers FN(blocks_gated)(const Block *block, Integers a, int64_t n)
 {
-    const Product products[2] = {*gate, *up};
-    Many c = {.products = products, .n = n, .rows_a_task = rows_a_task(a.k), .a = a, .h = integers(7, n, gate->w.n_out)};
-    c.n_units = gate->w.n_out / UNIT;
+    const Product products[2] = {{block->w_gate, block->b_gate, NULL, 0, 0}, {block->w_up, block->b_up, NULL, 0, 0}};
+    Many c = {.products = products, .block = block, .n = n, .rows_a_task = rows_a_task(a.k), .a = a};
+    c.h = integers(7, n, block->w_gate.n_out);
+    c.n_units = block->w_gate.n_out / UNIT;
     parallel(c.n_units * ((n + c.rows_a_task - 1) / c.rows_a_task), gated, &c);
     return c.h;
 }

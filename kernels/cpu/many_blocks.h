@@ -22,8 +22,8 @@ Integers FN(left_integers)(const float *x, int64_t n, int64_t width, const float
 
 void FN(blocks_many)(const Product *products, int count, Integers a, int64_t n);
 
-/* silu(gate) * up as a left operand; it lives until the next call. */
-Integers FN(blocks_gated)(const Product *gate, const Product *up, Integers a, int64_t n);
+/* act(w_gate a) * (w_up a) as a left operand; it lives until the next call. */
+Integers FN(blocks_gated)(const Block *block, Integers a, int64_t n);
 
 #endif
 #endif

@@ -38,12 +38,14 @@ typedef struct {
 
 /* The weights of one layer, as minillm.architectures.BLOCK has them; NULL: no such vector. */
 typedef struct {
-    const float *attention_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm, k_norm: of each head, before RoPE */
+    const float *attention_norm, *q_norm, *k_norm; /* the last two: of each head, before RoPE */
+    const float *attention_output_norm, *mlp_norm, *mlp_output_norm;
     Matrix wq, wk, wv, wo, w_gate, w_up, w_down;
     const float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down;
     Matrix w_score;
     const float *b_score;
     int32_t rope, window; /* which of the tables of cos and sin turns q and k; 0: no sliding window */
+    float linear, cubic;  /* the gate becomes g / (1 + exp(-(linear g + cubic g^3))) */
 } Block;
 
 typedef struct {
@@ -185,8 +187,9 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
+    void (*add_rms_norm)(const float *x, const float *weight, float eps, float *y, int64_t n, int64_t dim);
     void (*rope)(const float *x, const float *cos, const float *sin, float *y, int64_t heads, int64_t n, int64_t head_dim);
-    void (*swiglu)(float *gate, const float *up, int64_t n);
+    void (*glu)(float *gate, const float *up, int64_t n, float linear, float cubic);
     void (*linear)(const Product *products, int count, const float *x, int64_t n, const float *norm, float eps);
     void (*mlp)(const Block *block, float *x, int64_t n, float eps);
     int (*finite)(const float *x, int64_t n);

@@ -3,7 +3,8 @@
 
 void FN(rms_norm)(const float *, const float *, float, float *, int64_t, int64_t);
 void FN(rope)(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t);
-void FN(swiglu)(float *, const float *, int64_t);
+void FN(add_rms_norm)(const float *, const float *, float, float *, int64_t, int64_t);
+void FN(glu)(float *, const float *, int64_t, float, float);
 void FN(linear)(const Product *, int, const float *, int64_t, const float *, float);
 void FN(mlp)(const Block *, float *, int64_t, float);
 int FN(finite)(const float *, int64_t);
@@ -26,6 +27,6 @@ double FN(stream)(const float *, int64_t);
 #define NAME(path) NAME_(path)
 
 const Kernels FN(kernels) = {
-    NAME(MINILLM_PATH), FN(rms_norm), FN(rope), FN(swiglu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
+    NAME(MINILLM_PATH), FN(rms_norm), FN(add_rms_norm), FN(rope), FN(glu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
     FN(decode_attention), FN(scores), FN(merge), FN(write_entries), FN(rewrite), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(bf16_to), FN(store_rows), FN(stream),
 };

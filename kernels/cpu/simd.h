@@ -151,6 +151,9 @@ INLINE vf exp2v(vf x)
 
 INLINE vf expv(vf x) { return exp2v(x * splat(1.44269504f)); }
 
+/* g / (1 + exp(-(linear g + cubic g^3))): silu with 1 and 0, gelu by tanh with its two. */
+INLINE vf activated(vf g, float linear, float cubic) { return g / (splat(1) + expv(-g * (splat(linear) + splat(cubic) * g * g))); }
+
 INLINE float f16_to_float(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;

@@ -40,12 +40,22 @@ EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, i
     ATTEMPT(layer_attention(m, layer, x, n, cos, sin, past, q, lse, k, v, score, mixed));
 }
 
+/* x += W_O mixed, over its norm where the model has one. */
+static void attended(const Model *m, const Block *block, float *x, int64_t n, const float *mixed)
+{
+    const float *norm = block->attention_output_norm;
+    float *out = norm ? scratch(SHARED, 5, sizeof(float) * (size_t)(n * m->dim)) : x;
+    const Product product = {block->wo, block->bo, out, 0, !norm};
+    kernels->linear(&product, 1, mixed, n, NULL, 0);
+    if (norm)
+        kernels->add_rms_norm(out, norm, m->eps, x, n, m->dim);
+}
+
 /* The second half: x += W_O mixed, x += mlp(norm(x)). Returns whether x is finite. */
 static int layer_output(const Model *m, int layer, float *x, int64_t n, const float *mixed)
 {
     const Block *block = &m->blocks[layer];
-    const Product product = {block->wo, block->bo, x, 0, 1};
-    kernels->linear(&product, 1, mixed, n, NULL, 0);
+    attended(m, block, x, n, mixed);
     kernels->mlp(block, x, n, m->eps);
     return kernels->finite(x, n * m->dim);
 }
@@ -112,8 +122,7 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
             memcpy(queries + layer * batch * q_dim, q, sizeof(float) * (size_t)(batch * q_dim));
         const DecodeAttention a = {q, mixed, past, (int32_t)batch, m->n_heads, m->n_kv_heads, m->head_dim, block->window, 0, m->scale};
         kernels->decode_attention(&a);
-        const Product product = {block->wo, block->bo, x, 0, 1};
-        kernels->linear(&product, 1, mixed, batch, NULL, 0);
+        attended(m, block, x, batch, mixed);
         kernels->mlp(block, x, batch, m->eps);
         if (!kernels->finite(x, batch * m->dim))
             return layer;

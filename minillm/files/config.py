@@ -34,6 +34,9 @@ class RopeConfig:
 
 UNROTATED = RopeConfig("none")
 
+# (a, b) of an activation g / (1 + exp(-(a g + b g^3))): silu, and gelu by tanh (a = 2 sqrt(2 / pi), b = .044715 a)
+ACTIVATIONS = {"silu": (1.0, 0.0), "gelu_tanh": (1.5957691216057308, 0.07135481627260025)}
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -62,10 +65,13 @@ class ModelConfig:
     rotated_dim: int | None = None  # the first elements of a head that RoPE turns; None: all of them
     unrotated: tuple[int, ...] = ()  # layers without RoPE
     sliding_window: int | None = None  # of all layers but `full`
+    local_rope: RopeConfig | None = None  # of those that have the window, where it is not `rope`
     full: tuple[int, ...] = ()  # layers in which a token sees all that came before it
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    output_norms: bool = False  # what attention and MLP add to the residual stream has norms too
+    activation: str = "silu"  # of the gate: a key of ACTIVATIONS
     qk_norm: bool = False  # queries and keys have a norm, head by head, before RoPE
     tied_head: bool = False  # the output head is the embedding
     attention_scale: float = 0.0  # of the logits of attention; 0: head_dim ** -0.5
@@ -124,8 +130,9 @@ class ModelConfig:
         return heads | {"dim": self.dim, "ffn": self.ffn_dim, "vocab": self.vocab_size}
 
     def attention(self, layer: int) -> Attention:
-        rope = UNROTATED if layer in self.unrotated else self.rope
-        return Attention(rope, None if layer in self.full else self.sliding_window)
+        window = None if layer in self.full else self.sliding_window
+        rope = self.local_rope if window and self.local_rope else self.rope
+        return Attention(UNROTATED if layer in self.unrotated else rope, window)
 
     @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:

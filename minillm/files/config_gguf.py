@@ -57,7 +57,8 @@ def config_from_gguf(
     tokens = metadata.get("tokenizer.ggml.tokens")
     ids = Keys(metadata, name, prefix="tokenizer.ggml.")
     eos_ids = [ids.integer(key, None, least=0) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
-    every = family.unrotated_every
+    every, full = family.unrotated_every, family.full_every
+    window = keys.integer("attention.sliding_window", None, least=0) or None
     return ModelConfig(
         name=name,
         architecture=family.architecture,
@@ -72,12 +73,14 @@ def config_from_gguf(
         rope=_rope(keys, context, factors or {}),
         rotated_dim=None if rotated == head_dim else rotated,
         unrotated=tuple(range(every - 1, n_layers, every)) if every else (),
-        sliding_window=keys.integer("attention.sliding_window", None, least=0) or None,
+        sliding_window=window,
         **_biases(family, tensors),
         tied_head="output.weight" not in tensors,
         bos_id=ids.integer("bos_token_id", None, least=0),
         eos_ids=tuple(dict.fromkeys(i for i in eos_ids if i is not None)),
-        **_scales(keys, family),
+        full=tuple(range(full - 1, n_layers, full)) if full and window else (),
+        local_rope=RopeConfig(theta=keys.number("rope.freq_base_swa", family.local_theta)) if full and window else None,
+        **_scales(keys, family, n_layers, n_heads, dim),
     )
 
 
@@ -86,8 +89,11 @@ def _biases(family: Family, tensors: Collection[str]) -> dict[str, bool]:
     return {name: tensor in tensors for name, tensor in said.items()} | family.fixed
 
 
-def _scales(keys: Keys, family: Family) -> dict[str, float]:
+def _scales(keys: Keys, family: Family, n_layers: int, n_heads: int, dim: int) -> dict[str, float]:
     eps = keys.number("attention.layer_norm_rms_epsilon")
+    if family.wide:  # no key tells the one size of Gemma 3 whose logits are scaled otherwise, the one of 62 layers
+        attention = (dim / n_heads) ** -0.5 if n_layers == 62 else 0.0
+        return {"rms_eps": eps, "embedding_scale": dim**0.5, "attention_scale": attention}
     if not family.scaled:
         return {"rms_eps": eps}
     embedding, attention, residual, logits = (keys.number(key, 0.0, positive=False) for key in _SCALES)

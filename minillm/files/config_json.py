@@ -12,16 +12,18 @@ from minillm.files.config_keys import Keys, scales
 
 # Keys that would change the computation, with the values that do not. Any other value is refused.
 _ONLY = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
     "quantization_config": (None,),
     "compression_config": (None,),
     "num_local_experts": (None, 0, 1),
     "is_causal": (None, True),
     "use_bidirectional_attention": (None, False),
     "clip_qkv": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
     "use_qk_norm": (None, False),
     "qk_layernorm": (None, False),
 }
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # the names of each
 _WHOLE = {"partial_rotary_factor": (None, 1)}  # what a family must have that is not `partial`
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 _ROPE_KEYS = {
@@ -39,13 +41,15 @@ def config_from_json(values: dict, name: str = "") -> ModelConfig:
         values |= values["text_config"]
     family = _family(Keys(values, name))
     keys = Keys(family.defaults | values, name)
-    keys.refuse_unless(_ONLY if family.partial else _ONLY | _WHOLE, absent={"hidden_act": "silu"})
+    keys.refuse_unless(_ONLY if family.partial else _ONLY | _WHOLE)
+    act = "hidden_activation" if keys.get("hidden_activation") else "hidden_act"
+    keys.refuse_unless({act: (None, *_ACTIVATIONS[family.fixed.get("activation", "silu")])})
     n_layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     n_heads, dim = keys.integer("num_attention_heads"), keys.integer("hidden_size")
     head_dim = keys.integer("head_dim", None) or keys.divided("hidden_size", dim, "num_attention_heads", n_heads)
     positions = keys.integer("max_position_embeddings", 2048)
     window, full = _windows(keys, family, n_layers)
-    rope = _Rope(keys, family, positions)
+    rope, local_rope = _ropes(keys, family, positions)
     bias = keys.flag("attention_bias")
     said = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": keys.flag("mlp_bias")}
     return ModelConfig(
@@ -64,11 +68,12 @@ def config_from_json(values: dict, name: str = "") -> ModelConfig:
         unrotated=_unrotated(keys, family, n_layers),
         sliding_window=window,
         full=full,
+        local_rope=local_rope,
         **said | family.fixed,
         tied_head=keys.flag("tie_word_embeddings"),
         bos_id=keys.integer("bos_token_id", 1, least=-1, null=None),
         eos_ids=_eos_ids(keys),
-        **_scales(keys, family),
+        **_scales(keys, family, dim),
     )
 
 
@@ -127,7 +132,8 @@ def _windows(keys: Keys, family: Family, n_layers: int) -> tuple[int | None, tup
     else:
         keys.refuse_unless({"use_sliding_window": (None, False)})
         window = keys.integer("sliding_window", None, null=None) if family.window else None
-        slides = [True] * n_layers
+        every = keys.integer("sliding_window_pattern", family.full_every) if family.full_every else n_layers + 1
+        slides = [(i + 1) % every != 0 for i in range(n_layers)]
     if types is not None:
         known = ("sliding_attention", "full_attention") if window else ("full_attention",)
         if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
@@ -153,22 +159,35 @@ def _unrotated(keys: Keys, family: Family, n_layers: int) -> tuple[int, ...]:
     return tuple(i for i, mark in enumerate(marks) if not mark)
 
 
-def _scales(keys: Keys, family: Family) -> dict[str, float]:
+def _scales(keys: Keys, family: Family, dim: int) -> dict[str, float]:
     eps = keys.number("rms_norm_eps", 1e-6)
+    if family.wide:
+        attention = keys.number("query_pre_attn_scalar") ** -0.5
+        return {"rms_eps": eps, "embedding_scale": dim**0.5, "attention_scale": attention}
     if not family.scaled:
         return {"rms_eps": eps}
     names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
     return scales(eps, *(keys.number(name, 1.0) for name in names))
 
 
+def _ropes(keys: Keys, family: Family, positions: int) -> tuple["_Rope", RopeConfig | None]:
+    """The rotation of the layers, and the other one of those with a sliding window, where there is one."""
+    where = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
+    values = keys.get(where) or {}
+    if not isinstance(values, dict):
+        raise keys.error(where, values, "it must be an object with rope_type")
+    if not family.local_theta:
+        return _Rope(keys, family, where, values, positions), None
+    local = values.get("sliding_attention") or {"rope_theta": keys.number("rope_local_base_freq", family.local_theta)}
+    values = values.get("full_attention", {} if "sliding_attention" in values else values)
+    of_windows = _Rope(keys, family, where, local, positions)
+    return _Rope(keys, family, where, values, positions), of_windows.config(head_dim=0)
+
+
 class _Rope:
     """`rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); the type under `rope_type` or `type`."""
 
-    def __init__(self, keys: Keys, family: Family, positions: int):
-        where = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
-        values = keys.get(where) or {}
-        if not isinstance(values, dict):
-            raise keys.error(where, values, "it must be an object with rope_type")
+    def __init__(self, keys: Keys, family: Family, where: str, values: dict, positions: int):
         self.keys, self.family, self.positions = keys, family, positions
         self.rope = rope = Keys(values, f"{keys.name}: {where}")
         if not family.partial:

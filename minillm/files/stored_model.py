@@ -61,6 +61,11 @@ class StoredModel:
         turned = any(name.endswith(part.json) for part in BLOCK if part.rotated)
         return self.config.order(self.metadata is not None and self.config.family.pairs) if turned else None
 
+    @property
+    def norm_offset(self) -> int:
+        """What the stored weights of norms lack."""
+        return self.config.family.norm_offset if self.metadata is None else 0
+
     def formats(self, dtype: str) -> dict[str, WeightFormat]:
         """Tensor name -> the format that its Weight is to have; for `dtype` see weights.load_weights.
         Raises MinillmError naming the tensor that cannot be loaded so."""
@@ -114,7 +119,7 @@ def gguf_config(gguf: GGUFFile, name: str) -> ModelConfig:
 
 def folder_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors that a config asks for, of the safetensors files of a folder."""
-    found = {_text_name(name): tensor for name, tensor in read_folder(path).items()}
+    found = {_text_name(name, config): tensor for name, tensor in read_folder(path).items()}
     # buffers that old versions of transformers saved, a head that the config says not to use, and what only sees
     unused = {name for name in found if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
     unused |= {name for name in found if name.startswith(_SEEING)}
@@ -139,12 +144,14 @@ def gguf_tensors(path: Path, gguf: GGUFFile, config: ModelConfig) -> dict[str, S
 _SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
-def _text_name(name: str) -> str:
-    """The name of a tensor as a model has it that does not also see."""
+def _text_name(name: str, config: ModelConfig) -> str:
+    """The name of a tensor as BLOCK has it, of a model that does not also see."""
     for before, after in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(before):
-            return after + name.removeprefix(before)
-    return name
+            name = after + name.removeprefix(before)
+            break
+    match = re.fullmatch(r"(model\.layers\.\d+\.)(.+)", name)
+    return match[1] + config.family.renamed.get(match[2], match[2]) if match else name
 
 
 def _apart(found: dict[str, StoredTensor], config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:

@@ -97,6 +97,8 @@ def load_weights(
             weight, format = _load(tensor, stored.order_of(name)), formats[name]
             if weight.format is not format:
                 weight = weight.widened(pool.map) if format is F32 else weight.quantized(format, pool.map)
+            if stored.norm_offset and name.endswith("norm.weight"):
+                weight = Weight(F32, weight.data + np.float32(stored.norm_offset), weight.shape)
             if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
                 tensor.file.release(tensor.offset, tensor.nbytes)
             weights[name] = weight

@@ -57,8 +57,9 @@ class Forward:
         the host, which broadcast to (..., d/2). With -sin it is the inverse rotation."""
         raise NotImplementedError
 
-    def swiglu(self, gate: Rows, up: Rows) -> Rows:
-        """silu(gate) * up, elementwise; may overwrite `gate`. Both (n, ffn)."""
+    def glu(self, gate: Rows, up: Rows, linear: float, cubic: float) -> Rows:
+        """act(gate) * up, elementwise; may overwrite `gate`. Both (n, ffn). act(g) = g / (1 + exp(-(linear g + cubic
+        g^3))): SwiGLU with 1 and 0, GEGLU (Shazeer 2020) with gelu's two by tanh."""
         raise NotImplementedError
 
     def prefill_attention(

@@ -39,6 +39,7 @@ class Block(Structure):
         ("w_score", Matrix),
         ("b_score", c_void_p),
         *((name, c_int32) for name in ("rope", "window")),
+        *((name, c_float) for name in ("linear", "cubic")),
     ]
 
 
@@ -152,7 +153,7 @@ _SIGNATURES = {  # name -> (result, arguments)
     "repack": (None, [c_int, c_int, c_int, _P, _P]),
     "rms_norm": (None, [_P, _P, c_float, _P, _N, _N]),
     "rope": (None, [_P, _P, _P, _P, _N, _N, _N]),
-    "swiglu": (None, [_P, _P, _N]),
+    "glu": (None, [_P, _P, _N, c_float, c_float]),
     "linear": (None, [POINTER(Product), c_int, _P, _N]),
     "rows": (None, [POINTER(Matrix), _P, _N, _P]),
     "prefill_attention": (None, [POINTER(PrefillAttention)]),

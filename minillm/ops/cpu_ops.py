@@ -84,10 +84,10 @@ class CpuOps(NumpyOps):
             self.lib.rope(pointer(x), pointer(cos), pointer(sin), pointer(y), heads, n, x.shape[-1])
         return y
 
-    def swiglu(self, gate, up):
+    def glu(self, gate, up, linear, cubic):
         assert gate.dtype == np.float32 and gate.shape == up.shape
         up = floats(up)
-        self.lib.swiglu(pointer(gate), pointer(up), gate.size)
+        self.lib.glu(pointer(gate), pointer(up), gate.size, linear, cubic)
         return gate
 
     def prefill_attention(self, q, k, v, past, scale, window=None, q_pos=None):

@@ -6,6 +6,7 @@ from ctypes import byref
 
 import numpy as np
 
+from minillm.files.config import ACTIVATIONS
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_lib import floats, paged, pointer, slab_table
 from minillm.sampling import sample_each
@@ -18,10 +19,11 @@ class Runner:
         c, self.lib, self.model = model.config, model.ops.lib, model
         blocks = (cpu_lib.Block * c.n_layers)()
         for block, table in zip(model.blocks, blocks, strict=True):
-            for name, kind in table._fields_[:-2]:
+            for name, kind in table._fields_[:-4]:
                 if (weight := getattr(block, name)) is not None:
                     setattr(table, name, weight.matrix if kind is cpu_lib.Matrix else pointer(weight))
             table.rope, table.window = block.rope, block.window or 0
+            table.linear, table.cubic = ACTIVATIONS[c.activation]
         sizes = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "dim", "ffn_dim", "vocab_size")
         self.table = cpu_lib.Model(
             **{name: getattr(c, name) for name in sizes},

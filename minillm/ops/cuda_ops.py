@@ -71,6 +71,11 @@ class CudaOps(CudaPlanning):
                 f"{model.config.name} has heads of {d} elements, and on a GPU minillm has kernels for "
                 f"{' and '.join(map(str, HEAD_DIMS))}: use --device cpu"
             )
+        if model.config.output_norms:
+            raise MinillmError(
+                f"{model.config.name} has norms behind attention and MLP, which minillm has no kernels for on a GPU: "
+                "use --device cpu"
+            )
         return Runner(model)
 
     def linear(self, x, weight, bias=None):
@@ -95,7 +100,7 @@ class CudaOps(CudaPlanning):
         launch.unrotate(self.device, x.reshape(out.shape), self._indices(row), *tables, None, out, self.real16)
         return out.reshape(x.shape)
 
-    def swiglu(self, gate, up):
+    def glu(self, gate, up, linear, cubic):
         both = np.concatenate([self._rows(gate), self._rows(up)], axis=1)
         out = self.device.empty(gate.shape, np.uint16)
         launch.swiglu(self.device, both, None, out, self.real16)

@@ -64,9 +64,9 @@ class NumpyOps(Backend):
         out[..., half:] += x1 * sin
         return out
 
-    def swiglu(self, gate, up):
+    def glu(self, gate, up, linear, cubic):
         with np.errstate(over="ignore"):  # exp(-x) = inf for very negative x gives the right limit, -0
-            denominator = np.exp(-gate)
+            denominator = np.exp(gate * -(np.float32(linear) + np.float32(cubic) * gate * gate) if cubic else -gate)
         denominator += 1.0
         gate /= denominator
         gate *= up

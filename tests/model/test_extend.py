@@ -141,7 +141,7 @@ def same_state(cache, state):
         np.testing.assert_array_equal(array, state[name])
 
 
-@pytest.mark.parametrize("at, name", [(0, "embed"), (0, "prefill_attention"), (1, "prefill_attention"), (1, "swiglu")])
+@pytest.mark.parametrize("at, name", [(0, "embed"), (0, "prefill_attention"), (1, "prefill_attention"), (1, "glu")])
 def test_an_interrupted_extend_leaves_the_cache_as_it_was(at, name):
     model = model_of(config_of())
     cache = new_cache(model)

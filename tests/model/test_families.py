@@ -19,7 +19,7 @@ from minillm.model import Model
 from minillm.ops.numpy_ops import NUMPY
 from minillm.profile import fit
 
-FAMILIES = ["tied-head", "qwen2", "qwen3", "smollm3", "granite", "phi3", "phi4-mini"]
+FAMILIES = ["tied-head", "qwen2", "qwen3", "smollm3", "granite", "phi3", "phi4-mini", "gemma3"]
 
 
 def model_of(files, ops=NUMPY):
@@ -81,7 +81,7 @@ def test_matrices_above_one_another_of_the_wrong_height(tmp_path):
         resolve_and_open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "smollm3", "phi4-mini"])
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "phi4-mini", "gemma3"])
 def test_methods_see_keys_without_rotation(name):
     """Normed keys before RoPE; in a layer without RoPE the keys themselves; of a head that is turned in part, both."""
     model = model_of(resolve(str(DATA / "tiny" / name)))

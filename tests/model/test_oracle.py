@@ -8,9 +8,9 @@ from oracle import attention, forward, read_folder
 def test_oracle_agrees_with_transformers(tiny_model):
     config, weights = read_folder(tiny_model)
     with np.load(tiny_model / "golden.npz") as golden:
-        ids, expected, inv_freq = golden["ids"], golden["logits"], golden["inv_freq"]
-        attention_factor = float(golden["attention_factor"])
-    logits = forward(config, weights, ids, inv_freq, attention_factor)
+        golden = dict(golden)
+    ids, expected = golden.pop("ids"), golden.pop("logits")
+    logits = forward(config, weights, ids, **golden)
     assert logits.dtype == np.float64 and logits.shape == (len(ids), config["vocab_size"])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 

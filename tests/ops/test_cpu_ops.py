@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from blocks import BLOCKS, random_blocks
 from compiled import PATHS, cpu_ops
-from literal import NEAREST, FakeRope, check_nearest, prefill
+from literal import NEAREST, FakeRope, check_nearest, gated, prefill
 
 from minillm.cache.kv_cache import Entries, KVCache, PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.errors import UsageError
+from minillm.files.config import ACTIVATIONS
 from minillm.files.formats import FLOATS, FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
@@ -175,14 +176,13 @@ def test_rope(path, rng, d):
         np.testing.assert_allclose(cpu_ops.rope(x, cos, sin), numpy_ops.rope(x, cos, sin), rtol=1e-5, atol=1e-6)
 
 
-def test_swiglu(path, rng):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_glu(path, rng, activation):
     gate, up = normal(rng, 3, 20001) * np.float32(10), normal(rng, 3, 20001)
     gate[0, :6] = [-1e4, 1e4, 0, -87, 88, -0.0]
-    wide = gate.astype(np.float64)
-    with np.errstate(over="ignore"):
-        exact = wide / (1 + np.exp(-wide)) * up
-    assert cpu_ops.swiglu(gate, up) is gate
-    np.testing.assert_allclose(gate, exact, rtol=2e-6, atol=1e-30)
+    exact = gated(activation, gate, up)
+    assert cpu_ops.glu(gate, up, *ACTIVATIONS[activation]) is gate
+    np.testing.assert_allclose(gate, exact, rtol=3e-6, atol=1e-30 if activation == "silu" else 1e-6)
 
 
 STORES = {

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from literal import NEAREST, attend, check_nearest, paged_layer, prefill, random_entries, rotated
+from literal import NEAREST, attend, check_nearest, gated, paged_layer, prefill, random_entries, rotated
 
 from minillm import ops
 from minillm.errors import UsageError
+from minillm.files.config import ACTIVATIONS
 from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
@@ -121,14 +122,19 @@ def test_rope_broadcasts_one_position_a_sequence():
 def test_swiglu_at_every_size_of_input():
     gate = np.array([0, -0.0, 1e-30, -1e-30, 1, -1, 20, -20, 80, -80, 87, -87, 89, -89, 1e4, -1e4, 3e38, -3e38], F32)
     up = np.linspace(-1, 1, len(gate)).astype(F32)
-    with np.errstate(over="ignore"):
-        expected = np.float64(gate) / (1 + np.exp(-np.float64(gate))) * up
+    expected = gated("silu", gate, up)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         given = gate.copy()
-        out = numpy_ops.swiglu(given, up)
+        out = numpy_ops.glu(given, up, *ACTIVATIONS["silu"])
     close(out, expected, atol=1e-30)
     assert out is given  # the wide middle of an MLP exists once
+
+
+def test_geglu_is_gelu_by_tanh():
+    gate = np.concatenate([np.linspace(-9, 9, 1001), [-1e4, 1e4, 0, 80, -80]]).astype(F32)
+    up = np.linspace(-1, 1, len(gate)).astype(F32)
+    close(numpy_ops.glu(gate.copy(), up, *ACTIVATIONS["gelu_tanh"]), gated("gelu_tanh", gate, up), atol=1e-6)
 
 
 # prefill attention
