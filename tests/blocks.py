@@ -8,7 +8,7 @@ BLOCKS = [name for name, format in FORMATS.items() if not format.is_float and fo
 # where the float16 d of a block lies (and m or dmin after it): at byte 0 if not said
 _AT = {"Q6_K": 208, "Q2_K": 80, "Q3_K": 108, "TQ1_0": 52, "TQ2_0": 64}
 # what a quant times its small scale is at most, about; what lies in the middle of the quants, of formats with offsets
-_LARGEST = {"Q8_0": 127, "Q4_K": 8 * 40, "Q5_K": 16 * 40, "Q6_K": 32 * 80}
+_LARGEST = {"Q8_0": 127, "Q5_0": 16, "Q5_1": 16, "Q4_K": 8 * 40, "Q5_K": 16 * 40, "Q6_K": 32 * 80}
 _MIDDLE = {"Q4_1": -8, "Q4_K": 8, "Q5_K": 16, "Q5_1": -16, "Q2_K": 1.5}
 
 

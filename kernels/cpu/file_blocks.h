@@ -5,11 +5,11 @@
 
 #include "panels.h"
 
-/* X(kind in the file, columns of a block, bytes of a block, kind in memory): the smallest that holds them without loss, or Q8_0. Q5_1 and
- * Q2_K, which have offsets, and Q2_K for every 16 columns, are rounded a second time: an offset of Q5_K would be shared by 256 columns. */
+/* X(kind in the file, columns of a block, bytes of a block, kind in memory): the smallest that holds them without loss, or Q8_0. Q2_K,
+ * which has an offset for every 16 columns, is rounded a second time. */
 #define FOR_FILE_KINDS(X)                                                                                                    \
     X(Q8_0, 32, 34, Q8_0) X(Q4_0, 32, 18, Q4_0) X(Q4_1, 32, 20, Q4_1) X(Q4_K, 256, 144, Q4_K) X(Q5_K, 256, 176, Q5_K)           \
-    X(Q6_K, 256, 210, Q6_K) X(Q5_0, 32, 22, Q8_0) X(Q5_1, 32, 24, Q8_0) X(Q2_K, 256, 84, Q8_0) X(Q3_K, 256, 110, Q6_K)         \
+    X(Q6_K, 256, 210, Q6_K) X(Q5_0, 32, 22, Q5_0) X(Q5_1, 32, 24, Q5_1) X(Q2_K, 256, 84, Q8_0) X(Q3_K, 256, 110, Q6_K)         \
     X(IQ4_NL, 32, 18, Q8_0) X(IQ4_XS, 256, 136, Q8_0) X(MXFP4, 32, 17, Q8_0)
 
 typedef struct {
@@ -181,15 +181,11 @@ INLINE void read_block(const int kind, const uint8_t *stored, FileBlock *to)
     case Q5_0: /* d, fifth bits [4], quants [16] */
         to->d[0] = half_at(stored);
         five_bits(stored + 2, stored + 6, to->quants);
-        for (int j = 0; j < 8; j++)
-            to->quants[j] += 0x70707070; /* 128 - 16 */
         return;
-    case Q5_1: { /* d, m, fifth bits [4], quants [16] */
-        const float d = f16_to_float(half_at(stored)), m = f16_to_float(half_at(stored + 2));
+    case Q5_1: /* d, m, fifth bits [4], quants [16] */
+        to->d[0] = half_at(stored), to->m[0] = half_at(stored + 2);
         five_bits(stored + 4, stored + 8, to->quants);
-        to->d[0] = round_again((float[2]){d, d}, (float[2]){m, m}, to->quants);
         return;
-    }
     case IQ4_NL: /* d, quants [16] */
         to->d[0] = half_at(stored);
         nibbles(stored + 2, 4, to->quants);

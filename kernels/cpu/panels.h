@@ -27,9 +27,10 @@ typedef struct {
 
 static const Facts FACTS[] = {
     [Q8_0] = {8, 128, 32, 32, 0}, [Q4_0] = {4, 8, 32, 32, 0}, [Q4_1] = {4, 0, 32, 32, 1},
+    [Q5_0] = {5, 16, 32, 32, 0},  [Q5_1] = {5, 0, 32, 32, 1},
     [Q4_K] = {4, 0, 32, 256, 1},  [Q5_K] = {5, 0, 32, 256, 1}, [Q6_K] = {6, 32, 16, 256, 0},
 };
-#define FOR_BLOCK_KINDS(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q4_K) X(Q5_K) X(Q6_K)
+#define FOR_BLOCK_KINDS(X) X(Q8_0) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q4_K) X(Q5_K) X(Q6_K)
 
 INLINE int is_blocks(int kind) { return kind >= Q8_0; }
 INLINE int parts(int kind) { return BLOCK / FACTS[kind].columns; }                /* of a block, each with a scale */

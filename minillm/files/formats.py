@@ -5,6 +5,8 @@ A format is floats of one kind, or ggml's blocks of weights that share a scale:
 Q8_0  32 weights, 34 bytes: float16 d, 32 x int8 q                            w = d * q
 Q4_0  32 weights, 18 bytes: float16 d, 16 bytes of two 4-bit q                w = d * (q - 8)
 Q4_1  32 weights, 20 bytes: float16 d, float16 m, 16 bytes of two 4-bit q     w = d * q + m
+Q5_0  32 weights, 22 bytes: float16 d, 4 bytes of fifth bits, 16 of two 4-bit q   w = d * (q - 16)
+Q5_1  32 weights, 24 bytes: float16 d, float16 m, and the same                w = d * q + m
 In a byte of 4-bit q, the low half is weight i and the high half weight i + 16.
 
 K-quants have 256 weights a block, in parts with a small whole scale each. Of byte l of 32 with 4-bit q, the low half is
@@ -125,6 +127,24 @@ def _q4_1(blocks, out):
     out += _halves(blocks, 2)
 
 
+def _five_bits(fifth, bytes_, out):
+    """Fifth bits (n, 4) of the numbers whose others are in bytes (n, 16) -> out (n, 32)."""
+    _nibbles(bytes_, out)
+    out += np.unpackbits(fifth, axis=1, bitorder="little") << np.uint8(4)
+
+
+def _q5_0(blocks, out):
+    _five_bits(blocks[:, 2:6], blocks[:, 6:], out)
+    out -= 16
+    out *= _halves(blocks, 0)
+
+
+def _q5_1(blocks, out):
+    _five_bits(blocks[:, 4:8], blocks[:, 8:], out)
+    out *= _halves(blocks, 0)
+    out += _halves(blocks, 2)
+
+
 def _packed_scales(packed):
     """12 bytes of 6-bit scales and mins -> scales (n, 8, 1), mins (n, 8, 1) float32."""
     low_scales, low_mins, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
@@ -188,11 +208,11 @@ _ALL = (
     WeightFormat("Q8_0", 8, 3, 32, 34, np.uint8, _q8_0, DeviceFormat("Q8_0", 16, "half", _BEFORE_QUANTS[2])),
     WeightFormat("Q4_0", 2, 4, 32, 18, np.uint8, _q4_0, DeviceFormat("Q4_0", 32, "half", _BEFORE_QUANTS[2])),
     WeightFormat("Q4_1", 3, 5, 32, 20, np.uint8, _q4_1, DeviceFormat("Q4_1", 32, "half", _BEFORE_QUANTS[4])),
+    WeightFormat("Q5_0", 6, 10, 32, 22, np.uint8, _q5_0),
+    WeightFormat("Q5_1", 7, 11, 32, 24, np.uint8, _q5_1),
     WeightFormat("Q4_K", 12, 6, 256, 144, np.uint8, _q4_k),
     WeightFormat("Q5_K", 13, 7, 256, 176, np.uint8, _q5_k),
     WeightFormat("Q6_K", 14, 8, 256, 210, np.uint8, _q6_k),
-    _other("Q5_0", 6, 10, 32, 22),
-    _other("Q5_1", 7, 11, 32, 24),
     _other("Q2_K", 10, 12, 256, 84),
     _other("Q3_K", 11, 13, 256, 110, becomes="Q6_K"),
     _other("IQ4_NL", 20, 14, 32, 18),

@@ -154,7 +154,7 @@ def test_any_block_is_what_the_library_says(kind):
     n = 4 * (2**18 // format.block // 4 + 100)
     blocks = rng.integers(0, 256, (n, format.block_bytes), dtype=np.uint8)
     scales = rng.standard_normal((n, 2)) * 10.0 ** rng.integers(-6, 4, (n, 2))
-    halves = scales[:, : 2 if kind in ("Q4_1", "Q4_K", "Q5_K") else 1].astype(np.float16).view(np.uint8)
+    halves = scales[:, : 2 if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 1].astype(np.float16).view(np.uint8)
     at = format.block_bytes - 2 if kind == "Q6_K" else 0
     blocks[:, at : at + halves.shape[1]] = halves
     data = blocks.reshape(n // 4, 4 * format.block_bytes)
