@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class StoredModel:
         Of each tensor 4 KiB are looked at (MappedFile.sample): milliseconds for any model. That tells another training,
         fine-tune, merge, quantisation or rounding. It does not tell an edit of a few rows or of single weights.
         """
-        digest = hashlib.sha256(repr(asdict(self.config) | {"name": ""}).encode())
+        digest = hashlib.sha256(repr(_said(replace(self.config, name=""))).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(repr((name, tensor.kind, tensor.shape)).encode())
             digest.update(tensor.file.sample(tensor.offset, tensor.nbytes))
@@ -78,6 +78,12 @@ class StoredModel:
         """Bytes of all Weights loaded as `dtype`, in the formats that they are held as; from the headers alone."""
         formats = self.formats(dtype)
         return sum(formats[name].held.nbytes(math.prod(tensor.shape)) for name, tensor in self.tensors.items())
+
+
+def _said(config) -> list[tuple]:
+    """What a dataclass says beyond its defaults: a field that is new tomorrow leaves the digests of today alone."""
+    named = [(field, getattr(config, field.name)) for field in fields(config)]
+    return [(f.name, _said(x) if is_dataclass(x) else x) for f, x in named if x != f.default]
 
 
 def open_model(files: ModelFiles) -> StoredModel:
