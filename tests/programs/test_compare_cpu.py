@@ -38,7 +38,7 @@ def test_files_hold_the_same_weights(tool, tmp_path, kind):
             np.testing.assert_array_equal(after.data, before.data)
             continue
         kept = name == "model.embed_tokens.weight" and kind != "BF16"
-        assert after.kind == ("Q4_1" if kept else kind)
+        assert after.format.name == ("Q4_1" if kept else kind)
         expected = dequantize(quantize(before.data, number), number) if not kept else before.data
         np.testing.assert_array_equal(after.rows(0, after.shape[0]), expected)
 
