@@ -80,6 +80,7 @@ class Family:
     wide: bool = False  # embeddings are multiplied by the square root of their width
     renamed: dict = field(default_factory=dict)  # names in safetensors that mean another Part in BLOCK
     norm_offset: int = 0  # what safetensors leave out of the weights of norms
+    tempered: bool = False  # queries have a temperature
     partial: bool = False  # a part of a head may be rotated alone
     fused: dict = field(default_factory=dict)  # matrix of a file, in its names -> those of BLOCK above one another
 
@@ -104,6 +105,13 @@ _GEMMA_NORMS = {
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", "llama", pairs=True),
     Family("MistralForCausalLM", "mistral", "llama", defaults=_MISTRAL, pairs=True, window="sliding_window"),
+    Family(
+        *("Ministral3ForCausalLM", "ministral3", "mistral3"),
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5},
+        pairs=True,
+        window="sliding_window",
+        tempered=True,
+    ),
     Family(
         *("Qwen2ForCausalLM", "qwen2", "qwen2"),
         fixed={"qkv_bias": True},

@@ -25,7 +25,7 @@ class Step:
     index: int  # of the block
     x: object  # (n, dim) float32, the residual stream before the block; after it, once the reading goes on
     pos: np.ndarray  # (n,)
-    rotation: tuple  # cos, sin (n, d/2) of these positions
+    rotation: tuple  # cos, sin (n, d/2) of these positions; (n,) temperatures of queries there, or None
     hidden: object  # (n, dim) normed: what q, k and v are made from; None where nobody wants it
     q: object  # (Hq, n, d) rotated; may be None where nobody wants queries
     lse: object  # (Hq, n) the log of the sum of exponentials of each query's attention; as q
@@ -114,9 +114,10 @@ class Model:
         "hidden", "queries" and "scores". Raises MinillmError where what a block makes is not finite."""
         positions = [np.arange(position, position + len(x)) for x, position in parts]
         rotations = [self.rotations(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
+        temperatures = [self.temperatures(pos) for pos in positions]
         for index in range(first, len(self.blocks)):
-            for (x, _), pos, turns in zip(parts, positions, rotations, strict=True):
-                rotation = turns[self.blocks[index].rope]
+            for (x, _), pos, turns, warmth in zip(parts, positions, rotations, temperatures, strict=True):
+                rotation = *turns[self.blocks[index].rope], warmth
                 step = Step(
                     *(index, x, pos, rotation),
                     self.normed(index, x) if "hidden" in wants else None,
@@ -133,22 +134,28 @@ class Model:
         """Of each of `ropes` cos and sin (n, d/2) of positions (n,) in a sequence of `length` tokens."""
         return [rope.tables(positions, length) for rope in self.ropes]
 
+    def temperatures(self, positions):
+        """(n,) what queries at positions (n,) are multiplied by; None: they are not."""
+        beta, context = self.config.temperature, self.config.rope.original_context
+        return np.float32(1 + beta * np.log(1 + positions // context)) if beta else None
+
     def embed(self, token_ids):
         """Token ids (n,) -> (n, dim) float32, the residual stream before the first block."""
         x = self.ops.embed(self.embedding, token_ids)
         return x if self.config.embedding_scale == 1 else x * np.float32(self.config.embedding_scale)
 
-    def attention(self, index, x, cos, sin, past, wants=()):
-        """The first half of a layer: x (n, dim) -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n, d); q and k
-        rotated; predicted scores (H, n) on the host; mixed (n, Hq * d), the attention's output. q, lse and scores may
-        be None where `wants` lacks "queries" or "scores"."""
+    def attention(self, index, x, cos, sin, temperature, past, wants=()):
+        """The first half of a layer: x (n, dim), and a Step's rotation -> q (Hq, n, d); lse (Hq, n) of its attention;
+        k, v (H, n, d); q and k rotated; predicted scores (H, n) on the host; mixed (n, Hq * d), the attention's output.
+        q, lse and scores may be None where `wants` lacks "queries" or "scores"."""
         if self.runner:
-            return self.runner.attention(index, x, cos, sin, past, wants)
+            return self.runner.attention(index, x, cos, sin, temperature, past, wants)
         ops, block, config = self.ops, self.blocks[index], self.config
         h = ops.rms_norm(x, block.attention_norm, config.rms_eps)
         q, k, v = self._qkv(block, h)
         scores = self._scores(block, h) if "scores" in wants else None
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        q = q if temperature is None else q * temperature[:, None]
         mixed, lse = ops.prefill_attention(q, k, v, past, self.scale, block.window)
         return q, lse, k, v, scores, mixed
 
@@ -186,10 +193,11 @@ class Model:
         ops, eps = self.ops, self.config.rms_eps
         tables = [self.rotations(np.array([cache.position]), cache.position + 1) for cache in caches]
         cos, sin = np.array(tables).transpose(2, 1, 0, 3, 4)  # (ropes, B, 1, d/2)
+        temperature = self.temperatures(np.array([cache.position for cache in caches]))
         if self.runner:
             for cache in caches:
                 cache.make_room()
-            result, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin, draws)
+            result, bad_layer, queries, scores = self.runner.decode(token_ids, caches, cos, sin, temperature, draws)
             self._check_finite(bad_layer is None, bad_layer)
             return result, queries, scores
         x, queries, scores = self.embed(token_ids), [], []  # (B, dim)
@@ -198,6 +206,7 @@ class Model:
             h = ops.rms_norm(x, block.attention_norm, eps)
             q, k, v = (y.transpose(1, 0, 2) for y in self._qkv(block, h))
             q, k = (ops.rope(x, cos[block.rope], sin[block.rope]) for x in (q, k))  # (B, heads, d)
+            q = q if temperature is None else q * temperature[:, None, None]
             queries.append(q)
             if wants_scores:
                 scores.append(self._scores(block, h).T)

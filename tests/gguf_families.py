@@ -7,7 +7,8 @@ import numpy as np
 from oracle import read_folder
 from paths import DATA
 
-PAIRS = ("llama", "smollm3", "granite")  # whose Q and K llama.cpp stores with neighbours as pairs
+NAMES = {"gemma3_text": "gemma3", "ministral3": "mistral3"}  # of families that are called something else there
+PAIRS = ("llama", "smollm3", "granite", "mistral3")  # whose Q and K llama.cpp stores with neighbours as pairs
 
 
 def read(name):
@@ -24,7 +25,7 @@ def read(name):
 
 def write(path, config, weights, describe=lambda writer: None):
     """The model of a folder as a .gguf file of F32 at `path`. describe: adds metadata, a vocabulary say."""
-    family, n_layers = config["model_type"].removesuffix("_text"), config["num_hidden_layers"]
+    family, n_layers = NAMES.get(config["model_type"], config["model_type"]), config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, family)
     _keys(writer, config)
     describe(writer)
@@ -57,7 +58,16 @@ def _keys(writer, config):
     writer.add_key_length(d)
     writer.add_value_length(d)
     writer.add_rope_dimension_count(int(d * config.get("partial_rotary_factor", 1)))
-    writer.add_rope_freq_base(config["rope_theta"])
+    scaling = config.get("rope_parameters", {})
+    writer.add_rope_freq_base(config.get("rope_theta") or scaling["rope_theta"])
+    if scaling:  # yarn
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(scaling["mscale_all_dim"])
+        writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     if config.get("sliding_window"):

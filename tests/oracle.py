@@ -56,6 +56,10 @@ def forward(config, weights, ids, inv_freq=None, attention_factor=1.0):
         cos, sin = np.cos(angle) * attention_factor, np.sin(angle) * attention_factor  # (n, turned // 2)
         if config["model_type"] != "smollm3" or layer % 4 != 3:
             q[..., :turned], k[..., :turned] = rotate(q[..., :turned], cos, sin), rotate(k[..., :turned], cos, sin)
+        beta = config.get("rope_parameters", {}).get("llama_4_scaling_beta")
+        if beta:
+            context = config["rope_parameters"]["original_max_position_embeddings"]
+            q = q * (1 + beta * np.log(1 + np.floor(position / context)))[:, None]
         out = attention(q * scale * head_dim**0.5, k, v, causal & near if slides else causal)
         out = linear("self_attn.o_proj", out.transpose(1, 0, 2).reshape(n, n_heads * head_dim))
         if gemma:

@@ -287,7 +287,7 @@ class Kernels:
         qkv, tables = self.random(n, (c.n_heads + 2 * c.n_kv_heads) * d), device.empty((2, n, d // 2), np.float32)
         tables.fill(1)
         q, k, v = (device.empty((heads, n, d), np.uint16) for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
-        arguments = qkv, None, (None, None), 1e-5, tables[0], tables[1], q, k, v, "bf16"
+        arguments = qkv, None, (None, None), 1e-5, tables[0], tables[1], None, q, k, v, "bf16"
         self.add(f"rope_split x {n}", 2 * qkv.nbytes + tables.nbytes, 0, launch.rope_split, *arguments)
         gate_up, act = self.random(n, 2 * c.ffn_dim), device.empty((n, c.ffn_dim), np.uint16)
         self.add(f"swiglu x {n}", gate_up.nbytes + act.nbytes, 0, launch.swiglu, gate_up, None, act, "bf16")

@@ -163,6 +163,28 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "ministral3": (
+        40,
+        1,
+        {key: value for key, value in (LLAMA | WIDE).items() if key != "rope_theta"}
+        | {
+            "architectures": ["Ministral3ForCausalLM"],
+            "model_type": "ministral3",
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
 }
 
 
@@ -241,7 +263,7 @@ def check(name, model, ids, logits, config):
         assert change[reach:].max() == 0, name
     assert change[:reach].min() > 1e-3, (name, change)
 
-    if "rope" in name or name == "phi4-mini":  # the scaling must show: more than rounding could explain
+    if "rope" in name or name in ("phi4-mini", "ministral3"):  # the scaling must show: more than rounding could explain
         rope = model.model.rotary_emb
         scaled, factor = rope.inv_freq.clone(), rope.attention_scaling
         rope.rope_type = "default"

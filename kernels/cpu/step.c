@@ -12,10 +12,19 @@ static void turn(const Model *m, float *x, const float *norm, int64_t heads, int
     kernels->rope(x, cos, sin, x, heads, n, m->head_dim);
 }
 
+/* Queries (Hq, n, d) times the temperatures (n,) of their positions, if there are any. */
+static void warm(const Model *m, float *q, int64_t n, const float *temperature)
+{
+    for (int64_t row = 0; temperature && row < m->n_heads * n; row++)
+        for (int64_t i = 0; i < m->head_dim; i++)
+            q[row * m->head_dim + i] *= temperature[row % n];
+}
+
 /* The first half of a layer: x (n, dim) -> q (Hq, n, d), or NULL if nobody wants it, and lse (Hq, n) of its attention, or NULL; k, v
  * (H, n, d), q and k rotated, and mixed (n, Hq d), the attention's output before W_O. score (H, n): what the profile predicts, or NULL.
- * cos, sin (n, d / 2). */
-static void layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past, float *q,
+ * cos, sin (n, d / 2); temperature (n,) or NULL. */
+static void layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const float *temperature,
+                            const Paged *past, float *q,
                             float *lse, float *k, float *v, float *score, float *mixed)
 {
     const Block *block = &m->blocks[layer];
@@ -28,16 +37,17 @@ static void layer_attention(const Model *m, int layer, const float *x, int64_t n
                                  {block->w_score, block->b_score, score, 1, 0}};
     kernels->linear(products, score ? 4 : 3, x, n, block->attention_norm, m->eps);
     turn(m, q, block->q_norm, m->n_heads, n, cos, sin);
+    warm(m, q, n, temperature);
     turn(m, k, block->k_norm, m->n_kv_heads, n, cos, sin);
     const PrefillAttention a = {
         q, k, v, mixed, lse, NULL, *past, (int32_t)n, (int32_t)n, m->n_heads, m->n_kv_heads, m->head_dim, block->window, m->scale};
     kernels->prefill_attention(&a);
 }
 
-EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const Paged *past,
-                                    float *q, float *lse, float *k, float *v, float *score, float *mixed)
+EXPORT void minillm_layer_attention(const Model *m, int layer, const float *x, int64_t n, const float *cos, const float *sin, const float *temperature,
+                                    const Paged *past, float *q, float *lse, float *k, float *v, float *score, float *mixed)
 {
-    ATTEMPT(layer_attention(m, layer, x, n, cos, sin, past, q, lse, k, v, score, mixed));
+    ATTEMPT(layer_attention(m, layer, x, n, cos, sin, temperature, past, q, lse, k, v, score, mixed));
 }
 
 /* x += W_O mixed, over its norm where the model has one. */
@@ -87,11 +97,12 @@ static void append(const Paged *past, int64_t head, int64_t d, const float *k, c
     slab->pos[entry] = (int32_t)past->seen;
 }
 
-/* One token of each of B sequences: ids (B,), cos and sin (ropes, B, d / 2) -> logits (B, vocab). caches (B,): pages (L, H, capacity)
+/* One token of each of B sequences: ids (B,), cos and sin (ropes, B, d / 2), temperature (B,) or NULL -> logits (B, vocab). caches (B,): pages (L, H, capacity)
  * and lengths (L, H) of all layers; the last entry of every head is the new token's, and is written here. queries: NULL, or
  * (L, B, Hq, d) that gets the rotated queries; scores: NULL, or (L, B, H) that gets what the profile predicts. Returns the first
  * layer whose output is not finite, L for the logits, or -1. */
-static int decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
+static int decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const float *temperature,
+                  const Paged *caches, float *logits,
                   float *queries, float *scores)
 {
     const int64_t d = m->head_dim, q_dim = m->n_heads * d, kv_dim = m->n_kv_heads * d;
@@ -114,6 +125,7 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
             past[b].lengths += (int64_t)layer * m->n_kv_heads;
             const int64_t at = (block->rope * batch + b) * d / 2;
             turn(m, q + b * q_dim, block->q_norm, m->n_heads, 1, cos + at, sin + at);
+            warm(m, q + b * q_dim, 1, temperature ? temperature + b : NULL);
             turn(m, k + b * kv_dim, block->k_norm, m->n_kv_heads, 1, cos + at, sin + at);
             for (int64_t head = 0; head < m->n_kv_heads; head++)
                 append(&past[b], head, d, k + b * kv_dim + head * d, v + b * kv_dim + head * d);
@@ -131,10 +143,11 @@ static int decode(const Model *m, const int64_t *ids, int64_t batch, const float
     return kernels->finite(logits, batch * m->vocab_size) ? -1 : m->n_layers;
 }
 
-EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const Paged *caches, float *logits,
+EXPORT int minillm_decode(const Model *m, const int64_t *ids, int64_t batch, const float *cos, const float *sin, const float *temperature,
+                  const Paged *caches, float *logits,
                           float *queries, float *scores)
 {
     int bad_layer = -1;
-    ATTEMPT(bad_layer = decode(m, ids, batch, cos, sin, caches, logits, queries, scores));
+    ATTEMPT(bad_layer = decode(m, ids, batch, cos, sin, temperature, caches, logits, queries, scores));
     return bad_layer;
 }

@@ -2,17 +2,18 @@
 // Defines: real16 = half, bf16; HEAD_DIM = 64, 128
 #include "rope.cuh"
 
-// q (Hq, n, d), k and v (H, n, d): q and k over their norms (d,), where not null, and turned. Grid (n, blocks over the heads).
+// q (Hq, n, d), k and v (H, n, d): q and k over their norms (d,), where not null, and turned; q times temperature (n,),
+// where not null. Grid (n, blocks over the heads).
 extern "C" __global__ void __launch_bounds__(256)
 rope_split(const real16* qkv, const float* bias, const float* q_norm, const float* k_norm, float eps, const float* cos,
-           const float* sin, real16* q, real16* k, real16* v, int n_heads, int n_kv_heads) {
+           const float* sin, const float* temperature, real16* q, real16* k, real16* v, int n_heads, int n_kv_heads) {
     int token = blockIdx.x, n = gridDim.x, columns = n_heads + 2 * n_kv_heads;  // in heads
     int thread = blockIdx.y * blockDim.x + threadIdx.x, head = thread / THREADS, i = thread % THREADS * 2;
     if (head >= columns) return;
     bool is_v = head >= n_heads + n_kv_heads;
     float low[2], high[2];
     turned(qkv + ((size_t)token * columns + head) * D, bias ? bias + head * D : nullptr,
-           turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, token), i, low, high);
+           turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, temperature, token), i, low, high);
     real16* of_kind = head < n_heads ? q : is_v ? v : k;
     int of_head = head < n_heads ? head : (head - n_heads) % n_kv_heads;
     real16* to = of_kind + ((size_t)of_head * n + token) * D;

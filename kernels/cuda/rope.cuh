@@ -7,10 +7,11 @@
 
 static const int D = HEAD_DIM, HALF = D / 2, THREADS = D / 4;  // of a head
 
-// How a head is turned: over its norm first, where that is not null; v is neither. cos, sin: of its token.
+// How a head is turned: over its norm first, where that is not null; v is neither. cos, sin: of its token. factor: of a
+// query, the temperature there.
 struct Turn {
     const float *norm, *cos, *sin;
-    float eps;
+    float eps, factor;
 };
 
 // The sum of x over the threads of a head.
@@ -43,14 +44,16 @@ __device__ __forceinline__ void turned(const real16* x, const float* bias, const
     for (int j = 0; j < 2; ++j) {
         float a = low[j], b = high[j];
         float c = turn.cos ? turn.cos[i + j] : 1.f, s = turn.cos ? turn.sin[i + j] : 0.f;
-        low[j] = a * c - b * s;
-        high[j] = b * c + a * s;
+        low[j] = (a * c - b * s) * turn.factor;
+        high[j] = (b * c + a * s) * turn.factor;
     }
 }
 
 // Of head `head` of n_heads queries, then keys, then values of token `token`.
 __device__ __forceinline__ Turn turn_of(int head, int n_heads, int n_kv_heads, const float* q_norm, const float* k_norm,
-                                        float eps, const float* cos, const float* sin, int token) {
-    if (head >= n_heads + n_kv_heads) return {nullptr, nullptr, nullptr, eps};
-    return {head < n_heads ? q_norm : k_norm, cos + (size_t)token * HALF, sin + (size_t)token * HALF, eps};
+                                        float eps, const float* cos, const float* sin, const float* temperature,
+                                        int token) {
+    if (head >= n_heads + n_kv_heads) return {nullptr, nullptr, nullptr, eps, 1.f};
+    float factor = head < n_heads && temperature ? temperature[token] : 1.f;
+    return {head < n_heads ? q_norm : k_norm, cos + (size_t)token * HALF, sin + (size_t)token * HALF, eps, factor};
 }

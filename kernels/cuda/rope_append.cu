@@ -21,10 +21,10 @@ __device__ __forceinline__ void put(int8* row, bf16* scale, int i, const float (
 }
 
 // Token b of the batch becomes the last entry of each of its heads. q (B, Hq, d); pages (B, H, capacity),
-// lengths (B, H) with the new entry counted, seen (B,) its position. Norms and cos, sin (B, d/2) as in rope_split. Grid (B, blocks over the heads).
+// lengths (B, H) with the new entry counted, seen (B,) its position. Norms, cos, sin (B, d/2), temperature (B,) as in rope_split. Grid (B, blocks over the heads).
 extern "C" __global__ void __launch_bounds__(256)
 rope_append(const real16* qkv, const float* bias, const float* q_norm, const float* k_norm, float eps, const float* cos,
-            const float* sin, real16* q, const unsigned long long* slabs, int slab_pages, const int* pages, int capacity, const int* lengths,
+            const float* sin, const float* temperature, real16* q, const unsigned long long* slabs, int slab_pages, const int* pages, int capacity, const int* lengths,
             const int* seen, int n_heads, int n_kv_heads) {
     int b = blockIdx.x, columns = n_heads + 2 * n_kv_heads;
     int thread = blockIdx.y * blockDim.x + threadIdx.x, head = thread / THREADS, i = thread % THREADS * 2;
@@ -32,7 +32,7 @@ rope_append(const real16* qkv, const float* bias, const float* q_norm, const flo
     bool is_v = head >= n_heads + n_kv_heads;
     float low[2], high[2];
     turned(qkv + ((size_t)b * columns + head) * D, bias ? bias + head * D : nullptr,
-           turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, b), i, low, high);
+           turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, temperature, b), i, low, high);
     if (head < n_heads) return put(q + ((size_t)b * n_heads + head) * D, nullptr, i, low, high);
     int row = b * n_kv_heads + (head - n_heads) % n_kv_heads, entry = lengths[row] - 1, at = entry % PAGE_SIZE;
     Page<page_type, D> page = page_at<page_type, D>(slabs, slab_pages, pages[(size_t)row * capacity + entry / PAGE_SIZE]);

@@ -74,6 +74,7 @@ class ModelConfig:
     activation: str = "silu"  # of the gate: a key of ACTIVATIONS
     qk_norm: bool = False  # queries and keys have a norm, head by head, before RoPE
     tied_head: bool = False  # the output head is the embedding
+    temperature: float = 0.0  # beta: a query at position p is times 1 + beta log(1 + p // rope.original_context)
     attention_scale: float = 0.0  # of the logits of attention; 0: head_dim ** -0.5
     embedding_scale: float = 1.0
     logit_scale: float = 1.0

@@ -16,9 +16,7 @@ _ONLY = {
     "attention.causal": (None, True),
     "attention.clamp_kqv": (None, 0),
     "attention.max_alibi_bias": (None, 0),
-    "attention.temperature_scale": (None, 0),
     "rope.scaling.alpha": (None, 0),
-    "rope.scaling.yarn_log_multiplier": (None, 0),
     "rope.scaling.yarn_ext_factor": (None, -1, 1),
     "rope.scaling.yarn_attn_factor": (None, 1),
 }
@@ -28,6 +26,7 @@ _SCALES = {  # what a family that is `scaled` has
     "residual_scale": (None, 0, 1),
     "logit_scale": (None, 0, 1),
 }
+_TEMPERED = {"attention.temperature_scale": (None, 0), "rope.scaling.yarn_log_multiplier": (None, 0)}
 FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # tensors that are config
 
 
@@ -44,7 +43,7 @@ def config_from_gguf(
     keys.refuse_unless({"general.architecture": tuple(rows), "general.type": (None, "model")})
     family = rows[keys.get("general.architecture")]
     keys = Keys(metadata, name, prefix=family.gguf + ".")
-    keys.refuse_unless(_ONLY if family.scaled else _ONLY | _SCALES)
+    keys.refuse_unless(_ONLY | ({} if family.scaled else _SCALES) | ({} if family.tempered else _TEMPERED))
     n_layers, n_heads = keys.integer("block_count", most=MAX_LAYERS), keys.integer("attention.head_count")
     dim = keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", None)
@@ -72,6 +71,7 @@ def config_from_gguf(
         context=context,
         rope=_rope(keys, context, factors or {}),
         rotated_dim=None if rotated == head_dim else rotated,
+        temperature=keys.number("attention.temperature_scale", 0.0, positive=False),
         unrotated=tuple(range(every - 1, n_layers, every)) if every else (),
         sliding_window=window,
         **_biases(family, tensors),
@@ -111,9 +111,12 @@ def _rope(keys: Keys, context: int, factors: Mapping[str, tuple[float, ...]]) ->
     factor = factor or 1.0
     if factor < 0:
         raise keys.error("rope.scaling.factor", factor, "it must be greater than 0")
-    attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    attention_factor, multiplier = (
+        keys.number("rope.scaling.attn_factor", 1.0),
+        keys.number("rope.scaling.yarn_log_multiplier", 0.0, positive=False),
+    )
     if kind == "yarn" and factor > 1:
-        attention_factor *= 0.1 * math.log(factor) + 1.0
+        attention_factor *= (0.1 * math.log(factor) + 1.0) / (0.1 * multiplier * math.log(factor) + 1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         kind, factor = "default", 1.0
     return RopeConfig(

@@ -31,6 +31,7 @@ _ROPE_KEYS = {
     *("low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate", "finetuned"),
 }
+_TEMPERATURE = "llama_4_scaling_beta"
 _LONGROPE_KEYS = {"short_factor", "long_factor", "short_mscale", "long_mscale"}
 
 
@@ -65,6 +66,7 @@ def config_from_json(values: dict, name: str = "") -> ModelConfig:
         context=rope.context,
         rope=rope.config(head_dim),
         rotated_dim=rope.rotated_dim(head_dim),
+        temperature=rope.temperature,
         unrotated=_unrotated(keys, family, n_layers),
         sliding_window=window,
         full=full,
@@ -199,9 +201,14 @@ class _Rope:
         if (rope.get("type") or kind) != kind:
             raise rope.error("type", rope.get("type"), f"it contradicts rope_type = {kind!r}")
         known = _ROPE_KEYS | _LONGROPE_KEYS if kind == "longrope" else _ROPE_KEYS
+        known = known | {_TEMPERATURE, "max_position_embeddings"} if family.tempered else known
         if unknown := sorted(set(values) - known):
             raise rope.error(unknown[0], values[unknown[0]], f"minillm knows {', '.join(sorted(known))}")
         self.kind, self.theta = kind, rope.number("rope_theta", keys.number("rope_theta", 10000.0))
+
+    @property
+    def temperature(self) -> float:
+        return self.rope.number(_TEMPERATURE, 0.0, positive=False)
 
     def rotated_dim(self, head_dim: int) -> int | None:
         share = self.rope.number("partial_rotary_factor", self.keys.number("partial_rotary_factor", 1.0))

@@ -173,10 +173,10 @@ _SIGNATURES = {  # name -> (result, arguments)
     "bf16_from": (None, [_P, _N, _P]),
     "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),
-    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, POINTER(Paged), *[_P] * 6]),
+    "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, _P, POINTER(Paged), *[_P] * 6]),
     "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
     "logits": (None, [POINTER(Model), _P, _N, _P]),
-    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, POINTER(Paged), _P, _P, _P]),
+    "decode": (c_int, [POINTER(Model), _P, _N, _P, _P, _P, POINTER(Paged), _P, _P, _P]),
 }
 
 _SETTINGS = {

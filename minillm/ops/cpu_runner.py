@@ -36,10 +36,10 @@ class Runner:
             head=model.head.matrix,
         )
 
-    def attention(self, layer, x, cos, sin, past, wants):
-        """x (n, dim), cos and sin (n, d/2), past: PagedLayer -> q (Hq, n, d); lse (Hq, n) of its attention; k, v (H, n,
-        d); q and k rotated; score (H, n); mixed (n, Hq * d). q and lse are None where `wants` lacks "queries", score
-        where it lacks "scores"."""
+    def attention(self, layer, x, cos, sin, temperature, past, wants):
+        """x (n, dim), cos and sin (n, d/2), temperature (n,) or None, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) of
+        its attention; k, v (H, n, d); q and k rotated; score (H, n); mixed (n, Hq * d). q and lse are None where
+        `wants` lacks "queries", score where it lacks "scores"."""
         n, c, slabs = len(x), self.model.config, slab_table(past.pool)
         q, lse = None, None
         if "queries" in wants:
@@ -47,7 +47,8 @@ class Runner:
         score = np.empty((c.n_kv_heads, n), np.float32) if "scores" in wants else None
         k, v = (np.empty((c.n_kv_heads, n, c.head_dim), np.float32) for _ in "kv")
         mixed, cos, sin = np.empty((n, c.n_heads * c.head_dim), np.float32), floats(cos), floats(sin)
-        tables, outputs = (pointer(cos), pointer(sin), byref(paged(past, slabs))), (q, lse, k, v, score, mixed)
+        tables = pointer(cos), pointer(sin), pointer(temperature), byref(paged(past, slabs))
+        outputs = q, lse, k, v, score, mixed
         self.lib.layer_attention(byref(self.table), layer, pointer(x), n, *tables, *map(pointer, outputs))
         return outputs
 
@@ -68,11 +69,12 @@ class Runner:
         finite = np.isfinite(logits).all()
         return sample_each(logits, draws) if finite else None, finite
 
-    def decode(self, token_ids, caches, cos, sin, draws=None):
+    def decode(self, token_ids, caches, cos, sin, temperature, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (ropes, B, 1, d/2). -> logits (B, vocab), or by B Draws the next tokens; the first
-        layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted scores
-        (L, B, H), or None where no cache collects them. Where a layer is named, nothing else is there."""
+        written here. cos, sin (ropes, B, 1, d/2); temperature (B,) or None. -> logits (B, vocab), or by B Draws the
+        next tokens; the first layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq,
+        d) and predicted scores (L, B, H), or None where no cache collects them. Where a layer is named, nothing else is
+        there."""
         ids, slabs = np.array(token_ids, np.int64), slab_table(caches[0].pool)
         layers = [cache.layer(slice(None)) for cache in caches]
         tables = (cpu_lib.Paged * len(caches))(*(paged(layer, slabs) for layer in layers))
@@ -83,8 +85,8 @@ class Runner:
         if any(cache.left.predicted is not None for cache in caches):
             scores = np.empty((c.n_layers, len(caches), c.n_kv_heads), np.float32)
         cos, sin, outputs = floats(cos), floats(sin), (logits, queries, scores)
-        arguments = pointer(ids), len(ids), pointer(cos), pointer(sin), tables, *map(pointer, outputs)
-        bad_layer = self.lib.decode(byref(self.table), *arguments)
+        arguments = *map(pointer, (cos, sin, temperature)), tables, *map(pointer, outputs)
+        bad_layer = self.lib.decode(byref(self.table), pointer(ids), len(ids), *arguments)
         if bad_layer >= 0:
             return None, bad_layer, None, None
         return sample_each(logits, draws), None, queries, scores

@@ -35,6 +35,7 @@ class DecodeStep:
             results=((1 + batch,), np.int32),  # the first layer whose output is not finite; the next tokens
             cos=((len(c.ropes), batch, half), np.float32),
             sin=((len(c.ropes), batch, half), np.float32),
+            temperature=((batch,), np.float32),
         )
         self.pages = device.empty((*heads, self.capacity), np.int32)
         self.versions = [None] * batch  # of the page tables that `pages` holds
@@ -69,10 +70,10 @@ class DecodeStep:
         same = len(caches) == self.batch and caches[0].pool is self.pool and _predicts(caches) == self.predicts
         return same and longest <= self.capacity
 
-    def run(self, token_ids, caches, cos, sin, draws):
+    def run(self, token_ids, caches, cos, sin, temperature, draws):
         """As Runner.decode."""
         self.device.use()
-        self._update(token_ids, caches, cos, sin, draws or [GREEDY] * self.batch)
+        self._update(token_ids, caches, cos, sin, temperature, draws or [GREEDY] * self.batch)
         if self.steps == 1:
             self._capture()
         if self.graph:
@@ -88,12 +89,13 @@ class DecodeStep:
             scores = self.scores.get() + np.stack([block.b_score for block in self.runner.model.blocks])[:, None]
         return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, scores
 
-    def _update(self, token_ids, caches, cos, sin, draws):
+    def _update(self, token_ids, caches, cos, sin, temperature, draws):
         """The device's control words, and its page tables where more than the newest page of a head has changed."""
         host = self.host
         host["ids"][:], host["results"][0] = token_ids, FINE
         host["reals"][:], host["ints"][:] = launch.draw_tables(draws)
         host["cos"][:], host["sin"][:] = cos[:, :, 0], sin[:, :, 0]
+        host["temperature"][:] = 1 if temperature is None else temperature
         for b, cache in enumerate(caches):
             one_more = np.array_equal(host["lengths"][:, b] + 1, cache.lengths)
             if not one_more or cache.version != self.versions[b]:
@@ -133,19 +135,10 @@ class DecodeStep:
                 launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
                 if self.predicts:
                     launch.norm_gemv(device, x, layer.attention_norm, eps, layer.w_score, scores)
-            turn = control["cos"][layer.rope], control["sin"][layer.rope]
-            launch.rope_append(device, self.qkv, layer.bqkv, layer.head_norms, eps, *turn, self.q[index], past, real16)
-            launch.decode_attention(
-                device,
-                self.q[index],
-                past,
-                self.starts[index],
-                self.space,
-                self.mixed,
-                scale,
-                layer.window or 0,
-                real16,
-            )
+            q, starts, window = self.q[index], self.starts[index], layer.window or 0
+            turn = layer.head_norms, eps, control["cos"][layer.rope], control["sin"][layer.rope], control["temperature"]
+            launch.rope_append(device, self.qkv, layer.bqkv, *turn, q, past, real16)
+            launch.decode_attention(device, q, past, starts, self.space, self.mixed, scale, window, real16)
             for rows in self._groups():
                 launch.gemv_add(device, mixed[rows], layer.wo, self.x[rows])
             if layer.bo is not None:

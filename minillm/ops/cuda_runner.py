@@ -67,19 +67,22 @@ class Runner:
 
     # a prompt
 
-    def attention(self, index, x, cos, sin, past, wants):
-        """x (n, dim) float32, cos and sin (n, d/2) on the host, past: PagedLayer -> q (Hq, n, d); lse (Hq, n) float32
-        of its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32, or None where `wants` lacks
-        "scores"; mixed (n, Hq * d); the others of 16 bits."""
+    def attention(self, index, x, cos, sin, temperature, past, wants):
+        """x (n, dim) float32, cos and sin (n, d/2), temperature (n,) or None on the host, past: PagedLayer -> q (Hq, n,
+        d); lse (Hq, n) float32 of its attention; k, v (H, n, d); q and k rotated; predicted scores (H, n) float32, or
+        None where `wants` lacks "scores"; mixed (n, Hq * d); the others of 16 bits."""
         c, layer, device, n = self.model.config, self.layers[index], self.device, len(x)
-        cos, sin = self.ops._upload_once(cos), self.ops._upload_once(sin)
+        cos, sin, temperature = (
+            part if part is None else self.ops._upload_once(part) for part in (cos, sin, temperature)
+        )
         normed = self._normed(x, layer.attention_norm)
         scores = self._scores(layer, normed) if "scores" in wants else None
         qkv = device.empty((n, layer.wqkv.shape[0]), np.uint16)
         self._product(normed, layer.wqkv, qkv)
         q = device.empty((c.n_heads, n, c.head_dim), np.uint16)
         k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
-        launch.rope_split(device, qkv, layer.bqkv, layer.head_norms, c.rms_eps, cos, sin, q, k, v, self.real16)
+        turn = layer.head_norms, c.rms_eps, cos, sin, temperature
+        launch.rope_split(device, qkv, layer.bqkv, *turn, q, k, v, self.real16)
         del qkv, normed
         mixed, lse = self.ops.prefill_attention(q, k, v, past, self.model.scale, layer.window)
         return q, lse, k, v, scores, mixed
@@ -147,15 +150,15 @@ class Runner:
 
     # a token of each sequence
 
-    def decode(self, token_ids, caches, cos, sin, draws=None):
+    def decode(self, token_ids, caches, cos, sin, temperature, draws=None):
         """One token of each of B sequences; the last entry of every head of the caches is the new token's and is
-        written here. cos, sin (ropes, B, 1, d/2). -> on the host: logits (B, vocab), or by B Draws the next tokens; the
-        first layer whose output is not finite, L for the logits, or None; rotated queries (L, B, Hq, d) and predicted
-        scores (L, B, H), or None where no cache collects them."""
+        written here. cos, sin (ropes, B, 1, d/2); temperature (B,) or None. -> on the host: logits (B, vocab), or by B
+        Draws the next tokens; the first layer whose output is not finite, L for the logits, or None; rotated queries
+        (L, B, Hq, d) and predicted scores (L, B, H), or None where no cache collects them."""
         if self.step is None or not self.step.fits(caches):
             self.step = None  # its memory may serve the new one
             self.step = DecodeStep(self, caches)
-        return self.step.run(token_ids, caches, cos, sin, draws)
+        return self.step.run(token_ids, caches, cos, sin, temperature, draws)
 
 
 def product(device, h, weight, y, real16, add=False):

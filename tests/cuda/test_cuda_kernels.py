@@ -192,7 +192,8 @@ def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased, normed)
     q, k, v = (device.empty((heads, n, d), np.uint16) for heads in (n_heads, n_kv_heads, n_kv_heads))
     norms = rng.normal(1, 0.3, (2, d)).astype(F32)
     how = device.upload(bias) if biased else None, [device.upload(norm) for norm in norms] if normed else (None, None)
-    turn = device.upload(cos), device.upload(sin)
+    warmth = rng.uniform(1, 2, n).astype(F32)
+    turn = device.upload(cos), device.upload(sin), device.upload(warmth) if normed else None
     launch.rope_split(device, device.upload(qkv), *how, 1e-3, *turn, q, k, v, real16)
     x = np.float64(from_words(qkv, real16)) + biased * bias
     x = x.reshape(n, columns, d).transpose(1, 0, 2)
@@ -201,6 +202,8 @@ def test_rope_split(device, rng, real16, d, n_heads, n_kv_heads, biased, normed)
         to_turn[:n_heads] = rms_norm(x[:n_heads], norms[0], 1e-3)
         to_turn[n_heads:] = rms_norm(x[n_heads:], norms[1], 1e-3)
     turned = rotated(to_turn, angle, 1.2)
+    if normed:
+        turned[:n_heads] *= warmth[:, None]
     whole = np.concatenate([turned[:-n_kv_heads], x[-n_kv_heads:]])
     expected = np.split(whole, [n_heads, n_heads + n_kv_heads])
     for ours, exact in zip((q, k, v), expected, strict=True):
@@ -251,11 +254,13 @@ def test_rope_append(device, rng, real16, d):
     q = device.empty((2, n_heads, d), np.uint16)
     norms = rng.normal(1, 0.3, (2, d)).astype(F32)
     given = device.upload(qkv), None, [device.upload(norm) for norm in norms], 1e-3
-    launch.rope_append(device, *given, device.upload(cos), device.upload(sin), q, pages.paged, real16)
+    warmth = np.array([1.0, 1.5], F32)
+    turn = device.upload(cos), device.upload(sin), device.upload(warmth)
+    launch.rope_append(device, *given, *turn, q, pages.paged, real16)
     x = from_words(qkv, real16).reshape(2, 8, d)
     normed = np.concatenate([rms_norm(x[:, :4], norms[0], 1e-3), rms_norm(x[:, 4:], norms[1], 1e-3)], axis=1)
     turned, close = rotated(normed, angle[:, None]), {"rtol": REAL16[real16], "atol": 2e-6}
-    np.testing.assert_allclose(from_words(q.get(), real16), turned[:, :4], **close)
+    np.testing.assert_allclose(from_words(q.get(), real16), turned[:, :4] * warmth[:, None, None], **close)
     for b, h in np.ndindex(lengths.shape):
         k, v, log_size, pos = pages.entry((b, h), lengths[b, h] - 1)
         np.testing.assert_allclose(from_words(k, real16), turned[b, 4 + h], **close)
@@ -272,7 +277,7 @@ def test_rope_append_in_8_bits(device, rng, real16, d):
     lengths, stored = np.array([[1, 33, 64], [32, 70, 2]]), {}
     qkv, (_, *turn) = to_words(rng.normal(size=(2, 9 * d)), real16), tables(rng, 2, d)
     qkv[0, 7 * d : 8 * d] = 0  # a value of zeros
-    given = [device.upload(qkv), None, (None, None), 1e-5, *map(device.upload, turn)]
+    given = [device.upload(qkv), None, (None, None), 1e-5, *map(device.upload, turn), None]
     for dtype in ("float16", "int8"):
         pages = Pages(device, rng, d, lengths, dtype=dtype)
         q = device.empty((2, 3, d), np.uint16)

@@ -16,6 +16,7 @@ from minillm.compress.methods import METHODS
 from minillm.compress.plan import Queries
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
+from minillm.files.config import RopeConfig
 from minillm.ops.pages import WORDS
 from minillm.profile import worth
 
@@ -51,7 +52,13 @@ def test_prompt_and_decode(device, ids, kind):
                 "sliding_window": 40,
                 "full": (1,),
             },
-            **{"attention_scale": 0.2, "embedding_scale": 3.0, "logit_scale": 0.5},
+            **{
+                "attention_scale": 0.2,
+                "embedding_scale": 3.0,
+                "temperature": 0.5,
+                "rope": RopeConfig(original_context=16),
+                "logit_scale": 0.5,
+            },
         },
     ],
     ids=["mha", "gqa3-d128-window", "mqa-biases-tied", "families"],

@@ -19,7 +19,7 @@ from minillm.model import Model
 from minillm.ops.numpy_ops import NUMPY
 from minillm.profile import fit
 
-FAMILIES = ["tied-head", "qwen2", "qwen3", "smollm3", "granite", "phi3", "phi4-mini", "gemma3"]
+FAMILIES = ["tied-head", "qwen2", "qwen3", "smollm3", "granite", "phi3", "phi4-mini", "gemma3", "ministral3"]
 
 
 def model_of(files, ops=NUMPY):
@@ -41,7 +41,7 @@ def test_a_gguf_file_gives_the_same(name, tmp_path):
     path = gguf_families.write(tmp_path / "model.gguf", config, weights)
     model = model_of(ModelFiles("gguf", path, name))
     rope = {}
-    if "rope_scaling" in config:
+    if "rope_scaling" in config or "rope_parameters" in config:
         with np.load(DATA / "tiny" / name / "golden.npz") as golden:
             rope = {"inv_freq": golden["inv_freq"], "attention_factor": float(golden["attention_factor"])}
     np.testing.assert_allclose(logits_of(model, ids), forward(config, weights, ids, **rope), atol=1e-4)
@@ -81,7 +81,7 @@ def test_matrices_above_one_another_of_the_wrong_height(tmp_path):
         resolve_and_open(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "smollm3", "phi4-mini", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "phi4-mini", "gemma3", "ministral3"])
 def test_methods_see_keys_without_rotation(name):
     """Normed keys before RoPE; in a layer without RoPE the keys themselves; of a head that is turned in part, both."""
     model = model_of(resolve(str(DATA / "tiny" / name)))

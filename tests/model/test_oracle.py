@@ -14,7 +14,7 @@ def test_oracle_agrees_with_transformers(tiny_model):
     assert logits.dtype == np.float64 and logits.shape == (len(ids), config["vocab_size"])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
-    if "rope" in tiny_model.name or "rope_scaling" in config:  # its scaling cannot be left out by accident
+    if {"rope_scaling", "rope_parameters"} & config.keys():  # the scaling cannot be left out by accident
         with pytest.raises(ValueError, match="inv_freq"):
             forward(config, weights, ids)
     else:

@@ -3,26 +3,26 @@
 from minillm.ops.launch.start import blocks, head_defines, page_defines, run
 
 
-def rope_split(device, qkv, bias, norms, eps, cos, sin, q, k, v, real16):
+def rope_split(device, qkv, bias, norms, eps, cos, sin, temperature, q, k, v, real16):
     """q (Hq, n, d), k and v (H, n, d) from qkv (n, (Hq + 2 H) d) real16; q and k over their norms (d,), which may be
-    None, and turned by cos, sin (n, d/2)."""
+    None, and turned by cos, sin (n, d/2); q times temperature (n,) or None."""
     (n_heads, n, d), n_kv_heads = q.shape, len(k)
     assert qkv.shape == (n, (n_heads + 2 * n_kv_heads) * d) and cos.shape == sin.shape == (n, d // 2)
     assert k.shape == v.shape == (n_kv_heads, n, d)
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "k": k, "v": v}
-    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps}
+    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps, "temperature": temperature}
     arguments |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = n, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
     run(device, "rope", "rope_split", grid, (256,), arguments, defines=head_defines(d, real16))
 
 
-def rope_append(device, qkv, bias, norms, eps, cos, sin, q, past, real16):
+def rope_append(device, qkv, bias, norms, eps, cos, sin, temperature, q, past, real16):
     """A decode step: q (B, Hq, d) as in `rope_split`, k too and with v into the last entry of every head of `past`
     (Paged)."""
     (batch, n_heads, d), n_kv_heads = q.shape, past.lengths.shape[1]
     assert qkv.shape == (batch, (n_heads + 2 * n_kv_heads) * d) and cos.shape == sin.shape == (batch, d // 2)
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "seen": past.seen}
-    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps}
+    arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps, "temperature": temperature}
     arguments |= past.arguments() | {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = batch, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
     defines = page_defines(d, real16, past.dtype)
