@@ -299,7 +299,7 @@ class LLM:
             "version": SESSION_FORMAT,
             "weights": self.weights_digest,
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
-            "cache dtype": self._pool(compressor.config.dtype).dtype,
+            "cache dtype": self._pool(compressor.config.dtype).format.name,
             "profile": compressor.profile if compressor.config.profiled else None,
             **compressor.config.as_dict(),
         }

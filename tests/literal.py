@@ -10,7 +10,7 @@ from minillm.cache.kv_cache import PagedLayer
 from minillm.cache.page_pool import PagePool
 from minillm.compress.plan import Layer
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 
 NEEDS = {"razor": {"retrieval_heads": "0:1"}}  # options without a default, by method
 
@@ -109,7 +109,7 @@ def paged_layer(heads, seen, *, page_size=4, slab_pages=3, rng=None):
     """A PagedLayer with these entries (one tuple as in `attend` a head) in pages of small slabs: scattered by `rng`, or
     in order."""
     d = heads[0][0].shape[1]
-    pool = PagePool(numpy_ops, d, page_size, slab_pages * page_bytes(page_size, d, "float32"))
+    pool = PagePool(numpy_ops, d, page_size, slab_pages * page_size * FLOAT32.entry_bytes(d))
     lengths = np.array([len(head[0]) for head in heads])
     n_pages = -(-lengths // page_size)
     ids = pool.alloc(2 * int(n_pages.sum()) + 1)
@@ -121,7 +121,7 @@ def paged_layer(heads, seen, *, page_size=4, slab_pages=3, rng=None):
         for i in range(lengths[h]):
             slab, page = divmod(int(pages[h, i // page_size]), slab_pages)
             for name, column in zip(("k", "v", "log_size", "pos"), head, strict=True):
-                getattr(pool.slabs[slab], name)[page, i % page_size] = column[i]
+                pool.slabs[slab].fields[name][page, i % page_size] = column[i]
     return PagedLayer(pool, pages, lengths, seen)
 
 

@@ -8,7 +8,7 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.plan import Queries
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 
 F32 = np.float32
 
@@ -29,7 +29,7 @@ class Sequence:
     def __init__(self, config, *, n_layers=2, n_heads=2, d=8, delimiters=0.12, keys="text", factor=1.0, seed=0):
         self.rng, self.delimiters, self.keys = np.random.default_rng(seed), delimiters, keys
         self.rope = FakeRope(d, factor=factor)
-        self.pool = PagePool(numpy_ops, d, 8, 16 * page_bytes(8, d, "float32"))
+        self.pool = PagePool(numpy_ops, d, 8, 16 * 8 * FLOAT32.entry_bytes(d))
         self.cache = KVCache(self.pool, n_layers, n_heads)
         self.ids = []
         self.k = np.zeros((n_layers, n_heads, 0, d), F32)  # of every token there was, rotated

@@ -15,7 +15,7 @@ from minillm.files.config import ModelConfig, RopeConfig
 from minillm.files.weights import Weight
 from minillm.model import Model
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 from minillm.output_projection import OutputProjection
 
 VOCAB = 40
@@ -50,7 +50,7 @@ def model_of(config, ops=numpy_ops, seed=0):
 
 def new_cache(model, page_size=4):
     c = model.config
-    pool = PagePool(numpy_ops, c.head_dim, page_size, 5 * page_bytes(page_size, c.head_dim, "float32"))
+    pool = PagePool(numpy_ops, c.head_dim, page_size, 5 * page_size * FLOAT32.entry_bytes(c.head_dim))
     return KVCache(pool, c.n_layers, c.n_kv_heads)
 
 

@@ -255,10 +255,13 @@ class Kernels:
             cache = filled(self.ops, pool, replace(c, n_layers=1), context)
             past, space = (
                 self.ops.paged(cache.layer(0)),
-                launch.decode_space(device, heads, c.n_heads // heads, d, pool.dtype),
+                launch.decode_space(device, heads, c.n_heads // heads, d, pool.format),
             )
             launch.decode_plan(device, past.lengths.reshape(1, 1, heads), starts)
-            step, name = (q, past, starts[0], space, out, scale, 0, "bf16"), f"decode_attention {pool.dtype} {context}"
+            step, name = (
+                (q, past, starts[0], space, out, scale, 0, "bf16"),
+                f"decode_attention {pool.format.name} {context}",
+            )
             self.add(name, cache.bytes_in_use, 0, launch.decode_attention, *step)
         n, empty = prompt, self.ops.paged(KVCache(pool, 1, heads).layer(0))
         q, k, v = self.random(c.n_heads, n, d), self.random(heads, n, d), self.random(heads, n, d)

@@ -2,7 +2,7 @@
  *
  * A task is a stretch of pages of one KV head: K and V are read from memory once for all query heads of the group. Long heads are
  * cut into stretches, so that heads of very different lengths keep all threads busy; each leaves (maximum, sum, weighted values)
- * and the stretches of a head are put together at the end. Pages hold float32, bf16 or 8 bits; the arithmetic is float32. */
+ * and the stretches of a head are put together at the end. The arithmetic is float32. */
 #include "rows.h"
 
 #include <float.h>
@@ -19,8 +19,6 @@ typedef struct {
     float *partial; /* (stretches, G, d + 2): weighted values, maximum, sum */
 } Attention;
 
-INLINE const char *entry_at(const int kind, const void *p, int64_t entry, int64_t d) { return (const char *)p + entry * row_bytes(kind, d); }
-
 /* Asks for entries of the next page while those of this page are read: a page is too short for the processor to see the next coming. */
 INLINE void fetch(const char *p, int64_t bytes)
 {
@@ -31,13 +29,13 @@ INLINE void fetch(const char *p, int64_t bytes)
 #define UNROLLED _Pragma("GCC unroll 16")
 
 /* s (g, n) = q (g, d) . k (n, d), 4 entries at a time, the last once more where n ends. ahead: bytes from this page to the next. */
-INLINE void dots(const int kind, const int g, const float *q, const char *k, int64_t ahead, int64_t n, int64_t d, float *s, int64_t s_stride)
+INLINE void dots(const int format, const int g, const float *q, const char *k, int64_t ahead, int64_t n, int64_t d, float *s, int64_t s_stride)
 {
     for (int64_t e = 0; e < n; e += 4) {
         const char *rows[4];
         for (int j = 0; j < 4; j++)
-            rows[j] = entry_at(kind, k, least(e + j, n - 1), d);
-        fetch(rows[0] + ahead, 4 * row_bytes(kind, d));
+            rows[j] = k + least(e + j, n - 1) * row_bytes(format, d);
+        fetch(rows[0] + ahead, 4 * row_bytes(format, d));
         vf sums[MAX_GROUP][4];
         UNROLLED
         for (int h = 0; h < g; h++)
@@ -49,7 +47,7 @@ INLINE void dots(const int kind, const int g, const float *q, const char *k, int
             vf x[4];
             UNROLLED
             for (int j = 0; j < 4; j++)
-                x[j] = load_row(kind, rows[j], i);
+                x[j] = load_row(format, rows[j], i);
             UNROLLED
             for (int h = 0; h < g; h++) {
                 vf part = load(q + h * d + i);
@@ -63,7 +61,7 @@ INLINE void dots(const int kind, const int g, const float *q, const char *k, int
             sum4(sums[h], out);
             for (int64_t c = i; c < d; c++)
                 for (int j = 0; j < 4; j++)
-                    out[j] += load_row_one(kind, rows[j], c) * q[h * d + c];
+                    out[j] += load_row_one(format, rows[j], c) * q[h * d + c];
         }
     }
 }
@@ -71,7 +69,7 @@ INLINE void dots(const int kind, const int g, const float *q, const char *k, int
 enum { WIDE = 4 }; /* vectors of V held at once: 16 sums for a group of 4 */
 
 /* out (g, d), rows out_stride apart, += p (g, n) v (n, d) */
-INLINE void weigh(const int kind, const int g, const float *p, int64_t p_stride, const char *v, int64_t ahead, int64_t n, int64_t d, float *out, int64_t out_stride)
+INLINE void weigh(const int format, const int g, const float *p, int64_t p_stride, const char *v, int64_t ahead, int64_t n, int64_t d, float *out, int64_t out_stride)
 {
     int64_t i = 0;
     for (; i + WIDE * VW <= d; i += WIDE * VW) {
@@ -80,12 +78,12 @@ INLINE void weigh(const int kind, const int g, const float *p, int64_t p_stride,
             for (int w = 0; w < WIDE; w++)
                 sums[h][w] = load(out + h * out_stride + i + w * VW);
         for (int64_t e = 0; e < n; e++) {
-            const char *row = entry_at(kind, v, e, d);
+            const char *row = v + e * row_bytes(format, d);
             if (i == 0)
-                fetch(row + ahead, row_bytes(kind, d));
+                fetch(row + ahead, row_bytes(format, d));
             vf x[WIDE];
             for (int w = 0; w < WIDE; w++)
-                x[w] = load_row(kind, row, i + w * VW);
+                x[w] = load_row(format, row, i + w * VW);
             for (int h = 0; h < g; h++)
                 for (int w = 0; w < WIDE; w++)
                     sums[h][w] += splat(p[h * p_stride + e]) * x[w];
@@ -97,7 +95,7 @@ INLINE void weigh(const int kind, const int g, const float *p, int64_t p_stride,
     for (; i < d; i++)
         for (int h = 0; h < g; h++)
             for (int64_t e = 0; e < n; e++)
-                out[h * out_stride + i] += p[h * p_stride + e] * load_row_one(kind, entry_at(kind, v, e, d), i);
+                out[h * out_stride + i] += p[h * p_stride + e] * load_row_one(format, v + e * row_bytes(format, d), i);
 }
 
 /* What there is to know of a page's entries beside their rows: log s, -inf for what is out of sight, and what K and V are to be
@@ -145,18 +143,17 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const Know
     case 3: call(3); break;    \
     default: call(4); break;   \
     }
-#define DOTS(g) dots(kind, g, q, k, k_ahead, n, d, s, s_stride)
-#define WEIGH(g) weigh(kind, g, s, s_stride, v, v_ahead, n, d, partial, d + 2)
+#define DOTS(g) dots(format, g, q, k, k_ahead, n, d, s, s_stride)
+#define WEIGH(g) weigh(format, g, s, s_stride, v, v_ahead, n, d, partial, d + 2)
 
 typedef struct {
+    const Slab *slab;
+    int64_t at; /* of its first entry */
     const char *k, *v;
-    const float *log_size;
-    const int32_t *pos;
-    const uint16_t *k_scale, *v_scale; /* of I8 */
 } Page;
 
 /* One page of n entries for g query heads. */
-INLINE void page_of_heads(const int kind, int64_t g, const float *q, const Page *page, const Page *next, const Known *known, int64_t n, int64_t d,
+INLINE void page_of_heads(const int format, int64_t g, const float *q, const Page *page, const Page *next, const Known *known, int64_t n, int64_t d,
                           float *s, int64_t s_stride, float *partial)
 {
     const char *k = page->k, *v = page->v;
@@ -165,15 +162,13 @@ INLINE void page_of_heads(const int kind, int64_t g, const float *q, const Page 
     weights(s, s_stride, g, n, known, partial, d);
     FOR_GROUP(WEIGH)
 }
-#define PAGE_OF_HEADS(kind) page_of_heads(kind, least(MAX_GROUP, group - h), q + h * d, &page, &next, &known, n, d, s, s_stride, partial + h * (d + 2))
+#define PAGE_OF_HEADS(format) page_of_heads(format, least(MAX_GROUP, group - h), q + h * d, &page, &next, &known, n, d, s, s_stride, partial + h * (d + 2))
 
 static Page page_at(const Paged *past, int64_t page, int64_t d)
 {
     const Slab *slab = &past->slabs[page / past->slab_pages];
-    const int64_t entry = page % past->slab_pages * past->page_size;
-    const int scaled = past->kind == I8;
-    return (Page){entry_at(past->kind, slab->k, entry, d), entry_at(past->kind, slab->v, entry, d), slab->log_size + entry, slab->pos + entry,
-                  scaled ? slab->k_scale + entry : NULL, scaled ? slab->v_scale + entry : NULL};
+    const int64_t at = page % past->slab_pages * past->page_size;
+    return (Page){slab, at, row_of(past->format, slab, 0, at, d), row_of(past->format, slab, 1, at, d)};
 }
 
 static void stretch(void *context, int64_t task, int thread)
@@ -188,7 +183,7 @@ static void stretch(void *context, int64_t task, int thread)
     float *s = scratch(thread, 3, sizeof(float) * (size_t)((MAX_GROUP + 3) * s_stride)), *beside = s + MAX_GROUP * s_stride;
     const Known known = {beside, beside + s_stride, beside + 2 * s_stride};
     for (int64_t i = 0; i < 3 * s_stride; i++)
-        beside[i] = 1; /* of floats the scales are 1 */
+        beside[i] = 1; /* the scales, where there are none */
     float *partial = c->partial + task * group * (d + 2);
     for (int64_t h = 0; h < group; h++) {
         for (int64_t i = 0; i < d; i++) {
@@ -205,19 +200,15 @@ static void stretch(void *context, int64_t task, int thread)
         page = next;
         next = page_at(past, pages[least(i + 1, t->end - 1)], d);
         for (int64_t e = 0; e < n; e++) {
-            float log_size = page.log_size[e];
-            known.bias[e] = page.pos[e] <= hidden ? -INFINITY : log_size;
+            float log_size = page.slab->log_size[page.at + e];
+            known.bias[e] = page.slab->pos[page.at + e] <= hidden ? -INFINITY : log_size;
         }
-        for (int64_t e = 0; page.k_scale && e < n; e++) {
-            known.k_scale[e] = bf16_to_float(page.k_scale[e]);
-            known.v_scale[e] = bf16_to_float(page.v_scale[e]);
+        for (int64_t e = 0; scaled(past->format) && e < n; e++) {
+            known.k_scale[e] = row_scale(past->format, page.slab, 0, page.at + e);
+            known.v_scale[e] = row_scale(past->format, page.slab, 1, page.at + e);
         }
         for (int64_t h = 0; h < group; h += MAX_GROUP)
-            switch (past->kind) {
-            case F32: PAGE_OF_HEADS(F32); break;
-            case BF16: PAGE_OF_HEADS(BF16); break;
-            default: PAGE_OF_HEADS(I8); break;
-            }
+            BY_FORMAT(past->format, PAGE_OF_HEADS)
     }
 }
 

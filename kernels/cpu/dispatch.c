@@ -100,6 +100,4 @@ EXPORT void minillm_clusters(const Segments *s, const float *taus, int n_taus, i
     ATTEMPT(kernels->clusters(s, taus, n_taus, counts, seed, similarity));
 }
 EXPORT void minillm_nearest(const Nearest *a) { ATTEMPT(kernels->nearest(a)); }
-EXPORT void minillm_bf16_from(const float *x, int64_t n, uint16_t *out) { kernels->bf16_from(x, n, out); }
-EXPORT void minillm_bf16_to(const uint16_t *x, int64_t n, float *out) { kernels->bf16_to(x, n, out); }
 EXPORT double minillm_stream(const float *x, int64_t n) { return kernels->stream(x, n); }

@@ -134,15 +134,6 @@ void FN(bf16_from)(const float *x, int64_t n, uint16_t *out)
         out[i] = bf16_of(x[i]);
 }
 
-void FN(bf16_to)(const uint16_t *x, int64_t n, float *out)
-{
-    int64_t i = 0;
-    for (; i + VW <= n; i += VW)
-        store(out + i, load_bf16(x + i));
-    for (; i < n; i++)
-        out[i] = bf16_to_float(x[i]);
-}
-
 typedef struct {
     const float *x;
     int64_t n;

@@ -16,8 +16,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* I8: of pages alone, whole numbers and a scale a row. Those after it are of files alone: repack.c makes others of them. */
-enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, I8, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4 };
+/* Those after Q6_K are of files alone: repack.c makes others of them. */
+enum Kind { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4 };
 
 enum { BLOCK = 32, PANEL = 16 }; /* columns, and rows, of a matrix that are computed together */
 
@@ -56,13 +56,13 @@ typedef struct {
     Matrix embedding, head;
 } Model;
 
-/* Memory of pages: page p of a slab holds entries p * page_size ... of one KV head. k, v: float, bf16 words, or int8 with a scale in
- * bf16 for each entry: the fields of minillm.ops.pages.Slab. */
+/* Memory of pages: page p of a slab holds entries p * page_size ... of one KV head. Rows of K and of V are bytes, and have scales in
+ * bf16 or NULL: rows.h knows how to read them. */
 typedef struct {
-    void *k, *v;
+    char *rows[2];
+    uint16_t *scales[2];
     float *log_size;
     int32_t *pos;
-    uint16_t *k_scale, *v_scale;
 } Slab;
 
 /* One layer of one sequence. Page id = slab * slab_pages + page within the slab. Head h holds lengths[h] entries in the pages
@@ -72,7 +72,7 @@ typedef struct {
     const int32_t *pages;
     const int64_t *lengths;
     int64_t capacity, seen;
-    int32_t slab_pages, page_size, kind, unused; /* kind: F32, BF16 or I8 */
+    int32_t slab_pages, page_size, format, unused; /* format: of rows.h */
 } Paged;
 
 /* n queries of one layer over a past and m new tokens at the positions from past.seen on: q (Hq, n, d), k and v (H, m, d), out (n, Hq d).
@@ -206,7 +206,6 @@ typedef struct {
     void (*unit_rows)(const float *keys, int64_t n, int64_t d, float *unit);
     void (*nearest)(const Nearest *a);
     void (*bf16_from)(const float *x, int64_t n, uint16_t *out);
-    void (*bf16_to)(const uint16_t *x, int64_t n, float *out);
     /* K or V of n entries (n, d), in pages from entry `at` on. */
     void (*store_rows)(const float *rows, int64_t n, int64_t d, const Paged *to, const Slab *slab, int values, int64_t at);
     double (*stream)(const float *x, int64_t n);

@@ -19,7 +19,6 @@ void FN(clusters)(const Segments *, const float *, int, int64_t *, int64_t *, fl
 void FN(unit_rows)(const float *, int64_t, int64_t, float *);
 void FN(nearest)(const Nearest *);
 void FN(bf16_from)(const float *, int64_t, uint16_t *);
-void FN(bf16_to)(const uint16_t *, int64_t, float *);
 void FN(store_rows)(const float *, int64_t, int64_t, const Paged *, const Slab *, int, int64_t);
 double FN(stream)(const float *, int64_t);
 
@@ -28,5 +27,5 @@ double FN(stream)(const float *, int64_t);
 
 const Kernels FN(kernels) = {
     NAME(MINILLM_PATH), FN(rms_norm), FN(add_rms_norm), FN(rope), FN(glu), FN(linear), FN(mlp), FN(finite), FN(rows), FN(prefill_attention),
-    FN(decode_attention), FN(scores), FN(merge), FN(write_entries), FN(rewrite), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(bf16_to), FN(store_rows), FN(stream),
+    FN(decode_attention), FN(scores), FN(merge), FN(write_entries), FN(rewrite), FN(clusters), FN(unit_rows), FN(nearest), FN(bf16_from), FN(store_rows), FN(stream),
 };

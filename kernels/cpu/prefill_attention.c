@@ -35,11 +35,11 @@ static void pack(void *context, int64_t block, int thread)
     const PrefillAttention *a = c->a;
     const Paged *past = &a->past;
     const int64_t d = a->head_dim, stored = past->lengths[c->head];
-    float *room = past->kind == I8 ? scratch(thread, 2, sizeof(float) * (size_t)(2 * 32 * d)) : NULL; /* rows of 8 bits, widened */
+    float *room = scratch(thread, 2, sizeof(float) * (size_t)(2 * 32 * d)); /* rows that mm.h does not take as they are */
     int32_t newest = INT32_MIN;
     for (int64_t lo = block * KEYS; lo < (block + 1) * KEYS; lo += 32) {
         const void *k[32], *v[32];
-        int old = lo < c->past, kind = old && past->kind == BF16 ? BF16 : F32;
+        int old = lo < c->past, kind = old ? operand_kind(past->format) : F32;
         for (int64_t i = 0; i < 32; i++) {
             int64_t key = lo + i;
             k[i] = v[i] = NULL;
@@ -50,13 +50,8 @@ static void pack(void *context, int64_t block, int thread)
                     continue;
                 const Slab *slab;
                 int64_t entry = entry_of(past, c->head, key, &slab);
-                if (past->kind == I8) {
-                    k[i] = widened(I8, slab, 0, entry, d, room + i * d);
-                    v[i] = widened(I8, slab, 1, entry, d, room + (32 + i) * d);
-                } else {
-                    k[i] = (const char *)slab->k + entry * row_bytes(kind, d);
-                    v[i] = (const char *)slab->v + entry * row_bytes(kind, d);
-                }
+                k[i] = operand(past->format, slab, 0, entry, d, room + i * d);
+                v[i] = operand(past->format, slab, 1, entry, d, room + (32 + i) * d);
                 c->bias[key] = slab->log_size[entry] * LOG2E;
                 c->pos[key] = slab->pos[entry];
                 newest = (int32_t)most(newest, slab->pos[entry]);

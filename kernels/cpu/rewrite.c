@@ -3,29 +3,29 @@
  * A task is K or V of a head. What it reads and what it writes are the same pages: it writes when all is read and summed. */
 #include "rows.h"
 
-INLINE void sum_pages(const int kind, const Rewrite *w, int64_t head, int values, const int64_t *dest, const float *weight, int64_t first, float *sums)
+INLINE void sum_pages(const int format, const Rewrite *w, int64_t head, int values, const int64_t *dest, const float *weight, int64_t first, float *sums)
 {
     const int64_t d = w->d, size = w->within.page_size, end = w->within.lengths[head];
     for (int64_t i = w->start[head], n; i < end; i += n, dest += n, weight += n) {
         const Slab *slab;
         const int64_t at = entry_of(&w->within, head, i, &slab);
-        const char *rows = (const char *)(values ? slab->v : slab->k) + at * row_bytes(kind, d);
-        const uint16_t *scales = values ? slab->v_scale : slab->k_scale;
         n = least(size - i % size, end - i);
         for (int64_t j = 0; j < n; j++) {
             if (dest[j] < 0 || weight[j] == 0)
                 continue;
-            const char *row = rows + j * row_bytes(kind, d);
-            const float scale = kind == I8 ? bf16_to_float(scales[at + j]) : 1;
+            const char *row = row_of(format, slab, values, at + j, d);
+            const float scale = row_scale(format, slab, values, at + j);
             float *sum = sums + (dest[j] - first) * d;
             int64_t k = 0;
             for (; k + VW <= d; k += VW)
-                store(sum + k, load(sum + k) + splat(weight[j]) * (load_row(kind, row, k) * splat(scale)));
+                store(sum + k, load(sum + k) + splat(weight[j]) * (load_row(format, row, k) * splat(scale)));
             for (; k < d; k++)
-                sum[k] += weight[j] * (load_row_one(kind, row, k) * scale);
+                sum[k] += weight[j] * (load_row_one(format, row, k) * scale);
         }
     }
 }
+
+#define SUM_PAGES(format) sum_pages(format, w, head, (int)values, w->dest + row, weight, first, sums)
 
 static void field(void *context, int64_t task, int thread)
 {
@@ -39,11 +39,7 @@ static void field(void *context, int64_t task, int thread)
     float *sums = scratch(thread, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
     const float *weight = (values ? w->value_weight : w->key_weight) + row;
     memset(sums, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
-    switch (w->within.kind) {
-    case F32: sum_pages(F32, w, head, (int)values, w->dest + row, weight, first, sums); break;
-    case BF16: sum_pages(BF16, w, head, (int)values, w->dest + row, weight, first, sums); break;
-    default: sum_pages(I8, w, head, (int)values, w->dest + row, weight, first, sums);
-    }
+    BY_FORMAT(w->within.format, SUM_PAGES)
     for (int64_t i = start, n; i < start + w->lengths[head]; i += n) {
         const Slab *slab;
         const int64_t at = entry_of(&w->within, head, i, &slab), entry = first + i - start;

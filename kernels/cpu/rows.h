@@ -1,36 +1,111 @@
-/* K or V of an entry in pages: floats, bf16 words, or whole numbers of 8 bits and their scale, as minillm.ops.pages says. */
+/* K or V of an entry in pages, in each format of minillm.ops.pages: what C knows of a format stands here and nowhere else. A row is
+ * numbers, which arithmetic takes as they are, and a scale for all of them, 1 where the format has none. */
 #ifndef MINILLM_ROWS_H
 #define MINILLM_ROWS_H
 
 #include "minillm_cpu.h"
 #include "simd.h"
 
-/* `kind` is a constant wherever these are called in a loop. */
-INLINE int64_t row_bytes(const int kind, int64_t d) { return d * (kind == F32 ? 4 : kind == BF16 ? 2 : 1); }
+enum PageFormat { PAGE_F32, PAGE_BF16, PAGE_I8 };
 
-INLINE vf load_row(const int kind, const void *row, int64_t i)
+/* call(format), where it is a constant, of any: what says `const int format` below is straight code then. */
+#define BY_FORMAT(format, call)               \
+    switch (format) {                         \
+    case PAGE_F32: call(PAGE_F32); break;     \
+    case PAGE_BF16: call(PAGE_BF16); break;   \
+    default: call(PAGE_I8); break;            \
+    }
+
+INLINE int64_t row_bytes(const int format, int64_t d) { return d * (format == PAGE_F32 ? 4 : format == PAGE_BF16 ? 2 : 1); }
+
+INLINE int scaled(const int format) { return format == PAGE_I8; }
+
+/* Row `at` of K, or of V. */
+INLINE char *row_of(const int format, const Slab *slab, int values, int64_t at, int64_t d) { return slab->rows[values] + at * row_bytes(format, d); }
+
+INLINE float row_scale(const int format, const Slab *slab, int values, int64_t at)
 {
-    return kind == F32 ? load((const float *)row + i) : kind == BF16 ? load_bf16((const uint16_t *)row + i) : load_i8((const int8_t *)row + i);
+    return scaled(format) ? bf16_to_float(slab->scales[values][at]) : 1;
 }
 
-INLINE float load_row_one(const int kind, const void *row, int64_t i)
+/* Numbers i .. i + VW - 1 of a row. */
+INLINE vf load_row(const int format, const void *row, int64_t i)
 {
-    return kind == F32 ? ((const float *)row)[i] : kind == BF16 ? bf16_to_float(((const uint16_t *)row)[i]) : ((const int8_t *)row)[i];
+    return format == PAGE_F32    ? load((const float *)row + i)
+           : format == PAGE_BF16 ? load_bf16((const uint16_t *)row + i)
+                                 : load_i8((const int8_t *)row + i);
 }
 
-/* Row `at` of K or V, widened (d,) unless it is of floats: where it is then. */
-INLINE const float *widened(const int kind, const Slab *slab, int values, int64_t at, int64_t d, float *room)
+/* And one of them. */
+INLINE float load_row_one(const int format, const void *row, int64_t i)
 {
-    const char *row = (const char *)(values ? slab->v : slab->k) + at * row_bytes(kind, d);
-    if (kind == F32)
+    return format == PAGE_F32    ? ((const float *)row)[i]
+           : format == PAGE_BF16 ? bf16_to_float(((const uint16_t *)row)[i])
+                                 : ((const int8_t *)row)[i];
+}
+
+INLINE const float *widen(const int format, const Slab *slab, int values, int64_t at, int64_t d, float *room)
+{
+    const char *row = row_of(format, slab, values, at, d);
+    if (format == PAGE_F32)
         return (const float *)row;
-    const float scale = kind == I8 ? bf16_to_float((values ? slab->v_scale : slab->k_scale)[at]) : 1;
+    const float scale = row_scale(format, slab, values, at);
     int64_t i = 0;
     for (; i + VW <= d; i += VW)
-        store(room + i, load_row(kind, row, i) * splat(scale));
+        store(room + i, load_row(format, row, i) * splat(scale));
     for (; i < d; i++)
-        room[i] = load_row_one(kind, row, i) * scale;
+        room[i] = load_row_one(format, row, i) * scale;
     return room;
+}
+#define WIDEN(format) return widen(format, slab, values, at, d, room)
+
+/* Row `at` widened (d,) into `room`, unless it is of floats: where it is then. Of any format. */
+INLINE const float *widened(int format, const Slab *slab, int values, int64_t at, int64_t d, float *room) { BY_FORMAT(format, WIDEN) }
+
+/* A row as mm.h takes it: of which Kind, and row `at`, where it lies or widened. Of any format. */
+INLINE int operand_kind(int format) { return format == PAGE_BF16 ? BF16 : F32; }
+
+INLINE const void *operand(int format, const Slab *slab, int values, int64_t at, int64_t d, float *room)
+{
+    return format == PAGE_BF16 ? row_of(format, slab, values, at, d) : (const void *)widened(format, slab, values, at, d, room);
+}
+
+/* A row in 8 bits: q (d,) = x / scale to nearest, ties to even; scale is a bf16 word of max|x| / 127. */
+static inline uint16_t to_i8(const float *x, int64_t d, int8_t *q)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: a sum with it has the nearest whole number in its low bits */
+    float top = 0;
+    int64_t i = 0;
+    vf high = splat(0);
+    for (; i + VW <= d; i += VW)
+        high = vmax(high, (vf)((vu)load(x + i) & splat_u(0x7fffffff)));
+    top = largest(high);
+    for (; i < d; i++)
+        top = fmaxf(top, fabsf(x[i]));
+    const uint16_t word = bf16_of(top / 127);
+    const float scale = word ? bf16_to_float(word) : 1;
+    for (i = 0; i + VW <= d; i += VW) {
+        vf units = load(x + i) / splat(scale);
+        units = vmax(-vmax(-units, splat(-127)), splat(-127));
+        const vb whole = __builtin_convertvector((vi)(units + splat(magic)) - (vi)splat(magic), vb);
+        memcpy(q + i, &whole, sizeof whole);
+    }
+    for (; i < d; i++)
+        q[i] = (int8_t)lrintf(fmaxf(fminf(x[i] / scale, 127), -127));
+    return word;
+}
+
+/* n rows (n, d) into a slab from entry `at` on. */
+INLINE void pack_rows(const int format, const float *rows, int64_t n, int64_t d, const Slab *slab, int values, int64_t at)
+{
+    char *to = row_of(format, slab, values, at, d);
+    if (format == PAGE_F32)
+        memcpy(to, rows, sizeof(float) * (size_t)(n * d));
+    else if (format == PAGE_BF16)
+        kernels->bf16_from(rows, n * d, (uint16_t *)to);
+    else
+        for (int64_t i = 0; i < n; i++)
+            slab->scales[values][at + i] = to_i8(rows + i * d, d, (int8_t *)to + i * d);
 }
 
 #endif

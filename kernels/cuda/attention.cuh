@@ -1,6 +1,6 @@
 // One step of FlashAttention-2 (Dao 2023, algorithm 1) on tiles in shared memory, for decode, prefill and scores.
 //
-// A tile holds rows of HEAD_DIM values, a multiple of 64, in chunks of 16 bytes: 8 of 16 bits or 16 int8.
+// A tile holds rows of ROW words, HEAD_DIM (a multiple of 64) where nothing else is said, in chunks of 16 bytes.
 #pragma once
 #include "mma.cuh"
 
@@ -8,25 +8,25 @@
 
 constexpr int CHUNKS = HEAD_DIM / 8;  // of 16-bit values
 
-// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups of 8 (of 4,
-// where a row has no more): the same chunk of 8 rows that follow one another, which is what ldmatrix reads at a time, lies
+// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups of 8 (of all,
+// where a row has fewer): the same chunk of 8 rows that follow one another, which is what ldmatrix reads at a time, lies
 // in 8 groups of 4 banks.
-template <class T>
+template <int ROW = HEAD_DIM, class T>
 __device__ __forceinline__ T* chunk_at(T* tile, int row, int chunk, int odd = 0) {
-    constexpr int SIZE = 16 / sizeof(T), GROUP = HEAD_DIM / SIZE < 8 ? 4 : 8;
+    constexpr int SIZE = 16 / sizeof(T), GROUP = ROW / SIZE < 8 ? ROW / SIZE : 8;
     const int mixed = (chunk % GROUP + odd) ^ (row / (8 / GROUP) % GROUP);
-    return tile + row * HEAD_DIM + (chunk / GROUP * GROUP + mixed) * SIZE;
+    return tile + row * ROW + (chunk / GROUP * GROUP + mixed) * SIZE;
 }
 
 // Begin to copy N_ROWS rows that follow one another into a tile. Rows from n_there on become zeros and are not read.
 // Thread `index` of N_THREADS does its share.
-template <int N_ROWS, int N_THREADS, class T>
+template <int N_ROWS, int N_THREADS, int ROW = HEAD_DIM, class T>
 __device__ __forceinline__ void copy_rows(T* tile, const T* rows, int n_there, int index) {
-    constexpr int SIZE = 16 / sizeof(T), IN_ROW = HEAD_DIM / SIZE;
+    constexpr int SIZE = 16 / sizeof(T), IN_ROW = ROW / SIZE;
 #pragma unroll 2
     for (int i = index; i < N_ROWS * IN_ROW; i += N_THREADS) {
         const int row = i / IN_ROW, chunk = i % IN_ROW;
-        cp_async<16>(chunk_at(tile, row, chunk), rows + row * HEAD_DIM + chunk * SIZE, row < n_there);
+        cp_async<16>(chunk_at<ROW>(tile, row, chunk), rows + row * ROW + chunk * SIZE, row < n_there);
     }
 }
 
@@ -61,44 +61,6 @@ __device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, rea
             }
         }
     }
-}
-
-// s = Q K^T / INT8_UNITS, K of int8. In a word of K lie four features of a row, of which `widened` takes the even and the
-// odd together: those of Q are put in the same order.
-template <int M, int N>
-__device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, int8* k) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    clear(s);
-#pragma unroll 2
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-        unsigned a[M][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const real16* row = chunk_at(q, m * 16 + h * 8 + g, step * 2, t >> 1);
-                const uint2 four = *reinterpret_cast<const uint2*>(row + t % 2 * 4);
-                a[m][h] = __byte_perm(four.x, four.y, 0x5410);
-                a[m][2 + h] = __byte_perm(four.x, four.y, 0x7632);
-            }
-#pragma unroll
-        for (int n = 0; n < N; n += 4) {
-            unsigned words[4];
-            ldmatrix_x4(words, chunk_at(k, n * 8 + lane, step));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const unsigned b[2] = {widened<real16>(words[i]), widened<real16>(words[i] >> 8)};
-#pragma unroll
-                for (int m = 0; m < M; ++m) mma_16816<real16>(s[m][n + i], a[m], b);
-            }
-        }
-    }
-}
-
-// The feature that column `column` of the sums over V has: int8 rows come two features at a time (see accumulate).
-template <class T>
-__device__ __forceinline__ int feature_of(int column) {
-    return sizeof(T) == sizeof(int8) ? column / 16 * 16 + column % 8 * 2 + column / 8 % 2 : column;
 }
 
 // What `softmax` multiplies p by on its way to V, unless something else is said.
@@ -172,27 +134,6 @@ struct Rows {
                 for (int m = 0; m < M; ++m) {
                     mma_16816<real16>(o[m][c], p[step][m], b);
                     mma_16816<real16>(o[m][c + 1], p[step][m], b + 2);
-                }
-            }
-    }
-
-    // Values of int8, over INT8_UNITS. In 16 bits of a row lie features 2i and 2i + 1 of a chunk of 16, which become column
-    // i of two tiles that follow one another: see feature_of.
-    template <int STEPS>
-    __device__ __forceinline__ void accumulate(const unsigned (&p)[STEPS][M][4], int8* v) {
-        const int lane = threadIdx.x & 31;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-            for (int c = 0; c < CHUNKS; c += 4) {
-                unsigned words[4];  // of entries 0 .. 7 and 8 .. 15 of a chunk; of the next
-                ldmatrix_x4_trans(words, chunk_at(v, step * 16 + (lane >> 3 & 1) * 8 + (lane & 7), c / 2, lane >> 4));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const unsigned *pair = words + i / 2 * 2, shift = i % 2 * 8;
-                    const unsigned b[2] = {widened<real16>(pair[0] >> shift), widened<real16>(pair[1] >> shift)};
-#pragma unroll
-                    for (int m = 0; m < M; ++m) mma_16816<real16>(o[m][c + i], p[step][m], b);
                 }
             }
     }

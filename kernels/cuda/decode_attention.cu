@@ -1,11 +1,11 @@
 // Attention of one token of each of B sequences over its stored entries: split over pages, then combined.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; page_type = real16, int8
+// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; FORMAT = page formats
 //
 //   logit = q.k * scale + log s  (SemantiCache eq. 4) of entries at positions > seen - window (0: no window)
 //   out   = softmax(logit) v     zeros where a head stores nothing
 //
-// Of int8 pages k and v are whole numbers, which the tensor cores take as such: a key's scale meets its dot product, a
-// value's its weight.
+// Of a format with scales the tensor cores take rows without them: a key's scale meets its dot product, a value's its
+// weight.
 //
 // An item is one KV head of one sequence, item = sequence * H + head. Its G = Hq / H query heads are the rows of one
 // tile of 16, so that K and V are read once for all of them (G > 16: gridDim.y tiles). The pages of all items form one
@@ -19,12 +19,11 @@
 // share nothing.
 //
 // Entries beyond a head's length, and pages that lie beyond the window as a whole, are not read, whatever is there.
-#include "attention.cuh"
-#include "pages.cuh"
+#include "page_formats.cuh"
 
 #define ROWS 16  // query heads in a tile
 
-constexpr bool INT8 = sizeof(page_type) == sizeof(int8);
+typedef FORMAT::Word Word;
 
 // The list of pages, shared out to warps: each has one at least.
 struct Shares {
@@ -58,25 +57,25 @@ struct Fetched {
     int item;
     bool visible;  // some entry is
     float bias;    // of entry `lane`: log s, -infinity if it is not visible
-    unsigned short k_scale, v_scale;  // and of int8, as they are read: nothing waits for them yet
+    unsigned short k_scale, v_scale;  // and its scales, as they are read: nothing waits for them yet
 };
 
 // Begin to fetch a page of the list, which belongs to `item` or a later one, into the tiles k and v.
-__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, page_type* k, page_type* v) {
+__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, Word* k, Word* v) {
     const int lane = threadIdx.x & 31;
     while (page >= items.starts[item + 1]) ++item;
     const int index = page - items.starts[item], entries = items.lengths[item] - index * PAGE_SIZE;
     const int id = items.pages[(size_t)item * items.capacity + index];
-    const auto from = page_at<page_type, HEAD_DIM>(items.slabs, items.slab_pages, id);
+    const auto from = page_at<FORMAT>(items.slabs, items.slab_pages, id);
     bool sees = lane < entries;
     if (sees && items.window) sees = from.pos[lane] > items.seen[item / items.n_kv_heads] - items.window;
     const bool visible = __any_sync(FULL_MASK, sees);
     if (visible) {
-        copy_rows<PAGE_SIZE, 32>(k, from.k, entries, lane);
-        copy_rows<PAGE_SIZE, 32>(v, from.v, entries, lane);
+        copy_rows<PAGE_SIZE, 32, FORMAT::ROW>(k, from.k, entries, lane);
+        copy_rows<PAGE_SIZE, 32, FORMAT::ROW>(v, from.v, entries, lane);
     }
     auto word = [&](const bf16* scales) {
-        return INT8 && sees ? reinterpret_cast<const unsigned short*>(scales)[lane] : (unsigned short)0;
+        return FORMAT::SCALED && sees ? reinterpret_cast<const unsigned short*>(scales)[lane] : (unsigned short)0;
     };
     return {item, visible, sees ? from.log_size[lane] : NEG_INF, word(from.k_scale), word(from.v_scale)};
 }
@@ -97,10 +96,10 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
     const int first = shares.first_page(warp), last = shares.first_page(warp + 1);
 
     const Items items = {slabs, pages, lengths, starts, seen, slab_pages, capacity, n_kv_heads, window};
-    constexpr int Q_BYTES = ROWS * HEAD_DIM * sizeof(real16), TILE = PAGE_SIZE * HEAD_DIM;
-    unsigned char* mine = shared + threadIdx.x / 32 * (Q_BYTES + 4 * TILE * sizeof(page_type));
+    constexpr int Q_BYTES = ROWS * HEAD_DIM * sizeof(real16), TILE = PAGE_SIZE * FORMAT::ROW;
+    unsigned char* mine = shared + threadIdx.x / 32 * (Q_BYTES + 4 * TILE * sizeof(Word));
     real16* q_tile = reinterpret_cast<real16*>(mine);
-    page_type* tiles = reinterpret_cast<page_type*>(mine + Q_BYTES);
+    Word* tiles = reinterpret_cast<Word*>(mine + Q_BYTES);
     auto k_tile = [&](int page) { return tiles + ((page - first) & 1) * 2 * TILE; };
     auto v_tile = [&](int page) { return k_tile(page) + TILE; };
 
@@ -122,7 +121,7 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
         __syncwarp();
         if (now.visible) {
             float s[1][PAGE_SIZE / 8][4], v_scale[PAGE_SIZE / 8][2];
-            dot_products(s, q_tile, k_tile(page));
+            FORMAT::dot_products(s, q_tile, k_tile(page));
 #pragma unroll
             for (int n = 0; n < PAGE_SIZE / 8; ++n)
 #pragma unroll
@@ -131,17 +130,17 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
                     const float bias = __shfl_sync(FULL_MASK, now.bias, entry);
                     float k_scale = scale;
                     v_scale[n][i] = 1.f;
-                    if (INT8) {
+                    if (FORMAT::SCALED) {
                         const int scales = __shfl_sync(FULL_MASK, now.v_scale << 16 | now.k_scale, entry);
-                        k_scale *= INT8_UNITS * __int_as_float(scales << 16);
-                        v_scale[n][i] = INT8_UNITS * __int_as_float(scales & 0xffff0000);
+                        k_scale *= FORMAT::UNITS * __int_as_float(scales << 16);
+                        v_scale[n][i] = FORMAT::UNITS * __int_as_float(scales & 0xffff0000);
                     }
                     s[0][n][i] = s[0][n][i] * k_scale + bias;
                     s[0][n][2 + i] = s[0][n][2 + i] * k_scale + bias;
                 }
             unsigned p[PAGE_SIZE / 16][1][4];
             rows.softmax(s, p, LOG2_E, [&](int n, int i) { return v_scale[n][i]; });
-            rows.accumulate(p, v_tile(page));
+            FORMAT::accumulate(rows, p, v_tile(page));
         }
         __syncwarp();  // before the page after the next is fetched into these tiles
         if (page + 1 == last || next.item != item)
@@ -200,6 +199,6 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
             denominator += sums[i][HEAD_DIM];
         }
         const float x = denominator > 0.f ? numerator / denominator : 0.f;
-        out[((size_t)item * group + row) * HEAD_DIM + feature_of<page_type>(c)] = from_float<real16>(x);
+        out[((size_t)item * group + row) * HEAD_DIM + FORMAT::feature(c)] = from_float<real16>(x);
     }
 }

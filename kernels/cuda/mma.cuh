@@ -126,25 +126,6 @@ __device__ __forceinline__ unsigned and_or(unsigned x) {
 #endif
 }
 
-// Bytes 0 and 2 of a word, int8, as two 16-bit floats in one word: exact, over INT8_UNITS, so that a weight times
-// INT8_UNITS times a row's scale, which is about half the row's largest element, neither overflows half nor vanishes.
-// The lowest 7 bits and 128 times the sign stand in the mantissas of two numbers; the difference is left. ONE: of half
-// 16, of bf16 2, where the lowest bit of the mantissa is 1 / INT8_UNITS.
-#define INT8_UNITS 64.f
-template <class T>
-__device__ __forceinline__ unsigned widened(unsigned word);
-
-#define DEFINE_WIDENED(T, T2, ONE)                                                                     \
-    template <>                                                                                        \
-    __device__ __forceinline__ unsigned widened<T>(unsigned word) {                                    \
-        const unsigned low = and_or<0x007f007f, ONE>(word), sign = and_or<0x00800080, ONE>(word);      \
-        const T2 x = __hsub2(*reinterpret_cast<const T2*>(&low), *reinterpret_cast<const T2*>(&sign)); \
-        return *reinterpret_cast<const unsigned*>(&x);                                                 \
-    }
-DEFINE_WIDENED(half, __half2, 0x4c004c00)
-DEFINE_WIDENED(bf16, __nv_bfloat162, 0x40004000)
-#undef DEFINE_WIDENED
-
 // Two floats, rounded, in one word: `low` in the lower half.
 template <class T>
 __device__ __forceinline__ unsigned pack(float low, float high);

@@ -15,8 +15,7 @@
 // the positions from seen on. pages (1, H, capacity), lengths (1, H), seen (1). out (n, Hq, d), lse (Hq, n).
 // Grid: (Hq, ceil(n / 128)) blocks of 4 warps; dynamic shared memory: 128 + 2 x 64 rows of HEAD_DIM values, 2 Biases.
 // scale > 0.
-#include "attention.cuh"
-#include "pages.cuh"
+#include "page_formats.cuh"
 
 #define QUERIES 128
 #define KEYS 64
@@ -36,8 +35,8 @@ struct Past {
     const int* pages;
     int slab_pages, length;
 
-    __device__ __forceinline__ Page<real16, HEAD_DIM> page(int entry) const {
-        return page_at<real16, HEAD_DIM>(slabs, slab_pages, pages[entry / PAGE_SIZE]);
+    __device__ __forceinline__ Page<Words> page(int entry) const {
+        return page_at<Words>(slabs, slab_pages, pages[entry / PAGE_SIZE]);
     }
 
     // Begin to fetch K or V of KEYS entries from entry `first` on, the first of a page.

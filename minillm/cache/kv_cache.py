@@ -45,7 +45,7 @@ class PagedLayer:
     seen: int  # the position of the next token
 
     def runs(self, head, start=0):
-        """The head's entries from `start` on, a stretch of consecutive pages at a time: a Slab of views of them."""
+        """The head's entries from `start` on, a stretch of consecutive pages at a time: name -> view of a field."""
         size, length = self.pool.page_size, int(self.lengths[head])
         pages = self.pages[head, start // size : -(-length // size)]
         base = start // size * size
@@ -57,10 +57,10 @@ class PagedLayer:
     def read(self, head, start=0):
         """k (m, d), v (m, d) float32, log_size (m,), pos (m,) of the head's entries from `start` on, m = length -
         start: copies, or a view where the pages lie together."""
-        ops, runs = self.pool.ops, []
+        format, runs = self.pool.format, []
         for run in self.runs(head, start):
-            k, v = ops.stored_rows(run.k, run.k_scale), ops.stored_rows(run.v, run.v_scale)
-            runs.append(tuple(map(ops.host, (k, v, run.log_size, run.pos))))
+            run = {name: self.pool.ops.host(field) for name, field in run.items()}
+            runs.append((format.rows("k", run), format.rows("v", run), run["log_size"], run["pos"]))
         if not runs:
             empty = np.zeros((0, self.pool.head_dim), np.float32)
             return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -7,14 +7,14 @@ import numpy as np
 
 from minillm.errors import MinillmError
 from minillm.memory import return_freed_memory
-from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
+from minillm.ops.pages import PAGE_SIZE, page_format
 
 SLAB_BYTES = 8 << 20
 
 
 class PagePool:
-    """Slabs of pages, counted references to each page, and exact numbers of bytes. dtype: of K and V, "int8" or "auto"
-    (the backend's own). limit: bytes that pages in use and promised may take; None: no limit.
+    """Slabs of pages, counted references to each page, and exact numbers of bytes. dtype: the name of their PageFormat,
+    "auto" for the backend's own. limit: bytes that pages in use and promised may take; None: no limit.
 
     A pool is touched by one thread at a time, which the engine sees to; only `abandon` may be called by any.
 
@@ -22,9 +22,9 @@ class PagePool:
     pages of a head written at once are consecutive."""
 
     def __init__(self, ops, head_dim, page_size=PAGE_SIZE, slab_bytes=SLAB_BYTES, dtype="auto", limit=None):
-        self.ops, self.head_dim, self.page_size, self.dtype = ops, head_dim, page_size, stored_as(dtype, ops)
-        self.page_bytes = page_bytes(page_size, head_dim, self.dtype)
-        self.float_page_bytes = page_bytes(page_size, head_dim, ops.CACHE_DTYPE)  # of the backend's own type
+        self.ops, self.head_dim, self.page_size, self.format = ops, head_dim, page_size, page_format(dtype, ops)
+        self.page_bytes = page_size * self.format.entry_bytes(head_dim)
+        self.float_page_bytes = page_size * ops.page_format.entry_bytes(head_dim)  # of the backend's own format
         self.slab_pages = max(1, slab_bytes // self.page_bytes)
         self.slabs = []
         self.refs = np.zeros(0, np.int32)  # (pages held,) how many page tables hold each page
@@ -60,7 +60,7 @@ class PagePool:
         free = self.first_free + np.flatnonzero(self.refs[self.first_free :] == 0)[:n]
         if len(free) < n:
             more, held = -(-(n - len(free)) // self.slab_pages), len(self.refs)
-            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim, self.dtype) for _ in range(more)]
+            new = [self.ops.new_slab(self.slab_pages, self.page_size, self.head_dim, self.format) for _ in range(more)]
             self.slabs += new
             self.refs = np.append(self.refs, np.zeros(more * self.slab_pages, np.int32))
             free = np.append(free, held + np.arange(n - len(free)))
@@ -116,7 +116,7 @@ class PagePool:
         for source, target in sorted({*zip(a.tolist(), b.tolist(), strict=True)}):
             some = (a == source) & (b == target)
             here, there = self.ops.array(i[some]), self.ops.array(j[some])
-            copies, originals = self.slabs[target].fields(), self.slabs[source].fields()
+            copies, originals = self.slabs[target].fields, self.slabs[source].fields
             for name in copies:
                 copies[name][there] = originals[name][here]
 

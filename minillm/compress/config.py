@@ -33,7 +33,7 @@ class CacheConfig:
     window, sinks: the newest and the first tokens, which stay (nothing joins them; what `match` fits it fits of them,
     too) and count in the budget (window < 1: a share of it); their defaults are the method's. recompress: during
     generation, what was generated is compressed every so many tokens (0: never) by methods that do that. dtype: of the
-    keys and values in memory: "int8", 8 bits and a scale a row, or "auto", the backend's own floats. score, allocate,
+    keys and values in memory, one of DTYPES of ops/pages.py; "auto" is the backend's own floats. score, allocate,
     merge: a part in place of the method's own, by its name in SCORES, ALLOCATIONS, MERGES. Other options are those of
     the parts; unknown or contradictory ones raise UsageError.
 

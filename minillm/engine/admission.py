@@ -5,7 +5,7 @@ from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
 from minillm.errors import MinillmError, UsageError
 from minillm.model import MLP_ROWS
-from minillm.ops.pages import PAGE_SIZE, page_bytes, stored_as
+from minillm.ops.pages import PAGE_SIZE, page_format
 
 
 def promise(request):
@@ -61,7 +61,7 @@ def cache_bytes(config, cache_config, ops, n):
     if cache_config.method == "full" and config.reach and n > config.reach:
         kept, whole = config.reach, n  # one layer has all of them for a while
     pages = config.n_layers * config.n_kv_heads * (kept / PAGE_SIZE + 1) + config.n_kv_heads * whole / PAGE_SIZE
-    return int(pages * page_bytes(PAGE_SIZE, config.head_dim, stored_as(cache_config.dtype, ops)))
+    return int(pages * PAGE_SIZE * page_format(cache_config.dtype, ops).entry_bytes(config.head_dim))
 
 
 def workspace_bytes(config, n):

@@ -104,7 +104,7 @@ class Evaluator:
             "python": platform.python_version(),
             "numpy": np.__version__,
             "backend": ops.name,
-            "cache_dtype": ops.CACHE_DTYPE,
+            "cache_dtype": ops.page_format.name,
         }
 
     def run(self, job):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minillm.ops import numpy_planning
-from minillm.ops.pages import StoredRows
+from minillm.ops.pages import FLOAT32, PageFormat, StoredRows
 
 Array = Any  # np.ndarray, or on a GPU cupy.ndarray
 Rows = Any  # an Array of float32 or of the backend's 16-bit words
@@ -85,9 +85,9 @@ class Forward:
 class Pages:
     """Slabs of pages (their fields: minillm.ops.pages), and entries in and out of them."""
 
-    CACHE_DTYPE = "float32"  # of K and V in pages, by name, where int8 is not asked for
+    page_format = FLOAT32  # of K and V where none is asked for
 
-    def new_slab(self, n_pages: int, page_size: int, head_dim: int, dtype: str) -> Any:
+    def new_slab(self, n_pages: int, page_size: int, head_dim: int, format: PageFormat) -> Any:
         """A Slab, whose memory goes back with the last reference to it."""
         raise NotImplementedError
 
@@ -103,9 +103,8 @@ class Pages:
         """(R, d): StoredRows as an array of their own; an array is itself."""
         raise NotImplementedError
 
-    def stored_rows(self, stored: Rows, scale: Array | None = None) -> Array:
-        """Rows as a slab or an operation has them, with their scales (n,) where they are int8 -> float32, of the same
-        shape; a view where they are float32."""
+    def stored_rows(self, stored: Rows) -> Array:
+        """Rows as an operation has them -> float32, of the same shape; a view where they are float32."""
         raise NotImplementedError
 
     def rewrite(self, layer: Layer, start: np.ndarray, dest: Array, weights: tuple, entries: Any) -> None:

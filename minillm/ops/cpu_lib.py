@@ -22,7 +22,7 @@ from minillm.ops.pages import anonymous
 
 ARENA_BYTES = 64 << 20  # of address space: what is not written to takes no memory
 PATHS = ("amx", "avx512", "avx2", "portable")  # best first
-PAGE_KINDS = {"float32": 0, "bfloat16": 2, "int8": 9}  # of enum Kind in minillm_cpu.h, as those of weight formats are
+SLAB = ("k", "v", "k_scale", "v_scale", "log_size", "pos")  # fields that C knows, in the order of its Slab
 
 
 class Matrix(Structure):
@@ -61,7 +61,7 @@ class Paged(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("slabs", "pages", "lengths")),
         *((name, c_int64) for name in ("capacity", "seen")),
-        *((name, c_int32) for name in ("slab_pages", "page_size", "kind", "unused")),
+        *((name, c_int32) for name in ("slab_pages", "page_size", "format", "unused")),
     ]
 
 
@@ -170,8 +170,6 @@ _SIGNATURES = {  # name -> (result, arguments)
     "neighbours": (None, [_P, _P, _P, _N, _N, _P]),
     "fold": (None, [POINTER(Fold)]),
     "nearest": (None, [POINTER(Nearest)]),
-    "bf16_from": (None, [_P, _N, _P]),
-    "bf16_to": (None, [_P, _N, _P]),
     "stream": (c_double, [_P, _N]),
     "layer_attention": (None, [POINTER(Model), c_int, _P, _N, _P, _P, _P, POINTER(Paged), *[_P] * 6]),
     "layer_output": (c_int, [POINTER(Model), c_int, _P, _N, _P]),
@@ -320,12 +318,12 @@ def paged(layer, slabs):
         seen=layer.seen,
         slab_pages=pool.slab_pages,
         page_size=pool.page_size,
-        kind=PAGE_KINDS[pool.dtype],
+        format=pool.format.kind,
     )
 
 
 def slab_table(pool):
-    """(slabs, 6) uint64: the addresses of the fields of a Slab, 0 for one that is not there. Made anew for every call:
-    slabs come and go."""
-    addresses = [[0 if a is None else a.ctypes.data for a in vars(slab).values()] for slab in pool.slabs]
-    return np.array(addresses, np.uint64).reshape(-1, 6)
+    """(slabs, 6) uint64: the addresses of the fields of C's Slab, 0 for one that the format does not have. Made anew
+    for every call: slabs come and go."""
+    addresses = [[pointer(slab.fields.get(name)) or 0 for name in SLAB] for slab in pool.slabs]
+    return np.array(addresses, np.uint64).reshape(-1, len(SLAB))

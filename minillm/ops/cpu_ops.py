@@ -15,13 +15,13 @@ from minillm.ops.cpu_clusters import GreedyClusters
 from minillm.ops.cpu_lib import Kernels, Matrix, Product, floats, paged, pointer, pointing, slab_table, whole
 from minillm.ops.cpu_runner import Runner
 from minillm.ops.numpy_ops import NumpyOps, set_blas_threads
-from minillm.ops.pages import StoredRows, from_int8
+from minillm.ops.pages import BFLOAT16, StoredRows
 
 
 class CpuOps(NumpyOps):
     """On one path of cpu_lib, with `threads` of the pool; None: as many as there are processors."""
 
-    CACHE_DTYPE = "bfloat16"
+    page_format = BFLOAT16
     READS_STORED = True
 
     def __init__(self, path, threads=None):
@@ -130,15 +130,6 @@ class CpuOps(NumpyOps):
             return rows
         n = rows.shape[0]
         return self.merge(rows, np.arange(n), np.ones(n, np.float32), n)
-
-    def stored_rows(self, stored, scale=None):
-        if scale is not None:
-            return from_int8(stored, scale)
-        if stored.dtype != np.uint16:
-            return stored
-        out = np.empty(stored.shape, np.float32)
-        self.lib.bf16_to(pointer(stored), stored.size, pointer(out))
-        return out
 
     def rewrite(self, layer, start, dest, weights, entries):
         start, lengths, dest = whole(start), whole(entries.lengths), whole(dest)

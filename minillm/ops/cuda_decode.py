@@ -4,7 +4,7 @@ import numpy as np
 
 from minillm.errors import MinillmError
 from minillm.ops import launch, say_once
-from minillm.ops.pages import PAGE_SIZE, from_words
+from minillm.ops.pages import PAGE_SIZE
 from minillm.sampling import GREEDY, PENALTY_WINDOW
 
 FINE = 1 << 30  # "the first layer whose output is not finite" (the logits come after the last), where there is none
@@ -41,7 +41,7 @@ class DecodeStep:
         self.versions = [None] * batch  # of the page tables that `pages` holds
         self.starts = device.empty((c.n_layers, batch * c.n_kv_heads + 1), np.int32)
         items, group = batch * c.n_kv_heads, c.n_heads // c.n_kv_heads
-        self.space = launch.decode_space(device, items, group, c.head_dim, self.pool.dtype)
+        self.space = launch.decode_space(device, items, group, c.head_dim, self.pool.format)
         self.x = device.empty((batch, c.dim), np.float32)
         self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
         self.q = device.empty((c.n_layers, batch, c.n_heads, c.head_dim), np.uint16)
@@ -84,7 +84,7 @@ class DecodeStep:
         bad, *tokens = self.control["results"].get().tolist()
         queries = scores = None
         if any(cache.left.queries is not None for cache in caches):
-            queries = from_words(self.q.get(), self.runner.ops.CACHE_DTYPE)
+            queries = self.runner.ops.stored_rows(self.q.get())
         if self.predicts:
             scores = self.scores.get() + np.stack([block.b_score for block in self.runner.model.blocks])[:, None]
         return tokens if draws else self.logits.get(), None if bad == FINE else bad, queries, scores
@@ -129,7 +129,7 @@ class DecodeStep:
         mixed = self.mixed.reshape(self.batch, -1)
         for index, layer in enumerate(runner.layers):
             pages, lengths = self.pages[index], control["lengths"][index]
-            past = launch.Paged(self.pool.dtype, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"])
+            past = launch.Paged(self.pool.format, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"])
             for rows in self._groups():
                 x, scores = self.x[rows], self.scores[index][rows]
                 launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])

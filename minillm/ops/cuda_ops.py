@@ -8,8 +8,6 @@ the model's matrices are bf16 and half otherwise; the residual stream and every 
 what goes in is rounded to 16 bits and then to 8, what comes out is of 16 bits, and back in it is the same words.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from minillm.errors import MinillmError
@@ -18,9 +16,9 @@ from minillm.ops import cuda_device, launch
 from minillm.ops.cuda_decode import FINE
 from minillm.ops.cuda_planning import CudaPlanning
 from minillm.ops.cuda_runner import Runner, product
-from minillm.ops.cuda_weights import STORED, CudaWeight
+from minillm.ops.cuda_weights import FLOATS, CudaWeight
 from minillm.ops.numpy_planning import joined
-from minillm.ops.pages import PAGE_SIZE, Slab, StoredRows, from_int8, from_words, page_bytes, slab_in
+from minillm.ops.pages import PAGE_SIZE, Slab, StoredRows
 
 HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
@@ -29,13 +27,6 @@ SLABS = 32768  # of 8 MiB, at most: more than any one device has
 def open_ops(index):
     """CudaOps on GPU `index`. Raises MinillmError."""
     return CudaOps(cuda_device.open_device(index))
-
-
-@dataclass
-class CudaSlab(Slab):
-    """A Slab of device memory, which begins at `address`."""
-
-    address: int = 0
 
 
 class CudaOps(CudaPlanning):
@@ -50,8 +41,8 @@ class CudaOps(CudaPlanning):
         self._slabs = None  # (addresses, the same on the device)
 
     @property
-    def CACHE_DTYPE(self):
-        return STORED[self.real16 or "half"]
+    def page_format(self):
+        return FLOATS[self.real16 or "half"]
 
     @property
     def DEVICE(self):
@@ -127,20 +118,20 @@ class CudaOps(CudaPlanning):
         q, out, table = self._rows(q), device.empty(q.shape, np.uint16), self.paged(*past)
         starts = device.empty((1, batch * n_kv_heads + 1), np.int32)
         launch.decode_plan(device, table.lengths.reshape(1, batch, n_kv_heads), starts)
-        space = launch.decode_space(device, batch * n_kv_heads, n_heads // n_kv_heads, d, table.dtype)
+        space = launch.decode_space(device, batch * n_kv_heads, n_heads // n_kv_heads, d, table.format)
         launch.decode_attention(device, q, table, starts[0], space, out, scale, window or 0, self.real16)
         return out.reshape(batch, -1)
 
     # pages
 
-    def new_slab(self, n_pages, page_size, head_dim, dtype):
+    def new_slab(self, n_pages, page_size, head_dim, format):
         assert page_size == PAGE_SIZE
-        memory = self.device.new_slab_memory((n_pages * page_bytes(page_size, head_dim, dtype),), np.uint8)
-        return slab_in(memory, n_pages, page_size, head_dim, dtype, CudaSlab, address=memory.data.ptr)
+        memory = self.device.new_slab_memory((n_pages * page_size * format.entry_bytes(head_dim),), np.uint8)
+        return Slab.within(memory, n_pages, page_size, head_dim, format)
 
     def slab_table(self, pool):
         """(SLABS,) uint64 on the device: where each slab begins. The array stays the same when slabs come and go."""
-        addresses = [slab.address for slab in pool.slabs]
+        addresses = [slab.memory.data.ptr for slab in pool.slabs]
         if self._slabs is None or self._slabs[0] != addresses:
             table = self.device.empty((SLABS,), np.uint64) if self._slabs is None else self._slabs[1]
             table.set(np.array(addresses + [0] * (SLABS - len(addresses)), np.uint64))
@@ -158,7 +149,7 @@ class CudaOps(CudaPlanning):
         tables = self.device.upload(np.concatenate([pages.ravel(), *lengths, seen], dtype=np.int32))  # in one copy
         pool = layers[0].pool
         return launch.Paged(
-            pool.dtype,
+            pool.format,
             self.slab_table(pool),
             pool.slab_pages,
             tables[: pages.size].reshape(pages.shape),
@@ -167,20 +158,21 @@ class CudaOps(CudaPlanning):
         )
 
     def paged_floats(self, layer):
-        """The same in 16-bit floats, as the attention of a prompt needs them. Of 8 bits a copy, which lives as long as
-        what is returned: of one layer, 1.9 times its bytes, written once and then read in place of them."""
+        """The same in 16-bit floats, as the attention of a prompt needs them. Of other formats a copy, which lives as
+        long as what is returned: of one layer in 8 bits, 1.9 times its bytes, written once and then read in place of
+        them."""
         past = self.paged(layer)
-        if past.dtype != "int8":
+        if past.format.exact:
             return past
         d, held = layer.pool.head_dim, -(-layer.lengths // PAGE_SIZE)
         n = int(held.sum())
-        memory = self.device.empty((n * page_bytes(PAGE_SIZE, d, self.CACHE_DTYPE),), np.uint8)
-        rows = slab_in(memory, n, PAGE_SIZE, d, self.CACHE_DTYPE).entries(slice(None), slice(None)).fields()
+        memory = self.device.empty((n * PAGE_SIZE * self.page_format.entry_bytes(d),), np.uint8)
+        rows = Slab.within(memory, n, PAGE_SIZE, d, self.page_format).entries(slice(None), slice(None))
         first, start = self._offsets(held * PAGE_SIZE, np.zeros_like(held))  # whole pages, in their order
         launch.read_entries(self.device, past, first, start, d, self.real16, **rows)
         pages = (np.cumsum(held) - held)[:, None] + np.arange(past.pages.shape[2])
         return launch.Paged(
-            self.CACHE_DTYPE,
+            self.page_format,
             self.device.upload(np.array([memory.data.ptr], np.uint64)),
             max(n, 1),
             self.device.upload(pages[None].astype(np.int32)),
@@ -215,10 +207,8 @@ class CudaOps(CudaPlanning):
         first, start = self._offsets(layer.lengths - start, start)
         launch.read_entries(self.device, self.paged(layer), first, start, layer.pool.head_dim, self.real16, **out)
 
-    def stored_rows(self, stored, scale=None):
-        if scale is not None:
-            return from_int8(stored, scale)
-        return stored if stored.dtype == np.float32 else from_words(stored, self.CACHE_DTYPE)
+    def stored_rows(self, stored):
+        return stored if stored.dtype == np.float32 else self.page_format.floats(stored)
 
     # the device
 

@@ -7,7 +7,6 @@ import numpy as np
 from minillm.ops import launch
 from minillm.ops.contract import Backend
 from minillm.ops.cuda_clusters import GreedyClusters, segments
-from minillm.ops.pages import to_words
 
 
 class CudaPlanning(Backend):
@@ -178,9 +177,9 @@ class CudaPlanning(Backend):
 
     def _rows(self, rows):
         if not self.device.owns(rows):
-            return self.device.upload(to_words(rows, self.CACHE_DTYPE))
+            return self.device.upload(self.page_format.words(rows))
         if rows.dtype == np.float32:
-            return to_words(rows, self.CACHE_DTYPE)
+            return self.page_format.words(rows)
         if rows.flags.c_contiguous:
             return rows
         together = self.device.empty(rows.shape, rows.dtype)

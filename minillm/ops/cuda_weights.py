@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm.files.formats import WORDS, DeviceFormat
-from minillm.ops.pages import to_words
+from minillm.ops.pages import BFLOAT16, FLOAT16
 
-STORED = {"half": "float16", "bf16": "bfloat16"}  # real16 -> the type of K and V in pages, by name
+FLOATS = {"half": FLOAT16, "bf16": BFLOAT16}  # real16 -> its words on the host, and in pages
 
 
 @dataclass
@@ -26,7 +26,7 @@ class CudaWeight:
         becomes 16-bit words of the type real16."""
         kept, scales = weight.format.device, None
         if kept is None or kept.real16 != real16:
-            words, kept = to_words(weight.rows(0, weight.shape[0]), STORED[real16]), WORDS[real16]
+            words, kept = FLOATS[real16].words(weight.rows(0, weight.shape[0])), WORDS[real16]
         elif kept.apart:
             n_out, block_bytes = weight.shape[0], weight.format.block_bytes
             words, scales = kept.apart(weight.data.reshape(n_out, -1, block_bytes))

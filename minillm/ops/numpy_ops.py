@@ -7,7 +7,7 @@ from minillm.files.formats import F32
 from minillm.memory import available_memory
 from minillm.ops.contract import Backend
 from minillm.ops.numpy_clusters import GreedyClusters
-from minillm.ops.pages import StoredRows, from_int8, new_slab, to_int8
+from minillm.ops.pages import Slab, StoredRows, anonymous
 
 ROW_BLOCK = 256  # queries of prefill attention at a time: bounds the score buffer to G x 256 x n
 NEAREST_ROWS = 128  # rows that look for the nearest at a time: their products stay in the L2 cache
@@ -125,41 +125,36 @@ class NumpyOps(Backend):
 
     # pages
 
-    def new_slab(self, n_pages, page_size, head_dim, dtype):
-        return new_slab(n_pages, page_size, head_dim, dtype)
+    def new_slab(self, n_pages, page_size, head_dim, format):
+        memory = np.frombuffer(anonymous(n_pages * page_size * format.entry_bytes(head_dim)), np.uint8)
+        return Slab.within(memory, n_pages, page_size, head_dim, format)
 
     def write_entries(self, layer, start, entries):
-        done = 0
+        stored, done = layer.pool.format.stored(entries), 0
         for head, first in enumerate(start.tolist()):
             for run in layer.runs(head, first):
-                rows = slice(done, done + len(run.pos))
-                if run.k_scale is None:
-                    run.k[:], run.v[:] = entries.k[rows], entries.v[rows]
-                else:
-                    run.k[:], run.k_scale[:] = to_int8(entries.k[rows])
-                    run.v[:], run.v_scale[:] = to_int8(entries.v[rows])
-                run.log_size[:], run.pos[:] = entries.log_size[rows], entries.pos[rows]
-                done = rows.stop
+                n = len(run["pos"])
+                for name, field in run.items():
+                    field[:] = stored[name][done : done + n]
+                done += n
         assert done == len(entries.pos)
 
     def read_labels(self, layer, start):
         runs = [run for head, first in enumerate(start.tolist()) for run in layer.runs(head, first)]
-        log_size = np.concatenate([np.zeros(0, np.float32), *(run.log_size for run in runs)])
-        return log_size, np.concatenate([np.zeros(0, np.int32), *(run.pos for run in runs)])
+        log_size = np.concatenate([np.zeros(0, np.float32), *(run["log_size"] for run in runs)])
+        return log_size, np.concatenate([np.zeros(0, np.int32), *(run["pos"] for run in runs)])
 
     def gather(self, rows):
         if not isinstance(rows, StoredRows):
             return rows
-        parts = []
+        parts, format = [], rows.past.pool.format
         for head, start in enumerate(rows.start.tolist()):
-            for run in rows.past.runs(head, start):
-                stored = (run.k, run.k_scale) if rows.field == "k" else (run.v, run.v_scale)
-                parts.append(self.stored_rows(*stored))
+            parts += [format.rows(rows.field, run) for run in rows.past.runs(head, start)]
             parts += [] if rows.new is None else [rows.new[head]]
         return np.concatenate(parts) if parts else np.zeros(rows.shape, np.float32)
 
-    def stored_rows(self, stored, scale=None):
-        return stored if scale is None else from_int8(stored, scale)
+    def stored_rows(self, stored):
+        return stored
 
     # compression
 

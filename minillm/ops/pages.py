@@ -1,70 +1,161 @@
-"""What a slab of pages holds: its fields for each type of K and V, and rows of 8 bits.
+"""What a slab of pages holds: the formats of K and V, an object each, and the fields they lie in.
 
 In int8 a row x (d,), an entry's key or value, is d whole numbers q and a scale s in bf16: s = max|x| / 127 rounded, q =
 x / s rounded, and q s is what is read. That is stored as the same words again, for 127 s has no more than 15 bits:
 entries that stay when a layer is compressed once more stay as they are."""
 
 import mmap
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 PAGE_SIZE = 32  # entries a page, as in pages.cuh, where nothing else is said
 LARGEST = 127  # of a row in 8 bits
-WORDS = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "int8": np.int8}  # of K and V
-DTYPES = ("auto", "int8")  # what may be asked for
 
 
-def stored_as(dtype, ops):
-    """The type of K and V in pages, by name: auto is the backend's own."""
-    return ops.CACHE_DTYPE if dtype == "auto" else dtype
+@dataclass(frozen=True, kw_only=True)
+class PageFormat:
+    """How pages store K and V. Rows (n, d) are float32. Stored, the field "k" or "v" is one array or several."""
+
+    name: str  # in flags and session files
+    kind: int | None = None  # of enum PageFormat in kernels/cpu/rows.h; None: not there
+    cuda: str | None = None  # the struct in CUDA, of kernels/cuda/page_formats.cuh
+    note: str = ""  # what it does for who asks for it
+    exact = False  # whether rows are floats that every kernel can read as they lie: a backend's own format is
+
+    def parts(self, head_dim):
+        """What a row is stored as: suffix of the name -> (shape, type)."""
+        raise NotImplementedError
+
+    def pack(self, rows):
+        """rows (n, d) -> the parts of n rows, in their order."""
+        raise NotImplementedError
+
+    def unpack(self, *parts):
+        """The other way."""
+        raise NotImplementedError
+
+    def layout(self, head_dim):
+        """name -> (shape of an entry's, type), in the order in which the fields lie in a slab."""
+        rows = {field + part: each for part, each in self.parts(head_dim).items() for field in "kv"}
+        return rows | {"log_size": ((), np.float32), "pos": ((), np.int32)}
+
+    def entry_bytes(self, head_dim):
+        """Bytes of an entry in all its fields."""
+        return sum(int(np.prod(shape)) * np.dtype(word).itemsize for shape, word in self.layout(head_dim).values())
+
+    def row_bytes(self, head_dim):
+        """Bytes of a key, and of a value, without its scale."""
+        shape, word = self.parts(head_dim)[""]
+        return int(np.prod(shape)) * np.dtype(word).itemsize
+
+    def stored(self, entries):
+        """Entries of the host, k and v float32 -> name -> array of what is stored of them."""
+        arrays = {"log_size": entries.log_size, "pos": entries.pos}
+        for field, rows in (("k", entries.k), ("v", entries.v)):
+            arrays |= {field + part: array for part, array in zip(self.parts(1), self.pack(rows), strict=True)}
+        return arrays
+
+    def rows(self, field, arrays):
+        """The keys ("k") or values ("v") among stored arrays by name: (n, d) float32, a view where that is stored."""
+        return self.unpack(*(arrays[field + part] for part in self.parts(1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floats(PageFormat):
+    """A word for each element. words, floats: of float32 values of any backend, to nearest, ties to even, and back."""
+
+    word: type
+    words: Callable
+    floats: Callable
+    exact = True
+
+    def parts(self, head_dim):
+        return {"": ((head_dim,), self.word)}
+
+    def pack(self, rows):
+        return (self.words(rows),)
+
+    def unpack(self, words):
+        return self.floats(words)
+
+
+class Int8(PageFormat):
+    """Whole numbers and a scale a row."""
+
+    def parts(self, head_dim):
+        return {"": ((head_dim,), np.int8), "_scale": ((), np.uint16)}
+
+    def pack(self, rows):
+        words = bf16_words(np.abs(rows).max(axis=1) / np.float32(LARGEST))
+        scale = from_bf16(words)[:, None]
+        units = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+        return np.clip(np.rint(units), -LARGEST, LARGEST).astype(np.int8), words
+
+    def unpack(self, numbers, words):
+        return numbers * from_bf16(words)[:, None]
+
+
+def bf16_words(x):
+    """Finite float32 values of any backend, rounded to nearest, ties to even -> uint16 words."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(words):
+    """uint16 words of bf16 -> float32."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def _same(x):
+    return x
+
+
+FLOAT32 = Floats(name="float32", word=np.float32, words=_same, floats=_same, kind=0)
+BFLOAT16 = Floats(name="bfloat16", word=np.uint16, words=bf16_words, floats=from_bf16, kind=1, cuda="Words")
+FLOAT16 = Floats(
+    name="float16",
+    word=np.uint16,
+    words=lambda x: x.astype(np.float16).view(np.uint16),
+    floats=lambda words: words.view(np.float16).astype(np.float32),
+    cuda="Words",
+)
+INT8 = Int8(name="int8", kind=2, cuda="Int8", note="about half of their bytes")
+PAGE_FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16, INT8)}
+DTYPES = {  # what may be asked for, and what it gives
+    "auto": "16-bit floats",
+    **{name: format.note for name, format in PAGE_FORMATS.items() if not format.exact},
+}
+
+
+def page_format(dtype, ops):
+    """The PageFormat of a name; auto is the backend's own."""
+    return ops.page_format if dtype == "auto" else PAGE_FORMATS[dtype]
 
 
 @dataclass
 class Slab:
-    """Memory of n_pages pages, each `page_size` entries of one KV head of one layer. Fields of one kind lie together,
-    so that consecutive pages of a head are one (entries, d) array."""
+    """Memory of pages, each `page_size` entries of one KV head of one layer. Fields of one kind lie together, so that
+    consecutive pages of a head are one array."""
 
-    k: np.ndarray  # (n_pages, page_size, d)
-    v: np.ndarray  # (n_pages, page_size, d)
-    log_size: np.ndarray  # (n_pages, page_size) float32
-    pos: np.ndarray  # (n_pages, page_size) int32
-    k_scale: np.ndarray | None = None  # (n_pages, page_size) bf16 words, where K is int8
-    v_scale: np.ndarray | None = None  # (n_pages, page_size)
+    memory: np.ndarray  # (bytes,) uint8, of any backend
+    fields: dict  # name -> (n_pages, page_size, shape of an entry's), views of the memory
 
-    def fields(self):
-        """name -> array, of those there are."""
-        named = {field.name: getattr(self, field.name) for field in fields(Slab)}
-        return {name: array for name, array in named.items() if array is not None}
+    @classmethod
+    def within(cls, memory, n_pages, page_size, head_dim, format):
+        """Of n_pages whose fields lie in memory (bytes,)."""
+        fields, lo = {}, 0
+        for name, (shape, word) in format.layout(head_dim).items():
+            hi = lo + n_pages * page_size * int(np.prod(shape)) * np.dtype(word).itemsize
+            fields[name] = memory[lo:hi].view(word).reshape(n_pages, page_size, *shape)
+            lo = hi
+        return cls(memory, fields)
 
     def entries(self, pages, rows):
-        """Of the entries of consecutive pages (a slice) some consecutive rows (a slice): a Slab of views without the
-        axis of pages."""
-        return Slab(**{name: a[pages].reshape(-1, *a.shape[2:])[rows] for name, a in self.fields().items()})
-
-
-def layout(page_size, head_dim, dtype):
-    """name -> (shape of a page, its type), in the order in which the fields lie in a slab."""
-    rows, each = (page_size, head_dim), (page_size,)
-    scales = {"k_scale": (each, np.uint16), "v_scale": (each, np.uint16)} if dtype == "int8" else {}
-    words = {"k": (rows, WORDS[dtype]), "v": (rows, WORDS[dtype])}
-    return words | scales | {"log_size": (each, np.float32), "pos": (each, np.int32)}
-
-
-def page_bytes(page_size, head_dim, dtype):
-    """Bytes of one page."""
-    fields = layout(page_size, head_dim, dtype).values()
-    return sum(int(np.prod(shape)) * np.dtype(word).itemsize for shape, word in fields)
-
-
-def slab_in(memory, n_pages, page_size, head_dim, dtype, make=Slab, **more):
-    """The Slab, or what `make` makes with `more`, whose fields lie in memory (bytes,) uint8, of any backend."""
-    arrays, lo = {}, 0
-    for name, (shape, word) in layout(page_size, head_dim, dtype).items():
-        hi = lo + n_pages * int(np.prod(shape)) * np.dtype(word).itemsize
-        arrays[name] = memory[lo:hi].view(word).reshape(n_pages, *shape)
-        lo = hi
-    return make(**arrays, **more)
+        """Of the entries of consecutive pages (a slice) some consecutive rows (a slice): name -> view of the field,
+        without the axis of pages."""
+        return {name: field[pages].reshape(-1, *field.shape[2:])[rows] for name, field in self.fields.items()}
 
 
 def anonymous(n_bytes):
@@ -75,13 +166,6 @@ def anonymous(n_bytes):
         return mmap.mmap(-1, n_bytes, **private)
     except OSError as error:
         raise MemoryError(f"the system has no {n_bytes} bytes left: {error.strerror}") from None
-
-
-def new_slab(n_pages, page_size, head_dim, dtype):
-    """A Slab in an anonymous mapping of its own: it goes back to the operating system when the last reference to it
-    goes."""
-    memory = np.frombuffer(anonymous(n_pages * page_bytes(page_size, head_dim, dtype)), np.uint8)
-    return slab_in(memory, n_pages, page_size, head_dim, dtype)
 
 
 @dataclass
@@ -102,42 +186,3 @@ class StoredRows:
     @property
     def shape(self):
         return int(self.lengths.sum()), self.past.pool.head_dim
-
-
-def to_words(rows, dtype):
-    """Float32 values of any backend as words of float16 or bfloat16, to nearest, ties to even; as they are of
-    float32."""
-    if dtype == "float16":
-        return rows.astype(np.float16).view(np.uint16)
-    return bf16_words(rows) if dtype == "bfloat16" else rows
-
-
-def from_words(words, dtype):
-    """The other way: float32."""
-    if dtype == "float16":
-        return words.view(np.float16).astype(np.float32)
-    return from_bf16(words) if dtype == "bfloat16" else words
-
-
-def to_int8(rows):
-    """rows (n, d) float32 -> (n, d) int8, (n,) bf16 words."""
-    words = bf16_words(np.abs(rows).max(axis=1) / np.float32(LARGEST))
-    scale = from_bf16(words)[:, None]
-    units = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
-    return np.clip(np.rint(units), -LARGEST, LARGEST).astype(np.int8), words
-
-
-def from_int8(rows, scale):
-    """The other way: (n, d) float32."""
-    return rows * from_bf16(scale)[:, None]
-
-
-def bf16_words(x):
-    """Finite float32 values of any backend, rounded to nearest, ties to even -> uint16 words."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(words):
-    """uint16 words of bf16 -> float32."""
-    return (words.astype(np.uint32) << 16).view(np.float32)

@@ -151,7 +151,7 @@ def cache_flags(add, several=lambda kind: kind):
         "--kv-dtype",
         type=several(kv_dtype),
         metavar="TYPE",
-        help="of keys and values in memory: auto (16-bit floats), int8 (about half of their bytes)",
+        help="of keys and values in memory: " + ", ".join(f"{name} ({gives})" for name, gives in KV_DTYPES.items()),
     )
     add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 8, of most methods 32)")
     add("--kv-sinks", type=int, metavar="N", help="first tokens kept as they are (default 4)")

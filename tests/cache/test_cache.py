@@ -11,7 +11,6 @@ from minillm.cache.page_pool import PagePool
 from minillm.errors import MinillmError
 from minillm.memory import resident_memory
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import page_bytes
 
 F32 = np.float32
 D, PAGE = 2, 4
@@ -241,7 +240,7 @@ def test_heads_hold_as_many_pages_as_they_need():
     np.testing.assert_array_equal(cache.n_pages(), [[0, 0, 0], [0, 3, 1]])
     assert cache.bytes_in_use == pool.bytes_in_use == 4 * PAGE_BYTES
     assert pool.bytes_held == 5 * PAGE_BYTES
-    assert pool.page_bytes == PAGE_BYTES == page_bytes(PAGE, D, pool.dtype)
+    assert pool.page_bytes == PAGE_BYTES == PAGE * pool.format.entry_bytes(D)
 
 
 def test_full_bytes_and_kept_are_of_the_tokens_seen():
@@ -274,8 +273,8 @@ def test_pages_written_at_once_lie_together():
     cache.write(0, random_entries(np.random.default_rng(0), [22, 30]))
     for head, length in enumerate((22, 30)):
         runs = list(cache.layer(0).runs(head))
-        assert [len(run.pos) for run in runs] == [length]
-        assert np.shares_memory(runs[0].k, pool.slabs[0].k)
+        assert [len(run["pos"]) for run in runs] == [length]
+        assert np.shares_memory(runs[0]["k"], pool.slabs[0].fields["k"])
 
 
 def test_reading_from_a_start():
@@ -459,10 +458,10 @@ def test_the_state_is_the_words_of_the_pages():
     for index in range(2):
         for head in range(2):
             for run in cache.layer(index).runs(head):
-                for name, words in run.fields().items():
+                for name, words in run.items():
                     assert state[name].dtype == words.dtype
                     np.testing.assert_array_equal(state[name][rows : rows + len(words)], words)
-                rows += len(run.pos)
+                rows += len(run["pos"])
     assert rows == cache.entries == len(state["pos"])
 
 

@@ -15,7 +15,7 @@ from minillm.engine.admission import cache_bytes
 from minillm.errors import UsageError
 from minillm.evaluate.cli import main as evaluate
 from minillm.ops import cpu_lib
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 from minillm.programs.run import main as run
 
 CLOSE = 0.03  # of the root mean square of logits: a tiny random model makes much of a rounding
@@ -31,7 +31,7 @@ SETTINGS = {
 
 def new_cache(model, dtype="int8"):
     c = model.config
-    pool = PagePool(model.ops, c.head_dim, 4, 5 * page_bytes(4, c.head_dim, "float32"), dtype)
+    pool = PagePool(model.ops, c.head_dim, 4, 5 * 4 * FLOAT32.entry_bytes(c.head_dim), dtype)
     return KVCache(pool, c.n_layers, c.n_kv_heads)
 
 
@@ -39,8 +39,8 @@ def words(cache, layer, head):
     """{position: {field: what it is}} of a head's entries, as they are stored."""
     found = {}
     for run_ in cache.layer(layer).runs(head):
-        for i, pos in enumerate(run_.pos.tolist()):
-            found[pos] = {name: array[i].tolist() for name, array in run_.fields().items()}
+        for i, pos in enumerate(run_["pos"].tolist()):
+            found[pos] = {name: array[i].tolist() for name, array in run_.items()}
     return found
 
 
@@ -56,7 +56,7 @@ def test_a_turn_reads_what_is_stored(method):
         if turn:
             same(logits, expected)
             assert (cache.kept < 0.9) == (method != "full")
-    assert all(run_.k.dtype == np.int8 for run_ in cache.layer(0).runs(0))
+    assert all(run_["k"].dtype == np.int8 for run_ in cache.layer(0).runs(0))
 
 
 @pytest.mark.parametrize("method", ["streaming", "snapkv", "foresight"])
@@ -107,7 +107,7 @@ def test_bytes(tiny_models):
         session.read()
         cache = session.cache
         assert cache.bytes_in_use == 64 * heads * (2 * d + 2 * 2 + 4 + 4)
-        assert cache.full_bytes == heads * 2 * page_bytes(32, d, llm.model.ops.CACHE_DTYPE) > 1.3 * cache.bytes_in_use
+        assert cache.full_bytes == heads * 2 * 32 * llm.model.ops.page_format.entry_bytes(d) > 1.3 * cache.bytes_in_use
         promised = cache_bytes(llm.config, llm.cache_config, llm.model.ops, 64)
         assert cache.bytes_in_use <= promised < cache.full_bytes
         assert llm.pool.bytes_in_use == cache.bytes_in_use
@@ -123,7 +123,7 @@ def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
         session.feed(list(range(3, 60)) * 4)
         session.read()
         session.save(tmp_path / "session")
-        stored = session.cache.entries * page_bytes(1, llm.config.head_dim, llm.pool.dtype)
+        stored = session.cache.entries * llm.pool.format.entry_bytes(llm.config.head_dim)
         assert 0 < (tmp_path / "session").stat().st_size - stored < 5000 < stored / 3
         other = llm.session()
         other.restore(tmp_path / "session")
@@ -132,7 +132,7 @@ def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
                 assert words(other.cache, layer, head) == words(session.cache, layer, head)
         logits = [llm.model.decode([7], [one.cache]) for one in (session, other)]
         np.testing.assert_array_equal(*logits)
-        kept = llm.pool.dtype
+        kept = llm.pool.format.name
     with LLM.load(tiny, cache=CacheConfig("snapkv", 140, dtype=other_dtype)) as llm:
         with pytest.raises(MinillmError, match=f"cache dtype '{kept}'"):
             llm.session().restore(tmp_path / "session")

@@ -16,7 +16,7 @@ from minillm.compress.methods import METHODS, methods_markdown, methods_table
 from minillm.compress.plan import SHORT, Budget, Plan
 from minillm.errors import UsageError
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 
 # plans
 
@@ -78,7 +78,7 @@ def test_eviction_is_full_attention_under_a_mask():
     kept = rng.random(180) < 0.4
     kept[::60] = True
     entries = Plan.keep(layer, kept).apply(layer)
-    pool = PagePool(numpy_ops, 6, 4, 7 * page_bytes(4, 6, "float32"))
+    pool = PagePool(numpy_ops, 6, 4, 7 * 4 * FLOAT32.entry_bytes(6))
     cache = KVCache(pool, 1, 3)
     cache.write(0, entries)
     cache.advance(range(200))

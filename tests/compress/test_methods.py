@@ -16,7 +16,7 @@ from minillm.compress.plan import Queries
 from minillm.files.weights import Weight
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.numpy_planning import segment_topk
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 from minillm.output_projection import OutputProjection
 
 D, SCALE = 6, 0.7
@@ -208,7 +208,7 @@ class Prompt:
         self.q = [(rng.normal(size=(group * n_heads, n, D)) * s).astype(F32) for s in sharpness]
         self.k, self.v = rng.normal(size=(2, n_layers, n_heads, n, D)).astype(F32)
         self.wo = rng.normal(size=(n_layers, 15, group * n_heads * D)).astype(F32)
-        pool = PagePool(numpy_ops, D, 8, 16 * page_bytes(8, D, "float32"))
+        pool = PagePool(numpy_ops, D, 8, 16 * 8 * FLOAT32.entry_bytes(D))
         self.cache = KVCache(pool, n_layers, n_heads)
         compressor = bare_compressor(config, bare_model(FakeRope(D), self.wo, n_heads, SCALE))
         recipe, self.targets = compressor.recipe, []

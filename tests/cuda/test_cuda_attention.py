@@ -8,6 +8,7 @@ from emulator import Kernel, cases
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
+from minillm.ops.pages import PAGE_FORMATS
 from minillm.ops.pages import PAGE_SIZE as PAGE
 
 REALS = cases(list(REAL16), races=["half"])
@@ -60,7 +61,7 @@ class Stored:
             for i in range(n_slabs)
         ]
         self.paged = launch.Paged(
-            dtype,
+            PAGE_FORMATS[dtype],
             device.upload(np.array([slab.data.ptr for slab in self.slabs], np.uint64)),
             slab_pages,
             device.upload(pages),
@@ -98,7 +99,7 @@ def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, siz
     scale = head_dim**-0.5
     starts = device.empty((1, batch * n_kv_heads + 1), np.int32)
     launch.decode_plan(device, stored.paged.lengths.reshape(1, batch, n_kv_heads), starts)
-    space = launch.decode_space(device, batch * n_kv_heads, group, head_dim, dtype)
+    space = launch.decode_space(device, batch * n_kv_heads, group, head_dim, PAGE_FORMATS[dtype])
     out = device.empty(q.shape, np.uint16)
     launch.decode_attention(device, device.upload(q), stored.paged, starts[0], space, out, scale, window, real16)
     found, wide = from_words(out.get(), real16), from_words(q, real16).astype(np.float64)

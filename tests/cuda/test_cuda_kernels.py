@@ -16,6 +16,7 @@ from minillm.ops.cuda_ops import CudaOps
 from minillm.ops.cuda_weights import CudaWeight
 from minillm.ops.launch import planning
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
+from minillm.ops.pages import PAGE_FORMATS
 
 F32 = np.float32
 REALS, HEAD_DIMS = cases(list(REAL16), races=["half"]), cases([64, 128], races=[64])
@@ -230,7 +231,7 @@ class Pages:
         addresses = np.array([slab.data.ptr for slab in self.slabs], np.uint64)
         self.seen = rng.integers(1000, 2000, len(lengths)).astype(np.int32)
         self.paged = launch.Paged(
-            *(dtype, device.upload(addresses), slab_pages, device.upload(self.table)),
+            *(PAGE_FORMATS[dtype], device.upload(addresses), slab_pages, device.upload(self.table)),
             *(device.upload(lengths.astype(np.int32)), device.upload(self.seen)),
         )
 

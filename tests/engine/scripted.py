@@ -11,11 +11,11 @@ from minillm.compress.config import CacheConfig
 from minillm.engine.request import Request
 from minillm.model import Step
 from minillm.ops.numpy_ops import NUMPY
-from minillm.ops.pages import page_bytes
+from minillm.ops.pages import FLOAT32
 from minillm.sampling import SamplingParams
 
 LAYERS, HEADS, DIM, PAGE = 3, 2, 4, 4
-PAGE_BYTES = page_bytes(PAGE, DIM, "float32")
+PAGE_BYTES = PAGE * FLOAT32.entry_bytes(DIM)
 
 
 class ScriptedModel:

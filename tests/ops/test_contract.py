@@ -290,7 +290,7 @@ def test_planning_through_the_host_is_what_a_new_backend_has(rng):
         def host(self, values):
             return values.get() if self.device.owns(values) else values
 
-        def stored_rows(self, stored, scale=None):
+        def stored_rows(self, stored):
             return stored
 
     New.name = "numpy"

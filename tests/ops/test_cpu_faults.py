@@ -194,9 +194,10 @@ def test_the_system_refuses_the_pages(program):
     assert program(
         """
         import resource
+        from minillm.ops.pages import BFLOAT16
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), resource.RLIM_INFINITY))
-        for ask in (lambda: cpu_ops.new_slab(1 << 14, 32, 16, "bfloat16"), lambda: cpu_lib.huge_pages(1 << 26)):
+        for ask in (lambda: cpu_ops.new_slab(1 << 14, 32, 16, BFLOAT16), lambda: cpu_lib.huge_pages(1 << 26)):
             try:
                 ask()
                 print("no error")

@@ -25,7 +25,7 @@ from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import StoredRows, page_bytes, to_int8
+from minillm.ops.pages import BFLOAT16, FLOAT32, INT8, StoredRows
 
 KINDS = [*(format.name for format in FLOATS), *BLOCKS]
 
@@ -195,7 +195,7 @@ STORES = {
 def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.0):
     """A PagedLayer whose heads hold `lengths` entries on pages that do not lie together, some entries of size > 1."""
     ops, dtype = STORES[store]
-    pool = PagePool(ops, d, page_size, slab_bytes=7 * page_bytes(page_size, d, "float32"), dtype=dtype)
+    pool = PagePool(ops, d, page_size, slab_bytes=7 * page_size * FLOAT32.entry_bytes(d), dtype=dtype)
     cache = KVCache(pool, 1, len(lengths))
     for head, length in enumerate(lengths):
         cache._resize(0, head, 0, length)
@@ -210,15 +210,16 @@ def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.
         positions = np.sort(rng.choice(layer.seen, length, replace=False)) if length else np.zeros(0, int)
         done = 0
         for run in layer.runs(head):
-            for stored, words in ((run.k, run.k_scale), (run.v, run.v_scale)):
-                values = normal(rng, *stored.shape) * np.float32(scale)
-                if words is not None:
-                    stored[:], words[:] = to_int8(values)
+            n = len(run["pos"])
+            for field in "kv":
+                values = normal(rng, n, d) * np.float32(scale)
+                if pool.format is INT8:
+                    run[field][:], run[f"{field}_scale"][:] = INT8.pack(values)
                 else:
-                    stored[:] = values if stored.dtype == np.float32 else values.view(np.uint32) >> 16
-            run.log_size[:] = np.log(rng.integers(1, 50, len(run.pos))) if merged else 0
-            run.pos[:] = positions[done : done + len(run.pos)]
-            done += len(run.pos)
+                    run[field][:] = values if pool.format is FLOAT32 else values.view(np.uint32) >> 16
+            run["log_size"][:] = np.log(rng.integers(1, 50, n)) if merged else 0
+            run["pos"][:] = positions[done : done + n]
+            done += n
     layer.cache = cache  # keeps the pages
     return layer
 
@@ -251,7 +252,7 @@ def test_decode_attention(path, rng, store, d, group, lengths, page_size, window
     batch = [paged(rng, store, lengths, d, page_size), paged(rng, store, lengths[::-1], d, page_size)]
     for layer in batch:  # the entry of the token itself
         for head in range(len(lengths)):
-            list(layer.runs(head))[-1].pos[-1] = layer.seen
+            list(layer.runs(head))[-1]["pos"][-1] = layer.seen
     batch[1].pool, batch[1].pages = (
         batch[0].pool,
         batch[0].pages,
@@ -522,15 +523,15 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
 
 def test_bf16_pages_round_to_nearest_even(path):
     """1 + 2^-8 lies between two bf16 numbers, as does 1 + 3 * 2^-8; ties go to the even one."""
-    slab = cpu_ops.new_slab(2, 4, 2, "bfloat16")
+    slab = cpu_ops.new_slab(2, 4, 2, BFLOAT16)
     rows = np.float32([[1 + 2**-8, 1 + 3 * 2**-8], [-1 - 2**-8, 1 + 2**-8 + 2**-20], [np.inf, -0.0]])
     pool = PagePool(cpu_ops, 2, 4)
     pool.slabs.append(slab)
     layer = PagedLayer(pool, np.array([[1]], np.int32), np.array([3]), 3)
     cpu_ops.write_entries(layer, np.array([0]), Entries(rows, rows, np.zeros(3), np.arange(3), np.array([3])))
     expected = np.float32([[1, 1 + 2**-6], [-1, 1 + 2**-7], [np.inf, -0.0]])
-    np.testing.assert_array_equal(cpu_ops.stored_rows(slab.k[1, :3]), expected)
-    assert sum(field.nbytes for field in slab.fields().values()) == 2 * page_bytes(4, 2, "bfloat16")
+    np.testing.assert_array_equal(BFLOAT16.floats(slab.fields["k"][1, :3]), expected)
+    assert sum(field.nbytes for field in slab.fields.values()) == len(slab.memory) == 2 * 4 * BFLOAT16.entry_bytes(2)
 
 
 @pytest.mark.parametrize("d", [1, 12, 64, 100])
@@ -546,7 +547,7 @@ def test_rows_of_8_bits(path, rng, ops, d):
     words = []
     for _ in range(2):
         ops.write_entries(layer, start, Entries(k, v, np.zeros(40), np.arange(40), np.array([40])))
-        runs = [run.fields() for run in layer.runs(0)]
+        runs = list(layer.runs(0))
         words.append({name: np.concatenate([run[name] for run in runs]) for name in runs[0]})
         given, (k, v, *_) = (k, v), layer.read(0)
         if len(words) == 1:

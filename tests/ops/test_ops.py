@@ -16,7 +16,7 @@ from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.numpy_ops import ROW_BLOCK, NumpyOps
-from minillm.ops.pages import from_words, page_bytes, to_words
+from minillm.ops.pages import FLOAT32, PAGE_FORMATS
 
 F32 = np.float32
 
@@ -298,14 +298,14 @@ def test_decode_with_huge_logits():
 
 
 def test_a_slab_is_what_it_is_counted_as():
-    slab = numpy_ops.new_slab(3, 8, 6, "float32")
+    slab = numpy_ops.new_slab(3, 8, 6, FLOAT32)
     shapes = {"k": (3, 8, 6), "v": (3, 8, 6), "log_size": (3, 8), "pos": (3, 8)}
     for i, (name, shape) in enumerate(shapes.items()):
-        field = getattr(slab, name)
+        field = slab.fields[name]
         assert field.shape == shape and field.dtype == (np.int32 if name == "pos" else F32)
         field[:] = i + 1
-    assert [np.unique(getattr(slab, name)).tolist() for name in shapes] == [[1], [2], [3], [4]]  # no overlap
-    assert sum(getattr(slab, name).nbytes for name in shapes) == 3 * page_bytes(8, 6, "float32")
+    assert [np.unique(slab.fields[name]).tolist() for name in shapes] == [[1], [2], [3], [4]]  # no overlap
+    assert sum(slab.fields[name].nbytes for name in shapes) == len(slab.memory) == 3 * 8 * FLOAT32.entry_bytes(6)
 
 
 @pytest.mark.parametrize("dropped", [0.0, 0.3, 1.0])
@@ -354,10 +354,10 @@ def test_the_nearest_of_a_segment(n_keys, n, m, d, monkeypatch):
 @pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
 def test_all_words_of_16_bits_come_back(dtype, largest):
     words = np.arange(1 << 16, dtype=np.uint16)
-    values = from_words(words, dtype)
+    values = PAGE_FORMATS[dtype].floats(words)
     finite = np.isfinite(values)
     assert values.dtype == np.float32 and values[finite].max() == largest and values[words == 0] == 0
-    np.testing.assert_array_equal(to_words(values[finite], dtype), words[finite])
+    np.testing.assert_array_equal(PAGE_FORMATS[dtype].words(values[finite]), words[finite])
 
 
 def test_the_choice_of_a_backend():

@@ -7,6 +7,7 @@ import pytest
 
 from minillm.ops import cpu_lib
 from minillm.ops.launch.sources import folder
+from minillm.ops.pages import PAGE_FORMATS
 
 HEADER = (folder() / "cpu" / "minillm_cpu.h").read_text(encoding="utf-8")
 SIZES = {"int32_t": 4, "float": 4, "int64_t": 8}
@@ -37,6 +38,17 @@ def test_fields(name):
     for (field, points, kind), (_, ours) in zip(wanted, fields, strict=True):
         size = 8 if points else SIZES.get(kind) or ctypes.sizeof(TWINS[kind])
         assert ctypes.sizeof(ours) == size, field
+
+
+def test_page_formats_are_those_of_the_kernels():
+    """Each has its number in rows.h and its struct in page_formats.cuh, and the kernels have no others."""
+    c, cuda = ((folder() / file).read_text(encoding="utf-8") for file in ("cpu/rows.h", "cuda/page_formats.cuh"))
+    short = {"float32": "PAGE_F32", "bfloat16": "PAGE_BF16", "int8": "PAGE_I8"}
+    kinds = {short[name]: format.kind for name, format in PAGE_FORMATS.items() if format.kind is not None}
+    assert re.search(r"enum PageFormat \{ (.+?) \};", c)[1].split(", ") == sorted(kinds, key=kinds.get)
+    assert sorted(kinds.values()) == list(range(len(kinds)))
+    structs = set(re.findall(r"^struct (\w+) \{", cuda, re.MULTILINE))
+    assert structs == {format.cuda for format in PAGE_FORMATS.values()} - {None}
 
 
 def test_all_structs_that_python_fills_are_there():

@@ -18,16 +18,16 @@ class DecodeSpace:
     lse: object  # (blocks * warps + items, G) float32
 
 
-def decode_space(device, items, group, head_dim, dtype):
-    """A DecodeSpace for up to `items` pairs of a sequence and a KV head; dtype: of Paged."""
-    warps = min(8, device.shared_memory // _decode_warp_bytes(head_dim, dtype))
+def decode_space(device, items, group, head_dim, format):
+    """A DecodeSpace for up to `items` pairs of a sequence and a KV head; format: of Paged."""
+    warps = min(8, device.shared_memory // _decode_warp_bytes(head_dim, format))
     rows = device.processors * warps + items
     out = device.empty((rows, group, head_dim), np.float32)
     return DecodeSpace(device.processors, warps, out, device.empty((rows, group), np.float32))
 
 
-def _decode_warp_bytes(head_dim, dtype):
-    return (16 * 2 + 2 * 2 * PAGE_SIZE * (1 if dtype == "int8" else 2)) * head_dim  # q, and two pages of K and of V
+def _decode_warp_bytes(head_dim, format):
+    return 16 * 2 * head_dim + 2 * 2 * PAGE_SIZE * format.row_bytes(head_dim)  # q, and two pages of K and of V
 
 
 def decode_plan(device, lengths, starts):
@@ -49,8 +49,8 @@ def decode_attention(device, q, past, starts, space, out, scale, window, real16)
     arguments = {"q": q, "seen": past.seen, "scale": scale, "window": window, "n_kv_heads": n_kv_heads, "group": group}
     arguments |= past.arguments() | partial
     grid, block = (space.blocks, blocks(group, 16)), (space.warps * WARP,)
-    defines = page_defines(head_dim, real16, past.dtype)
-    shared = space.warps * _decode_warp_bytes(head_dim, past.dtype)
+    defines = page_defines(head_dim, real16, past.format)
+    shared = space.warps * _decode_warp_bytes(head_dim, past.format)
     run(device, "decode_attention", "decode_attention", grid, block, arguments, defines=defines, shared=shared)
     arguments = partial | {"out": out, "n_warps": n_warps}
     run(device, "decode_attention", "decode_combine", (items, group), (8 * WARP,), arguments, defines=defines)
@@ -61,7 +61,7 @@ def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16, q_
     stored entries and m new tokens, k and v (H, m, d). past: Paged, of 16-bit floats; window: 0 for none; q_pos (n,)
     int32: positions of the queries, ascending; None: they are the new tokens'."""
     (n_heads, n, head_dim), (n_kv_heads, m, _) = q.shape, k.shape
-    assert past.dtype != "int8" and (m == n if q_pos is None else q_pos.shape == (n,))
+    assert past.format.exact and (m == n if q_pos is None else q_pos.shape == (n,))
     assert k.shape == v.shape == (n_kv_heads, m, head_dim) and past.lengths.shape == (1, n_kv_heads)
     assert out.shape == (n, n_heads, head_dim) and lse.shape == (n_heads, n)
     arguments = {"q": q, "k": k, "v": v, "q_pos": q_pos, "out": out, "lse": lse}

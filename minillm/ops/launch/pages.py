@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from minillm.ops.launch.start import blocks, page_defines, run
+from minillm.ops.pages import PageFormat
 
 
 @dataclass
 class Paged:
     """The stored entries of one layer of B sequences, as kernels/cuda/pages.cuh reads them: device arrays."""
 
-    dtype: str  # of K and V: "int8", or anything else for the 16-bit floats of the model
+    format: PageFormat  # of K and V
     slabs: object  # (slabs,) uint64 addresses
     slab_pages: int  # pages a slab
     pages: object  # (B, H, capacity) int32 page ids; a row holds the pages of a head, the first of them are meant
@@ -48,7 +49,7 @@ def _entries(device, kernel, arguments, n, past, first, start, d, real16):
     assert past.lengths.shape[0] == 1 and first.shape == (n_kv_heads + 1,) and start.shape == (n_kv_heads,)
     arguments |= {"first": first, "start": start} | past.arguments() | {"n_kv_heads": n_kv_heads, "n_rows": n}
     del arguments["lengths"]
-    defines = page_defines(d, real16, past.dtype)
+    defines = page_defines(d, real16, past.format)
     run(device, "entries", kernel, (blocks(n * d // 8, 256),), (256,), arguments, defines=defines)
 
 

@@ -25,7 +25,7 @@ def rope_append(device, qkv, bias, norms, eps, cos, sin, temperature, q, past, r
     arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps, "temperature": temperature}
     arguments |= past.arguments() | {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
     grid = batch, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
-    defines = page_defines(d, real16, past.dtype)
+    defines = page_defines(d, real16, past.format)
     run(device, "rope_append", "rope_append", grid, (256,), arguments, defines=defines)
 
 

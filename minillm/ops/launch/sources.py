@@ -5,7 +5,10 @@ import itertools
 import re
 from pathlib import Path
 
+from minillm.ops.pages import PAGE_FORMATS
+
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
+_NAMED = {"page formats": sorted({format.cuda for format in PAGE_FORMATS.values() if format.cuda})}
 _SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 
 
@@ -44,10 +47,10 @@ def files():
 @functools.cache
 def variants(file):
     """What a file may be compiled with, as its line `// Defines: NAME = a, b; OTHER = c, d` says: a list of dicts, one
-    for each combination."""
+    for each combination. Instead of values stands what they are: page formats."""
     match = re.search(r"^// Defines: (.*)$", _text(f"{file}.cu"), re.MULTILINE)
     names = [part.split(" = ") for part in match[1].split("; ")] if match else []
-    choices = [[(name, value) for value in values.split(", ")] for name, values in names]
+    choices = [[(name, value) for value in _NAMED.get(values) or values.split(", ")] for name, values in names]
     return [dict(choice) for choice in itertools.product(*choices)]
 
 

@@ -76,6 +76,6 @@ def head_defines(d, real16):
     return {"real16": real16, "HEAD_DIM": str(d)}
 
 
-def page_defines(d, real16, dtype):
-    """And for one type of K and V in pages: see Paged."""
-    return head_defines(d, real16) | {"page_type": "int8" if dtype == "int8" else "real16"}
+def page_defines(d, real16, format):
+    """And for one PageFormat."""
+    return head_defines(d, real16) | {"FORMAT": format.cuda}
