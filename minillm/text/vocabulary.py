@@ -1,36 +1,21 @@
-"""Vocabulary: what a model's files say about text and token ids; and the two kinds of BPE that Llama and Mistral use.
+"""Vocabulary: what a model's files say about text and token ids; and the two kinds of BPE that models use.
 
-Byte-level BPE (Llama 3, SmolLM, Mistral Nemo) spells every byte as a printable character and cuts the text with a
-regular expression before it merges. SentencePiece BPE (Llama 2, Mistral 7B) writes a space as U+2581, does not cut the
-text, and falls back to byte pieces such as <0x0A>.
+Byte-level BPE (Llama 3, Qwen, SmolLM) spells every byte as a printable character and cuts the text with regular
+expressions before it merges (pre_tokenizers). SentencePiece BPE (Llama 2, Gemma, Phi-3) writes a space as U+2581, does
+not cut the text, and falls back to byte pieces such as <0x0A>.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from minillm.errors import MinillmError
+from minillm.text.pre_tokenizers import PreTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types, in SentencePiece and GGUF alike
 SPACE = "\u2581"
-
-# Values of `tokenizer.ggml.pre` for vocabularies made with tiktoken (the first three mean the same): a word that is
-# itself a token is that token whatever the merges say, and a prompt begins with BOS.
-LLAMA3_CUTS = ("llama-bpe", "llama3", "llama-v3")
-TIKTOKEN_CUTS = (*LLAMA3_CUTS, "tekken")
-
-# The regular expressions of the models' own tokenizer.json. Llama 3 and Qwen 2 differ only in their numbers.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _REST
-_QWEN2 = _WORDS + r"|\p{N}" + _REST
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -48,42 +33,12 @@ class Vocabulary:
     chat_template: str | None
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer:
-    """The cut of a GGUF file's `tokenizer.ggml.pre`, as in the tokenizer.json of the models that use it."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if name == "gpt-2":
-        return gpt2
-    if name in LLAMA3_CUTS:
-        return _split(_LLAMA3)
-    if name == "tekken":
-        return _split(_TEKKEN)
-    if name == "qwen2":
-        return _split(_QWEN2)
-    supported = "supported: smollm, llama-bpe, tekken, gpt-2, qwen2"
-    if name in (None, "", "default"):
-        # llama.cpp goes on with a guess and a warning that quality will be degraded: other ids than in training.
-        raise MinillmError(
-            f"the .gguf does not say how to cut text (tokenizer.ggml.pre = {name!r}; {supported}): it was converted by "
-            "an old converter, get a newer file or the safetensors"
-        )
-    raise MinillmError(f"tokenizer.ggml.pre = {name!r} is not supported ({supported}): use the model's safetensors")
-
-
-def byte_level_bpe(pieces: Sequence[str], merges: Iterable[str], pre: str | None) -> tokenizers.Tokenizer:
+def byte_level_bpe(pieces: Sequence[str], merges: Iterable[str], kind: PreTokenizer) -> tokenizers.Tokenizer:
     """`merges`: "left right", best first, both in GPT-2's spelling of bytes. Raises MinillmError."""
-    cut = _pre_tokenizer(pre)
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    library = tokenizers.Tokenizer(_bpe(pieces, pairs, ignore_merges=pre in TIKTOKEN_CUTS))
-    if pre == "qwen2":
+    library = tokenizers.Tokenizer(_bpe(pieces, _pairs(merges), ignore_merges=kind.ignore_merges))
+    if kind.nfc:
         library.normalizer = normalizers.NFC()
-    library.pre_tokenizer = cut
+    library.pre_tokenizer = kind.build()
     library.decoder = decoders.ByteLevel()
     return library
 
@@ -103,7 +58,7 @@ def sentencepiece_bpe(
     `merges`, where a file has them beside the scores, are those of its tokenizer.json and go first: some files have
     scores that say nothing. Raises MinillmError.
     """
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges] if merges else list(_ranked_merges(pieces, scores, types))
+    pairs = _pairs(merges) if merges else list(_ranked_merges(pieces, scores, types))
     unknown = next((piece for piece, kind in zip(pieces, types, strict=True) if kind == UNKNOWN), None)
     library = tokenizers.Tokenizer(_bpe(pieces, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types))
     if prefix == "first":
@@ -114,6 +69,10 @@ def sentencepiece_bpe(
     spell = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     library.decoder = decoders.Sequence(spell if prefix == "never" else [*spell, decoders.Strip(" ", 1, 0)])
     return library
+
+
+def _pairs(merges: Iterable[str]) -> list[tuple[str, str]]:
+    return [tuple(merge.split(" ", 1)) for merge in merges]
 
 
 def _ranked_merges(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -147,10 +106,20 @@ def _bpe(pieces: Sequence[str], pairs: list[tuple[str, str]], **options) -> mode
         raise MinillmError(f"the vocabulary contradicts itself ({error}): get a complete file") from error
 
 
-def add_typed_tokens(library: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int]) -> frozenset[int]:
-    """Makes control and user-defined pieces known in text; returns the ids that are structure (control, unknown)."""
+def add_typed_tokens(
+    library: tokenizers.Tokenizer, pieces: Sequence[str], types: Sequence[int], rstrip: Container[str] = ()
+) -> frozenset[int]:
+    """Makes control and user-defined pieces known in text; returns the ids that are structure (control, unknown).
+    rstrip: those that take the blanks after them along."""
+
+    def token(i: int, special: bool) -> AddedToken:
+        # Gemma's runs of blanks are met where a space is U+2581 already, if nothing is put before a text there
+        normal = library.normalizer is not None and SPACE in pieces[i]
+        normal = normal and library.normalizer.normalize_str(pieces[i]) == pieces[i]
+        return AddedToken(pieces[i], special=special, normalized=normal and not special, rstrip=pieces[i] in rstrip)
+
     structure = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
     user = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
-    library.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i in structure])
-    library.add_tokens([AddedToken(pieces[i], normalized=False) for i in user])
+    library.add_special_tokens([token(i, True) for i in structure])
+    library.add_tokens([token(i, False) for i in user])
     return frozenset(structure)
