@@ -49,7 +49,7 @@ TEXTS = [
     "\U0001d573\U0001d58a\u2113 \u210d \u01bb\u0294a \uff21\uff41 \ufb01",
     "IMGIMGABCZ <sentinel:12> IMGIMGZ  x",
     "'s'S'\u017fx 'LL'rE y'veZ 't!'d ''m",
-    "\x01\x7f\x00 \ue000\ufffd\U0010ffff \u0378",
+    "\x01\x7f\x02 \ue000\ufffd\U0010ffff \u0378",
     "\n\r\n\ta\r b\x0bc\x0cd \t\n",
     " a b  c d e f\n g h i",
     "$1,234.56 -7 +8 1e-9 0x1F v2.0 10%",

@@ -5,14 +5,17 @@ length is checked against the bytes that are left before it is believed.
 """
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minillm.errors import MinillmError
 from minillm.files.formats import FORMATS
 from minillm.files.mapped_file import MappedFile, StoredTensor
+from minillm.files.not_a_model import check_gguf
 
 # ggml type number -> (name, weights of a block, bytes of a block). Types that minillm cannot read are looked up in the
 # gguf package, which takes 0.1 s to import.
@@ -22,6 +25,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _U64 = struct.Struct("<Q")
 _MAX_DIMS, _MAX_NESTING = 4, 4
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # the end of the name of one file of a model in several
+_ONE_MODEL = "get all parts of one model"
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,55 @@ class GGUFFile:
     tensors: dict[str, StoredTensor]
 
 
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the model that `name` is a part of, in order; of a whole model its own."""
+    part = PART.search(name)
+    if not part or not 1 <= int(part[1]) <= int(part[2]):
+        return [name]
+    return [f"{name[: part.start()]}-{i:05}-of-{part[2]}.gguf" for i in range(1, int(part[2]) + 1)]
+
+
 def read_gguf(path: Path) -> GGUFFile:
-    """Metadata and tensors. Raises MinillmError naming the file, the tensor or key at fault, and what is wrong."""
+    """Metadata and tensors; of a model in parts, of which `path` is any, the metadata of the first and the tensors of
+    all. Raises MinillmError naming the file, the tensor or key at fault, and what is wrong."""
+    paths = [path.with_name(name) for name in part_names(path.name)]
+    for i, part in enumerate(paths):
+        if len(paths) > 1 and not part.exists():
+            what = f"part {i + 1} of the {len(paths)} parts of a model"
+            raise MinillmError(f"{part} is missing, {what}: get it from where the others came, into the same folder")
+    parts = [_read_part(part) for part in paths]
+    metadata, tensors = parts[0].metadata, {}
+    count = metadata.get("split.tensors.count")
+    for i, (part, found) in enumerate(zip(paths, parts, strict=True)):
+        _check_part(part, found.metadata, i, len(paths), count)
+        for name, tensor in found.tensors.items():
+            if name in tensors:
+                raise tensor.error(f"is in {tensors[name].file.path.name} too: {_ONE_MODEL}")
+            tensors[name] = tensor
+    if len(paths) > 1 and count != len(tensors):
+        raise MinillmError(
+            f"{paths[0]} is of a model of {count} tensors, and its parts hold {len(tensors)}: {_ONE_MODEL}"
+        )
+    check_gguf(path, metadata)
+    return GGUFFile(metadata, tensors)
+
+
+def _check_part(path: Path, metadata: dict, i: int, count: int, n_tensors) -> None:
+    """Whether a file is part i of `count` parts of a model, as its name says."""
+    no, said = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
+    if (no, said) != (i, count):
+        says = f"part {no + 1} of {said}" if isinstance(no, int) else f"part {no!r}"
+        name = f"part {i + 1} of {count}" if count > 1 else "a whole model"
+        raise MinillmError(
+            f"{path} says that it is {says} of a model (split.no, split.count), and its name that it is {name}: give "
+            f"every part its own name, MODEL-00001-of-0000N.gguf, and {_ONE_MODEL}"
+        )
+    if metadata.get("split.tensors.count") != n_tensors:
+        raise MinillmError(f"{path} is part of another model than the first part (split.tensors.count): {_ONE_MODEL}")
+
+
+def _read_part(path: Path) -> GGUFFile:
+    """Metadata and tensors of one file."""
     file = MappedFile(path)
     reader = _Reader(file)
     if file.map[:4] != b"GGUF":
@@ -51,8 +103,6 @@ def read_gguf(path: Path) -> GGUFFile:
         if key in metadata:
             raise file.error(f"has the metadata key {key} twice; convert or download it again")
         metadata[key] = reader.value(reader.number("I", key), key)
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise file.error("is one part of a split model; join the parts with `llama-gguf-split --merge`")
     return GGUFFile(metadata, _read_tensors(reader, n_tensors, metadata.get("general.alignment", 32)))
 
 

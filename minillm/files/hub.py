@@ -4,12 +4,14 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.errors import MinillmError, UsageError
 from minillm.files import default_wheel
+from minillm.files.gguf_file import PART, part_names
+from minillm.files.not_a_model import refuse_file, refuse_folder, refuse_names
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model as safetensors, where pip cannot help
@@ -29,22 +31,28 @@ WANTED = [
 UNWANTED = ["*/*", "consolidated*"]
 
 REPO_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?::(?P<tag>.+)|/(?P<file>.+\.gguf))?", re.ASCII)
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+DEFAULT_QUANTS = (
+    "Q4_K_M",
+    "Q8_0",
+)  # of a repository of .gguf files, if none is named; else the first file: as llama.cpp
+NO_MODELS = re.compile("mmproj|imatrix|mtp-|eagle3-|dflash-|dspark-")  # .gguf files that come with a model
+ANSWER_SECONDS = 10  # how long the Hub may take to say what a repository holds
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    kind: str  # "folder": config.json, *.safetensors and the tokenizer; "gguf": one file with all of it
-    path: Path
+    kind: str  # "folder": config.json, *.safetensors and the tokenizer; "gguf": a file with all of it
+    path: Path  # of the folder or the .gguf file, of a model in parts one of them
     name: str  # for people: the repository id, or the file's or folder's own name
 
 
 def resolve(model: str | None = None, *, offline: bool = False, progress: bool = True) -> ModelFiles:
     """The files of `model`, fetched if need be. With `progress`, downloads say so on stderr.
 
-    `model`: None or DEFAULT_MODEL; a folder; a .gguf file; a Hub repository `owner/name`, and for one .gguf of several
-    `owner/name/file.gguf`, `owner/name:file.gguf` or, as in llama.cpp, `owner/name:Q8_0`. What is on disk comes first.
-    Offline (the argument, or HF_HUB_OFFLINE in the environment) nothing is fetched. Raises MinillmError.
+    `model`: None or DEFAULT_MODEL; a folder; a .gguf file, of a model in parts any of them; a Hub repository
+    `owner/name`, and for one .gguf of several `owner/name/file.gguf`, `owner/name:file.gguf` or, as in llama.cpp,
+    `owner/name:Q8_0`. What is on disk comes first. Offline (the argument, or HF_HUB_OFFLINE in the environment) and
+    without a network nothing is fetched. Raises MinillmError.
     """
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if model is None:
@@ -74,37 +82,34 @@ def resolve(model: str | None = None, *, offline: bool = False, progress: bool =
 def _local(path: Path) -> ModelFiles:
     name = path.resolve().name
     if path.is_dir():
-        if _is_model(path):
+        names = {file.name for file in path.iterdir() if file.exists()}
+        if _is_model(names):
             return ModelFiles("folder", path, name)
-        ggufs = [file.name for file in path.glob("*.gguf")]
+        ggufs = [file for file in names if file.endswith(".gguf")]
         if not ggufs:
-            raise MinillmError(f"{path} holds no model: neither config.json with *.safetensors nor a .gguf file")
+            raise refuse_folder(path)
         path = path / _one_gguf(ggufs, None, f"{path}", f"{path}/")
-    elif path.suffix == ".safetensors":
-        raise MinillmError(f"{path} is only the weights: give the folder that holds it together with config.json")
     with path.open("rb") as file:
         magic = file.read(20)
     if magic.startswith(b"version https://git-"):
         raise MinillmError(f"{path} is a Git LFS pointer, not the model: run `git lfs pull` in its folder")
     if not magic.startswith(b"GGUF"):
-        raise MinillmError(f"{path} is not a GGUF file: give one, or a folder with config.json and *.safetensors")
-    return ModelFiles("gguf", _whole(path), name.removesuffix(".gguf"))
+        raise refuse_file(path)
+    return ModelFiles("gguf", path, PART.sub("", name).removesuffix(".gguf"))
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+def _is_model(names: Collection[str]) -> bool:
+    return "config.json" in names and not {"model.safetensors", "model.safetensors.index.json"}.isdisjoint(names)
 
 
 def _one_gguf(names: Iterable[str], wanted: str | None, where: str, prefix: str) -> str:
-    """The one of `names` that is `wanted`: an exact name, or a part of it such as Q8_0; None if there is one alone."""
-    names = sorted(name for name in names if not (shard := SHARD.search(name)) or int(shard[1]) == 1)
-    if not names:
-        raise MinillmError(
-            f"{where} holds neither config.json with *.safetensors nor a .gguf file: minillm reads no other weights"
-        )
+    """The one of `names` that is `wanted`: an exact name, a quantisation such as Q8_0 or a part of the name; None if
+    there is one alone. Of a model in parts that is the first part."""
+    names = sorted(names)
     if wanted in names:
         return wanted
-    found = [name for name in names if wanted is None or wanted.lower() in name.lower()]
+    names = [name for name in names if part_names(name)[0] == name and not NO_MODELS.search(name.rpartition("/")[2])]
+    found = names if wanted is None else _quantised(names, wanted) or _holding(names, wanted)
     if len(found) != 1:
         what = "several .gguf files" if wanted is None else f"{len(found) or 'no'} .gguf files that match {wanted!r}"
         choice = ", ".join(prefix + name for name in found or names)
@@ -112,48 +117,68 @@ def _one_gguf(names: Iterable[str], wanted: str | None, where: str, prefix: str)
     return found[0]
 
 
-def _whole(path: Path) -> Path:
-    """`path`, unless it is a part of a model: an error that tells how to put the parts together."""
-    shard = SHARD.search(path.name)
-    if shard and int(shard[2]) > 1:
-        merged = SHARD.sub(".gguf", path.name)
-        first = SHARD.sub(f"-00001-of-{shard[2]}.gguf", path.name)
-        raise MinillmError(
-            f"{path.name} is one of {int(shard[2])} parts of a model: fetch them all, merge them with "
-            f"`llama-gguf-split --merge {first} {merged}` and use {merged}"
-        )
-    return path
+def _quantised(names: list[str], tag: str) -> list[str]:
+    """Those whose name has the tag as a word before a dot or a hyphen, as llama.cpp looks for it."""
+    return [name for name in names if re.search(rf"(?<![a-z0-9]){re.escape(tag)}[.-]", name, re.IGNORECASE)]
+
+
+def _holding(names: list[str], text: str) -> list[str]:
+    return [name for name in names if text.lower() in name.lower()]
 
 
 # Hugging Face Hub
 
 
 def _repository(repo: str, wanted: str | None, offline: bool) -> ModelFiles:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    def fetch(file: str) -> ModelFiles:
-        _whole(Path(file))
-        return ModelFiles("gguf", Path(hf_hub_download(repo, file, local_files_only=offline)), f"{repo}/{file}")
-
-    if wanted is None:
+    names, offline = _listed(repo, offline)
+    if wanted is None and _is_model(names):
         folder = snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=offline)
-        folder = Path(folder)
-        if _is_model(folder):
-            return ModelFiles("folder", folder, repo)
-        if offline:
-            path = _local(folder).path
-            return ModelFiles("gguf", path, f"{repo}/{path.name}")
-    elif wanted.endswith(".gguf"):
-        try:
-            return fetch(wanted)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
+        return ModelFiles("folder", Path(folder), repo)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    where = f"the cached copy of {repo}" if offline else repo
+    if not ggufs and wanted is None:
+        raise refuse_names(where, names)
+    if offline and wanted and wanted.endswith(".gguf"):  # the library says what the cache lacks
+        file = wanted
+    else:
+        file = _one_gguf(ggufs, wanted or _default_gguf(ggufs), where, f"{repo}/")
+    parts = part_names(file)
+    if missing := [part for part in parts if part not in names and not offline]:
+        raise MinillmError(f"{repo} lacks {missing[0]}, a part of the model: ask those who made the repository")
+    paths = [hf_hub_download(repo, part, local_files_only=offline) for part in parts]
+    return ModelFiles("gguf", Path(paths[0]), f"{repo}/{file}")
+
+
+def _listed(repo: str, offline: bool) -> tuple[list[str], bool]:
+    """(names of the repository's files, whether they are those of the cache, as they are without a network)."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    refusal = None
+    if not offline:
+        try:  # this call asks once; those that fetch would try again for half a minute
+            found = HfApi().model_info(repo, timeout=ANSWER_SECONDS)
+            return [file.rfilename for file in found.siblings or ()], False
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code < 500:
                 raise
-    elif offline:
-        raise MinillmError(f"{repo}:{wanted}: offline, give the full name of the file ({repo}/NAME.gguf)")
-    ggufs = [name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf")]
-    return fetch(_one_gguf(ggufs, wanted, repo, f"{repo}/"))
+            refusal = error
+        except Exception as error:  # the HTTP library's own
+            refusal = error
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=[], local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise (refusal or error) from None
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], True
+
+
+def _default_gguf(names: list[str]) -> str | None:
+    """What llama.cpp takes of a repository of .gguf files where no quantisation is named."""
+    models = sorted(name for name in names if not NO_MODELS.search(name.rpartition("/")[2]))
+    found = [name for tag in DEFAULT_QUANTS for name in _quantised(models, tag)]
+    return next(iter(found + models), None)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ HUGE = 2**62
         (header(keys=[(b"general.alignment", U32, struct.pack("<I", 24))]), "general.alignment = 24"),
         (header(keys=[(b"general.alignment", U32, struct.pack("<I", 0))]), "general.alignment = 0"),
         (header(keys=[(b"general.alignment", 8, long(1) + b"x")]), "general.alignment = x"),
-        (header(keys=[(b"split.count", 2, struct.pack("<H", 3))]), "split model.*--merge"),
+        (header(keys=[(b"split.count", 2, struct.pack("<H", 3))]), "part 1 of 3 of a model"),
         (header(infos=[(b"t", [HUGE], 0, 0)]), "tensor t ends at byte.*truncated"),
         (header(infos=[(b"t", [HUGE] * 4, 0, 0)]), "tensor t ends at byte"),
         (

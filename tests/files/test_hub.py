@@ -58,8 +58,28 @@ def test_home_and_current_folder(tmp_path, monkeypatch):
     [
         ([], "holds no model"),
         (["config.json", "pytorch_model.bin"], "holds no model"),
-        (["a.gguf", "b.gguf"], "several .gguf files"),
-        (["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], "llama-gguf-split --merge m-00001-of-00002.gguf m.gguf"),
+        (["a.gguf", "b.gguf"], "several .gguf files.*a.gguf, .*b.gguf"),
+        (
+            ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.gguf"],
+            "several .gguf files: .*a-00001-of-00002.gguf, .*b",
+        ),
+        (["adapter_config.json", "adapter_model.safetensors"], "but a LoRA adapter: merge it"),
+        (["config.json", "adapter_config.json", "adapter_model.bin"], "but a LoRA adapter: merge it"),
+        (["model_index.json"], "a diffusers pipeline, which makes pictures"),
+        (["config.json", "modules.json", "pytorch_model.bin"], "a model that embeds texts"),
+        (["config.json", "model-00001-of-00002.safetensors"], "without their list: get model.safetensors.index.json"),
+        (["params.json", "consolidated.safetensors"], "in its maker's own form: take .* config.json and model"),
+        (["params.json", "consolidated.00.pth"], "in its maker's own form"),
+        (["model.safetensors"], "weights without config.json: get that file"),
+        (["config.json", "weights.safetensors"], "of other names: rename"),
+        (["config.json", "model.onnx"], "an ONNX model: take the one"),
+        (["config.json", "tf_model.h5"], "a TensorFlow model: save"),
+        (["saved_model.pb"], "a TensorFlow model"),
+        (["config.json", "flax_model.msgpack"], "a Flax model"),
+        (["config.json", "pytorch_model.bin"], "a PyTorch checkpoint: save the model again .*save_pretrained"),
+        (["model.pth"], "a PyTorch checkpoint"),
+        (["config.json", "tokenizer.json"], "without its weights: get all"),
+        (["README.md"], "holds no model: .*; give the folder or the file of one"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, names, words):
@@ -68,13 +88,39 @@ def test_folders_that_are_no_model(tmp_path, names, words):
         resolve(str(folder))
 
 
+def test_a_lora_adapter_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
+    with pytest.raises(
+        MinillmError, match="but a LoRA adapter of meta-llama/Llama-3.2-1B: merge it into its base model"
+    ):
+        resolve(str(tmp_path))
+
+
+def test_an_interrupted_download_is_told(tmp_path):
+    folder = model_folder(tmp_path / "m", "config.json")
+    (folder / "model.safetensors").symlink_to(tmp_path / "absent")
+    with pytest.raises(
+        MinillmError, match="model.safetensors links to a file that is not there.*fetch the model again"
+    ):
+        resolve(str(folder))
+
+
+def test_a_folder_of_one_model_in_parts(tmp_path):
+    names = [f"Tiny-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    folder = model_folder(tmp_path / "m", *names, "mmproj-Tiny-f16.gguf")
+    assert resolve(str(folder)) == ModelFiles("gguf", folder / names[0], "m")
+    assert resolve(str(folder / names[1])) == ModelFiles("gguf", folder / names[1], "Tiny-Q8_0")
+
+
 def test_files_that_are_no_model(tmp_path):
     for name, content, words in [
         ("model.safetensors", b"{}", "give the folder"),
+        ("adapter_model.safetensors", b"{}", "but a LoRA adapter: merge"),
+        ("model.onnx", b"{}", "but an ONNX model: take"),
+        ("model.pth", b"PK", "but a PyTorch checkpoint: save"),
         ("model.gguf", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("model.bin", b"PK", "not a GGUF file"),
         ("empty.gguf", b"", "not a GGUF file"),
-        ("m-00002-of-00003.gguf", GGUF, "--merge m-00001-of-00003.gguf m.gguf"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MinillmError, match=words):
@@ -111,7 +157,8 @@ def server():
 @pytest.fixture
 def fake_hub(server, tmp_path, monkeypatch):
     """The Hub library reads its environment once, at import: its constants are what a test can turn."""
-    point_library_at(server.url, tmp_path / "hf", monkeypatch)
+    server.cache = tmp_path / "hf"
+    point_library_at(server.url, server.cache, monkeypatch)
     server.repositories.clear()
     server.requests.clear()
     return server
@@ -166,11 +213,10 @@ def test_gguf_repositories(fake_hub):
     assert (files.kind, files.name, files.path.name) == ("gguf", "o/one/tiny.Q4_0.gguf", "tiny.Q4_0.gguf")
     assert files.path.read_bytes() == GGUF
     assert resolve("o/one", offline=True, progress=False) == files
-    for name in ("o/three:tiny.Q8_0.gguf", "o/three/tiny.Q8_0.gguf", "o/three:q8_0", "o/three:Q8"):
+    for name in ("o/three:tiny.Q8_0.gguf", "o/three/tiny.Q8_0.gguf", "o/three:q8_0", "o/three:Q8", "o/three"):
         assert resolve(name, progress=False).path.read_bytes() == GGUF + b"8"
     assert resolve("o/three/sub/tiny.F16.gguf", progress=False).name == "o/three/sub/tiny.F16.gguf"
     for name, words in [
-        ("o/three", "several .gguf files.*o/three/sub/tiny.F16.gguf, o/three/tiny.Q4_0.gguf, o/three/tiny.Q8_0.gguf"),
         ("o/three:tiny", "3 .gguf files that match 'tiny'"),
         ("o/three:Q5_K_M", "no .gguf files that match 'Q5_K_M'.*tiny.Q4_0.gguf"),
         ("o/three/absent.gguf", "no .gguf files that match 'absent.gguf'.*tiny.Q4_0.gguf"),
@@ -180,25 +226,79 @@ def test_gguf_repositories(fake_hub):
 
     fake_hub.requests.clear()
     assert resolve("o/three/tiny.Q8_0.gguf", offline=True, progress=False).path.read_bytes() == GGUF + b"8"
-    with pytest.raises(MinillmError, match="full name"):
-        resolve("o/three:Q8_0", offline=True, progress=False)
+    assert resolve("o/three:Q8_0", offline=True, progress=False).path.read_bytes() == GGUF + b"8"
+    with pytest.raises(
+        MinillmError, match="the cached copy of o/three holds no .gguf files that match 'Q5_0'.*Q8_0.gguf"
+    ):
+        resolve("o/three:Q5_0", offline=True, progress=False)
     with pytest.raises(MinillmError, match="complete copy of o/three"):
         resolve("o/three/tiny.Q4_0.gguf", offline=True, progress=False)
     assert fake_hub.requests == []
 
 
-def test_gguf_in_parts_is_refused_before_it_is_fetched(fake_hub):
-    parts = {f"Q8/m-{i:05}-of-00003.gguf": GGUF for i in (1, 2, 3)}
+QUANTS = ("BF16", "F16", "IQ4_XS", "Q4_0", "Q4_K_S", "Q6_K", "Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("names", "tag", "chosen"),
+    [
+        ([f"T-{quant}.gguf" for quant in (*QUANTS, "Q4_K_M")], "", "T-Q4_K_M.gguf"),
+        ([f"T.{quant}.gguf" for quant in QUANTS], "", "T.Q8_0.gguf"),
+        ([f"T-{quant}.gguf" for quant in QUANTS[:4]], "", "T-BF16.gguf"),
+        (["mmproj-Q4_K_M.gguf", "T-Q6_K.gguf", "imatrix.gguf"], "", "T-Q6_K.gguf"),
+        (["T-Q6_K-00002-of-00002.gguf", "T-Q6_K-00001-of-00002.gguf"], "", "T-Q6_K-00001-of-00002.gguf"),
+        ([f"T-{quant}.gguf" for quant in QUANTS], ":f16", "T-F16.gguf"),
+        ([f"T-{quant}.gguf" for quant in QUANTS], ":q4_0", "T-Q4_0.gguf"),
+        (["Q4_0/a.gguf", "Q8_0/a-Q8_0.gguf"], ":Q8_0", "Q8_0/a-Q8_0.gguf"),
+        (["mmproj-F16.gguf", "T-F16.gguf"], ":F16", "T-F16.gguf"),
+    ],
+)
+def test_quantisations_are_chosen_as_in_llama_cpp(fake_hub, names, tag, chosen):
+    fake_hub.repositories["o/q"] = Repository({name: GGUF for name in names} | {"config.json": b"{}"})
+    assert resolve("o/q" + tag, progress=False).name == f"o/q/{chosen}"
+    asked = [path for _, path in fake_hub.requests if "/resolve/" in path]
+    assert {path.split("/resolve/")[1].split("/", 1)[1] for path in asked} >= {chosen}
+    assert not any("mmproj" in path or "config.json" in path for path in asked)
+
+
+def test_all_parts_of_the_wanted_quantisation_are_fetched_and_no_other(fake_hub):
+    parts = {
+        f"{quant}/m-{quant}-{i:05}-of-00003.gguf": GGUF + bytes([i]) for quant in ("Q4_0", "Q8_0") for i in (1, 2, 3)
+    }
     fake_hub.repositories["o/parts"] = Repository(parts)
-    for name in ("o/parts", "o/parts:Q8", "o/parts/Q8/m-00002-of-00003.gguf"):
-        with pytest.raises(MinillmError, match="--merge m-00001-of-00003.gguf m.gguf"):
-            resolve(name, progress=False)
+    names = [name for name in parts if "Q8_0" in name]
+    for name in ("o/parts:Q8_0", "o/parts", f"o/parts/{names[1]}"):
+        fake_hub.requests.clear()
+        files = resolve(name, progress=False)
+        beside = {path.name: path.read_bytes() for path in files.path.parent.iterdir()}
+        assert beside == {name.split("/")[1]: parts[name] for name in names}
+        assert not any("Q4_0" in path for _, path in fake_hub.requests)
+    fake_hub.requests.clear()
+    assert resolve("o/parts:Q8_0", offline=True, progress=False).path == files.path.with_name(
+        "m-Q8_0-00001-of-00003.gguf"
+    )
+    assert fake_hub.requests == []
+
+
+def test_a_part_that_the_repository_lacks(fake_hub):
+    fake_hub.repositories["o/two"] = Repository({"m-00001-of-00002.gguf": GGUF})
+    with pytest.raises(MinillmError, match="o/two lacks m-00002-of-00002.gguf"):
+        resolve("o/two", progress=False)
     assert not any("/resolve/" in path for _, path in fake_hub.requests)
 
 
-def test_repository_without_weights(fake_hub):
-    fake_hub.repositories["o/bin"] = Repository({"config.json": b"{}", "pytorch_model.bin": b""})
-    with pytest.raises(MinillmError, match="o/bin holds neither"):
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.json": b"{}", "pytorch_model.bin": b""}, "a PyTorch checkpoint: save the model again"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a LoRA adapter: merge"),
+        ({"onnx/model.onnx": b"", "config.json": b"{}"}, "an ONNX model: take the one"),
+        ({}, "; give the folder or the file of one"),
+    ],
+)
+def test_repository_without_weights(fake_hub, files, words):
+    fake_hub.repositories["o/bin"] = Repository(files)
+    with pytest.raises(MinillmError, match=f"o/bin holds no model: neither .*{words}"):
         resolve("o/bin", progress=False)
 
 
@@ -245,13 +345,31 @@ def test_refusals(fake_hub, repository, words, unwanted):
     assert len(calls) == len(set(calls)), "asked the same thing again"
 
 
-def test_no_network(tmp_path, monkeypatch):
-    point_library_at("http://127.0.0.1:9", tmp_path, monkeypatch)  # nothing listens on the discard port
+NO_NETWORK = "http://127.0.0.1:9"  # nothing listens on the discard port
+
+
+@pytest.mark.parametrize("name", ["o/r", "o/r:Q8_0", "o/r/m.gguf"])
+def test_no_network(tmp_path, monkeypatch, name):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.utils._http, "http_backoff", lambda *_, **__: asked.append(1))  # asks again
+    point_library_at(NO_NETWORK, tmp_path, monkeypatch)
     with pytest.raises(
         MinillmError,
-        match="o/r: there is no such file.*cannot be fetched from http://127.0.0.1:9.*check the network.*--offline",
+        match=f"{name}: there is no such file.*cannot be fetched from http://127.0.0.1:9.*check the network.*--offline",
     ):
-        resolve("o/r", progress=False)
+        resolve(name, progress=False)
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["o/st", "o/gguf", "o/gguf:Q8_0", "o/gguf/m.Q8_0.gguf"])
+def test_what_was_fetched_is_used_without_a_network(fake_hub, monkeypatch, name):
+    fake_hub.repositories["o/st"] = Repository(SAFETENSORS_REPO)
+    fake_hub.repositories["o/gguf"] = Repository({"m.Q8_0.gguf": GGUF, "m.Q4_0.gguf": GGUF})
+    files = resolve(name, progress=False)
+    point_library_at(NO_NETWORK, fake_hub.cache, monkeypatch)
+    assert resolve(name, progress=False) == files
 
 
 @pytest.mark.parametrize(
@@ -267,6 +385,7 @@ def test_disk_that_cannot_be_written(fake_hub, monkeypatch, error, words):
     def fail(*_, **__):
         raise error
 
+    fake_hub.repositories["o/r"] = Repository(SAFETENSORS_REPO)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(MinillmError, match=words):
         resolve("o/r", progress=False)
@@ -278,6 +397,7 @@ def test_keyboard_interrupt_is_not_an_error_of_the_hub(monkeypatch, fake_hub):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    fake_hub.repositories["o/r"] = Repository(SAFETENSORS_REPO)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve("o/r", progress=False)
