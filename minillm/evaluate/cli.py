@@ -19,7 +19,6 @@ from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import KEY, Store, read_rows
 from minillm.evaluate.workers import here, on_ray, processes
-from minillm.files.hub import DEFAULT_MODEL
 from minillm.programs import cli
 from minillm.programs.bench import n_cores
 from minillm.programs.run import guarded
@@ -212,7 +211,7 @@ def _command(parser, name):
         add("--data", metavar="FILE", help="LongBench's data.zip, or the folder it was unpacked to (default: the Hub)")
 
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
+    cli.model_flag(add)
     cli.machine_flags(add)
 
     add = parser.add_argument_group("key-value cache (the full one is always there to compare with)").add_argument

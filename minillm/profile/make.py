@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from minillm.compress.config import CacheConfig
 from minillm.errors import UsageError
-from minillm.files.hub import DEFAULT_MODEL
 from minillm.files.profile_file import EVIDENCE, Profile, fingerprint, place_of_users
 from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
@@ -70,7 +69,7 @@ def _parser():
         description=DESCRIPTION,
     )
     add = parser.add_argument
-    add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
+    cli.model_flag(add)
     add("--texts", type=Path, metavar="FOLDER", help="of .txt files in place of minillm's own: such as yours will be")
     add(
         "--length",

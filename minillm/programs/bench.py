@@ -101,7 +101,7 @@ def _parser():
         epilog=EPILOG,
     )
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
+    cli.model_flag(add, action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
     cli.machine_flags(add)
     add = parser.add_argument_group("what is measured").add_argument
     add("-p", "--n-prompt", type=_several(_count), action="extend", metavar="N,...", help="pp N; 0: none (default 512)")

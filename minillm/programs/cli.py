@@ -71,14 +71,10 @@ def parse(argv):
 
 
 def _parser():
-    parser = Parser(
-        prog="minillm",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="minillm", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the prompt, as with -p")
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", help=f"a Hub repository, a folder or a .gguf file (default: {DEFAULT_MODEL})")
+    model_flag(add)
     add("-c", "--ctx-size", type=positive, metavar="N", help="longest sequence in tokens (default: the model's)")
     machine_flags(add)
 
@@ -109,9 +105,7 @@ def _parser():
     add("--ignore-eos", action="store_true", help="go on after the end")
 
     add = parser.add_argument_group("key-value cache").add_argument
-    add(
-        "--kv-method", metavar="NAME", help="default: foresight, or hindsight without a profile; list: all, with papers"
-    )
+    add("--kv-method", metavar="NAME", help="default: foresight, without a profile hindsight; list: all, with papers")
     add(
         "--kv-budget",
         type=budget,
@@ -129,6 +123,12 @@ def _parser():
     add("-v", "--verbose", action="store_true", help="more on stderr, and where an error came from")
     add("-q", "--quiet", action="store_true", help="nothing but errors on stderr")
     return parser
+
+
+def model_flag(add, **settings):
+    """-m of every program that loads a model, which is llama.cpp's -hf too. add: add_argument of a group."""
+    what = f"a Hub repository (owner/name, owner/name:Q4_K_M), a folder or a .gguf file (default: {DEFAULT_MODEL})"
+    add("-m", "--model", "-hf", "--hf-repo", **{"metavar": "MODEL", "help": what} | settings)
 
 
 def machine_flags(add):
