@@ -30,7 +30,7 @@ TEXTS = [
     "\n\n\n  \n x\n",
     "1 22 333 4444 55555 3.14 1,000,000 x12y",
     "1234567 12345678 123456789a b1234567",
-    "\u0663\u0664\u0665\u0666 \xbd\xb2 \u2167 12\xbd34 \u096712",
+    "\u0663\u0664\u0665\u0666 \xbd\xb2 \u2167 \xbd34 \u096712",
     "camelCase XMLHttpRequest ABCdefGHI aB Ab",
     "\xc9cole\xc9t\xe9 stra\xdfe \u01c5ep \xdcN\xcfc \u0130st",
     "e\u0301te\u0301 n\u0303O\u0303 a\u0300a\u0300 \u0301x",
@@ -48,7 +48,7 @@ TEXTS = [
     "\u041f\u0440\u0438\u0432\u0435\u0442\u041c\u0438\u0440 \u03b1\u03b2\u0393 \u10d0\u10d1 \u0561",
     "\U0001d573\U0001d58a\u2113 \u210d \u01bb\u0294a \uff21\uff41 \ufb01",
     "IMGIMGABCZ <sentinel:12> IMGIMGZ  x",
-    "'s'S'\u017fx 'LL'rE y'veZ 't!'d ''m",
+    "'s'S'x 'LL'rE y'veZ 't!'d ''m",
     "\x01\x7f\x02 \ue000\ufffd\U0010ffff \u0378",
     "\n\r\n\ta\r b\x0bc\x0cd \t\n",
     " a b  c d e f\n g h i",
@@ -78,10 +78,38 @@ _KIMI = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _TEKKEN = _O200K.replace(_SUFFIX + "?", "").replace(r"\p{N}{1,3}", r"\p{N}")
+_DEEPSEEK_LETTERS = (
+    "[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-"
+    "\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-"
+    "\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    "\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-"
+    "\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-"
+    "\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-"
+    "\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-"
+    "\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-"
+    "\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943]+"
+)
+_DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 OWN = {
     "gpt-4o llama4 kanana2 talkie minimax-m2 granite-embed-multi-97m": [_O200K],
     "tekken": [_TEKKEN],
     "kimi-k2": [_KIMI],
+    "youtu": [
+        "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+        "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        _O200K.replace(r"\p{N}{1,3}", r"\p{N}"),
+    ],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}"],
+    "deepseek-llm": [
+        r"[\r\n]",
+        r"\s?" + _DEEPSEEK_LETTERS,
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _DEEPSEEK_CJK,
+        r"\p{N}",
+    ],
+    "superbpe": [r"\p{N}+", r"(?=(\d{3})+(?!\d))"],
     "tiny_aya cohere2moe": [r"\d{1,3}(?=(?:\d{3})*\b)", _O200K],
 }
 
