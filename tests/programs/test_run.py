@@ -93,6 +93,8 @@ def test_every_flag_arrives():
         ("--max-new-tokens 3", "params", SamplingParams(3)),
         ("-n -1", "params", SamplingParams(None)),
         ("--temperature 1", "params", SamplingParams(temperature=1.0)),
+        ("-hf owner/name:Q4_K_M", "model", "owner/name:Q4_K_M"),
+        ("--hf-repo owner/name", "model", "owner/name"),
         ("-no-cnv", "raw", True),
         ("--raw", "raw", True),
         ("--seed 1", "params", SamplingParams(seed=1)),

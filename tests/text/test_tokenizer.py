@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import decoders
 from vocabularies import (
+    BYTE,
+    CONTROL,
     DATA,
     NORMAL,
     SPELL,
@@ -335,10 +337,20 @@ def test_tekken_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pre": "deepseek-llm"}, "'deepseek-llm' is not supported .supported: smollm, llama-bpe"),
+        ({"pre": "deepseek-9"}, "tokenizer.ggml.pre = 'deepseek-9' is not supported.*use the model's safetensors"),
+        ({"pre": "whitespace"}, "tokenizer.ggml.pre = 'whitespace' is not supported"),
         ({"pre": "default"}, "tokenizer.ggml.pre = 'default'"),
         ({"pre": None}, "tokenizer.ggml.pre = None"),
-        ({"model": "bert"}, "tokenizer.ggml.model = 'bert'"),
+        (
+            {"model": "bert"},
+            "tokenizer.ggml.model = 'bert' is not supported: its vocabulary is WordPiece, of models that",
+        ),
+        (
+            {"model": "t5"},
+            "'t5' is not supported: its vocabulary is Unigram, .* take a model with BPE .gpt2, llama, gemma4",
+        ),
+        ({"model": "rwkv"}, "'rwkv' is not supported: its vocabulary is RWKV's own"),
+        ({"model": None}, "tokenizer.ggml.model = None is not supported; take a model"),
         ({"tokens": None}, "no vocabulary"),
         ({"tokens": [1, 2]}, "no vocabulary"),
         ({"merges": None}, "tokenizer.ggml.merges"),
@@ -366,6 +378,75 @@ def test_a_gguf_stops_at_every_end_token_that_llama_cpp_knows():
     control = ("<s>", "<|end_of_text|>", "<|im_end|>", "<|other|>", "<|a|>", "<|b|>")
     metadata = byte_level_metadata(control=control, eos_token_id=1, eot_token_id=4, eom_token_id=5)
     assert Tokenizer.from_gguf(metadata).stop_ids == {1, 2, 4, 5}
+
+
+def test_ends_of_newer_models_and_what_is_none_where_another_stands():
+    def stops(*control):
+        tokenizer = Tokenizer.from_gguf(byte_level_metadata(control=("<s>", *control), eos_token_id=0))
+        return {tokenizer.token_bytes(i).decode() for i in tokenizer.stop_ids} - {"<s>"}
+
+    assert stops("<end_of_turn>", "<eos>", "<start_of_turn>") == {"<end_of_turn>", "<eos>"}
+    assert stops("<|end|>", "<|user|>") == {"<|end|>"}
+    assert stops("<|end|>", "<|return|>", "<|call|>") == {"<|return|>", "<|call|>"}  # gpt-oss ends a message with it
+    assert stops("</s>", "<turn|>", "<|tool_response>") == {"<turn|>", "<|tool_response>"}
+
+
+@pytest.mark.parametrize(
+    ("pre", "extra"),
+    [("gemma4", {"model": "gpt2"}), ("default", {"model": "gemma4"}), ("sarvam-moe", {"model": "gpt2"})],
+)
+def test_bpe_of_text_with_a_mark_for_a_space(pre, extra):
+    """As in the vocabulary file of Gemma 4 that tools/check_vocabularies.py reads: bytes are the fallback only."""
+    pieces = [
+        "<s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"hiou\u2581",
+        "hi",
+        "\u2581hi",
+        "\u2581\u2581",
+        "\n\n",
+    ]
+    metadata = {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [CONTROL] + [BYTE] * 256 + [NORMAL] * 8 + [USER_DEFINED],
+        "tokenizer.ggml.merges": ["h i", "\u2581 \u2581", "\u2581 hi"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.pre": pre,
+    } | {f"tokenizer.ggml.{key}": value for key, value in extra.items()}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert tokenizer.adds_bos == (pre != "sarvam-moe")
+    ids = tokenizer.encode("hi  hi\n\nho\u00e9", bos=False)
+    wanted = ["hi", "\u2581\u2581", "hi", "\n\n", "h", "o", "<0xC3>", "<0xA9>"]
+    assert [pieces[i] for i in ids] == wanted
+    assert tokenizer.decode(ids) == "hi  hi\n\nho\u00e9" and not tokenizer.strips_space
+
+
+def test_gemmas_runs_of_blanks_are_one_token():
+    """The longest one first, as SentencePiece does: user-defined pieces, spelled with the mark."""
+    metadata = sentencepiece_metadata(add_space_prefix=False)
+    pieces = [*metadata["tokenizer.ggml.tokens"], *("\u2581" * n for n in (2, 3, 4)), "\n\n"]
+    more = len(pieces) - len(metadata["tokenizer.ggml.tokens"])
+    metadata |= {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [*metadata["tokenizer.ggml.scores"], *[0.0] * more],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], *[USER_DEFINED] * more],
+    }
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.encode("a" + " " * 7 + "a\n\n\na")
+    assert [pieces[i] for i in ids[1:]] == ["a", "\u2581" * 4, "\u2581" * 3, "a", "\n\n", "\n", "a"]
+    assert tokenizer.decode(ids) == "a" + " " * 7 + "a\n\n\na"
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("Phi 3 Mini", False), ("Phi-3-mini-4k", True), ("phi3", True), (None, False)]
+)
+def test_phi_3s_tokens_take_the_blanks_after_them(name, taken):
+    metadata = sentencepiece_metadata() | ({"general.name": name} if name else {})
+    pieces = metadata["tokenizer.ggml.tokens"]
+    tokenizer = Tokenizer.from_gguf(metadata)
+    ids = tokenizer.encode("[INST] \n a<s> a", bos=False)
+    plain = ["\u2581", "\u2581", "\n", "\u2581a"]
+    assert [pieces[i] for i in ids] == ["[INST]", *(["\u2581a"] if taken else plain), "<s>", "\u2581", "\u2581a"]
 
 
 # Bytes and text
