@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
+from blocks import random_blocks
 from cuda_words import to_words
 from model_files import CONFIG
 
@@ -23,14 +24,16 @@ from minillm.ops.numpy_ops import NUMPY as numpy_ops
 SMALL = replace(CONFIG, head_dim=64, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=72, context=512)
 
 
-SHARE = {"F16": 6e-3, "BF16": 4e-2, "Q8_0": 8e-3, "Q4_0": 8e-3, "Q4_1": 8e-3, "F32": 6e-3}
+SHARE = {"F16": 6e-3, "BF16": 4e-2, "F32": 6e-3}
+SHARE |= dict.fromkeys([name for name, format in FORMATS.items() if format.block > 1 and format.device], 8e-3)
 
 
 INT8_SHARE = 2  # times as much: a row that differs in its 12th bit is rounded elsewhere to 8
 
 
-def weights_of(config, kind, seed=0):
-    """Random Weights whose activations stay of size one; matrices of `kind`."""
+def weights_of(config, kind, others, seed=0):
+    """Random Weights whose activations stay of size one; matrices of `kind`, or as `others` says by how their names
+    end. Rows that are no whole blocks become Q8_0, as in llama.cpp."""
     rng, out = np.random.default_rng(seed), {}
     for name, shape in tensor_shapes(config).items():
         values = rng.normal(size=shape).astype(np.float32)
@@ -38,15 +41,19 @@ def weights_of(config, kind, seed=0):
             out[name] = Weight.floats(1 + values / 10 if "norm" in name else values / 10)
             continue
         values /= np.float32(np.sqrt(shape[1]))
-        if kind == "F32":
+        own = next((other for end, other in others.items() if name.endswith(f"{end}.weight")), kind)
+        format = FORMATS[own if shape[1] % FORMATS[own].block == 0 else "Q8_0"]
+        if format.name == "F32":
             data = values
-        elif kind == "F16":
+        elif format.name == "F16":
             data = values.astype(np.float16)
-        elif kind == "BF16":
+        elif format.name == "BF16":
             data = to_words(values, "bf16")
+        elif format.block == 256:  # which gguf does not make
+            data = random_blocks(rng, format.name, *shape, 2 / np.sqrt(shape[1]))
         else:
-            data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-        out[name] = Weight(FORMATS[kind], data, shape)
+            data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[format.name])
+        out[name] = Weight(format, data, shape)
     return out
 
 
@@ -60,9 +67,13 @@ def score_projections(config):
 class Twins:
     """The same model on both backends, each with a pool, and caches in pairs."""
 
-    def __init__(self, device, config=SMALL, kind="F16", cache="full", dtype="auto", **options):
+    def __init__(self, device, config=SMALL, kind="F16", cache="full", dtype="auto", others=None, **options):
         cache = CacheConfig(cache, **options)
-        self.models = [Model(config, weights_of(config, kind), ops) for ops in (CudaOps(device), numpy_ops)]
+        if FORMATS[kind].block == 256:
+            config = replace(config, dim=256, ffn_dim=256)
+        weights = [weights_of(config, kind, others or {}) for _ in "ab"]
+        backends = CudaOps(device), numpy_ops
+        self.models = [Model(config, given, ops) for given, ops in zip(weights, backends, strict=True)]
         if cache.predicts:
             for model in self.models:
                 model.predict(*score_projections(config))

@@ -1,5 +1,5 @@
 // Rows of a stored matrix as floats: embedding rows of some tokens, and stretches of a matrix for cuBLAS.
-// Defines: WEIGHT = F16, BF16, Q8_0, Q4_0, Q4_1
+// Defines: WEIGHT = F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K
 //
 // The matrix (n_out, n_in): words and scales as weights.cuh has them. Grid (rows, blocks of 128 threads over the chunks).
 #include "weights.cuh"

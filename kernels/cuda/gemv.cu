@@ -1,5 +1,5 @@
 // y = x W^T for the few rows of a decode step: bound by the bytes of W, which are read once.
-// Defines: WEIGHT = F16, BF16, Q8_0, Q4_0, Q4_1; ROWS = 1, 2, 4, 8
+// Defines: WEIGHT = F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K; ROWS = 1, 2, 4, 8
 //
 // W (n_out, n_in): words and scales as weights.cuh has them. x (rows, n_in), rows <= ROWS: Real16, or the float32 residual
 // stream, which is then normalised on the way (a pass and a launch less). Sums are float32.
@@ -68,9 +68,10 @@ __device__ __forceinline__ void normalise(const float* x, const float* weight, f
 
 enum Then { WRITE, ADD };
 
+// y: rows of `width`
 template <Then THEN, class Y>
 __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* words, const half* scales, Y* y, int n_in,
-                                         int n_out, int rows) {
+                                         int n_out, int rows, int width) {
     int warp = (blockIdx.x * blockDim.x + threadIdx.x) >> 5, n_warps = gridDim.x * blockDim.x >> 5;
     for (int first = warp * OUT; first < n_out; first += n_warps * OUT) {
         float acc[OUT][ROWS];
@@ -84,7 +85,7 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 if (r >= rows || first + o >= n_out) continue;
-                Y* to = y + (size_t)r * n_out + first + o;
+                Y* to = y + (size_t)r * width + first + o;
                 *to = from_float<Y>(THEN == ADD ? to_float(*to) + acc[o][r] : acc[o][r]);
             }
     }
@@ -93,27 +94,27 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
 // y (rows, n_out) float32 += x W^T: onto the residual stream. For 8 rows of 4-bit weights 128 registers are not enough.
 extern "C" __global__ void __launch_bounds__(256, ROWS == 8 ? 1 : 2)
 gemv_add(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows) {
-    multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows);
+    multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows, n_out);
 }
 
-// y (rows, n_out) Real16 = norm(x) W^T: q, k and v in one matrix
+// y (rows, width) Real16, its columns from `column` on = norm(x) W^T: some of q, k and v
 extern "C" __global__ void __launch_bounds__(256, 2)
 norm_gemv(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales, half* y_words,
-          int n_in, int n_out, int rows) {
+          int n_in, int n_out, int rows, int column, int width) {
     extern __shared__ __align__(16) unsigned char normed[];  // (rows, n_in) Real16
     Real16* h = reinterpret_cast<Real16*>(normed);
     normalise(x, norm, eps, h, n_in, rows);
-    multiply<WRITE>(h, words, scales, reinterpret_cast<Real16*>(y_words), n_in, n_out, rows);
+    multiply<WRITE>(h, words, scales, reinterpret_cast<Real16*>(y_words) + column, n_in, n_out, rows, width);
 }
 
-// y (rows, n_out) float32 = norm(x) W^T: logits
+// the same in float32: logits, and predicted scores
 extern "C" __global__ void __launch_bounds__(256, 2)
 norm_gemv_logits(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales, float* y,
-                 int n_in, int n_out, int rows) {
+                 int n_in, int n_out, int rows, int column, int width) {
     extern __shared__ __align__(16) unsigned char normed[];
     Real16* h = reinterpret_cast<Real16*>(normed);
     normalise(x, norm, eps, h, n_in, rows);
-    multiply<WRITE>(h, words, scales, y, n_in, n_out, rows);
+    multiply<WRITE>(h, words, scales, y + column, n_in, n_out, rows, width);
 }
 
 // y (rows, ffn) Real16 = silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu); W: Wg above Wu, (2 ffn, n_in); biases (2 ffn,) or null

@@ -33,13 +33,14 @@ class DeviceFormat:
     """How a GPU holds a format: as a struct of kernels/cuda/weights.cuh, of which `chunk` weights lie in 16 bytes and
     meet activations of the type real16 ("half" or "bf16").
 
-    apart: blocks (out, blocks, bytes of a block) uint8 -> words (out, bytes) uint8, scales (out, n) uint16; None: the
-    words are as stored, without scales."""
+    apart: blocks (n, block_bytes) -> words (n, bytes of the chunks), scales (n, bytes of the rest), all uint8; None:
+    the words are as stored, without scales."""
 
     name: str  # of the struct
     chunk: int
-    real16: str
-    apart: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    real16: str = "half"
+    scales: int = 0  # bytes of a block that lie apart from the chunks
+    apart: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ class WeightFormat:
     def nbytes(self, n: int) -> int:
         """Bytes of n weights, a multiple of `block`."""
         return n // self.block * self.block_bytes
+
+    def held_bytes(self, n: int) -> int:
+        """Bytes of n weights in the format that they are held as."""
+        return self.held.nbytes(n)
+
+    def device_bytes(self, n: int) -> int:
+        """Bytes of n weights of a matrix on a GPU, a multiple of `block`."""
+        if self.device is None:
+            return 2 * n
+        return n // self.device.chunk * 16 + n // self.block * self.device.scales
+
+    def apart(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks (out, bytes of a row) as the struct `device` has them: words (out, bytes of the chunks) uint8, scales
+        (out, 16-bit words of the rest) uint16."""
+        n_out, blocks = len(data), data.reshape(-1, self.block_bytes)
+        words = np.empty((len(blocks), self.block // self.device.chunk * 16), np.uint8)
+        scales = np.empty((len(blocks), self.device.scales), np.uint8)
+        step = _CHUNK // self.block
+        for lo in range(0, len(blocks), step):
+            self.device.apart(*(part[lo : lo + step] for part in (blocks, words, scales)))
+        return words.reshape(n_out, -1), scales.reshape(n_out, -1).view(np.uint16)
 
     def widen(self, data: np.ndarray, out: np.ndarray) -> None:
         """Writes `data` (words, or uint8 blocks) to out, float32 and contiguous, of as many weights. Bit for bit what
@@ -146,11 +168,11 @@ def _q5_1(blocks, out):
 
 
 def _packed_scales(packed):
-    """12 bytes of 6-bit scales and mins -> scales (n, 8, 1), mins (n, 8, 1) float32."""
+    """12 bytes of 6-bit scales and mins -> scales (n, 8), mins (n, 8) uint8."""
     low_scales, low_mins, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low_scales & 63, rest & 15 | low_scales >> 6 << 4], axis=1)
     mins = np.concatenate([low_mins & 63, rest >> 4 | low_mins >> 6 << 4], axis=1)
-    return scales[..., None].astype(np.float32), mins[..., None].astype(np.float32)
+    return scales, mins
 
 
 def _low_bits(bytes_, run):
@@ -161,8 +183,8 @@ def _low_bits(bytes_, run):
 
 def _offset_parts(q, blocks, out):
     """q (n, 8, 32) of Q4_K or Q5_K -> out."""
-    (scales, mins), halves = _packed_scales(blocks[:, 4:16]), _halves(blocks, 0, 2)[:, :, None]
-    parts = out.reshape(q.shape)
+    scales, mins = (packed[..., None].astype(np.float32) for packed in _packed_scales(blocks[:, 4:16]))
+    halves, parts = _halves(blocks, 0, 2)[:, :, None], out.reshape(q.shape)
     np.multiply(halves[:, :1] * scales, q, out=parts)
     parts -= halves[:, 1:] * mins
 
@@ -171,23 +193,57 @@ def _q4_k(blocks, out):
     _offset_parts(_low_bits(blocks[:, 16:], 32), blocks, out)
 
 
+def _fifth_bits(blocks):
+    """Of blocks of Q5_K: (n, 8, 32) uint8."""
+    return blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+
+
 def _q5_k(blocks, out):
-    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    _offset_parts(_low_bits(blocks[:, 48:], 32) | fifth << 4, blocks, out)
+    _offset_parts(_low_bits(blocks[:, 48:], 32) | _fifth_bits(blocks) << 4, blocks, out)
+
+
+def _high_bits(blocks):
+    """Of blocks of Q6_K: the two high bits of each quant, (n, 256) uint8."""
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    return high.reshape(-1, 256)
 
 
 def _q6_k(blocks, out):
-    low, high = _low_bits(blocks[:, :128], 64), blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(low.shape)
-    q = (low | high << 4).view(np.int8).reshape(-1, 16, 16) - np.int8(32)
+    low = _low_bits(blocks[:, :128], 64).reshape(-1, 256)
+    q = (low | _high_bits(blocks) << 4).view(np.int8).reshape(-1, 16, 16) - np.int8(32)
     scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
     np.multiply((_halves(blocks, 208) * scales)[..., None], q, out=out.reshape(q.shape))
 
 
-def _scales_apart(scale_bytes, blocks):
-    """Of blocks that begin with their float16 scales: the quants, and the scales."""
-    scales, words = (np.ascontiguousarray(part) for part in (blocks[..., :scale_bytes], blocks[..., scale_bytes:]))
-    return words.reshape(len(blocks), -1), scales.view(np.uint16).reshape(len(blocks), -1)
+def _before_quants(blocks, words, scales):
+    """Blocks that end with their quants, 32 of them in chunks of 16 bytes or 32 bytes."""
+    n = scales.shape[1]
+    scales[...], words[...] = blocks[:, :n], blocks[:, n:]
+
+
+def _chunked(bytes_, run, words):
+    """Bytes of two 4-bit numbers in runs -> the numbers in chunks of 32, as Q4_0 has them."""
+    halves = _low_bits(bytes_, run).reshape(len(bytes_), -1, 2, 16)
+    np.bitwise_or(halves[:, :, 0], halves[:, :, 1] << 4, out=words.reshape(len(bytes_), -1, 16))
+
+
+def _q4_k_apart(blocks, words, scales):
+    _chunked(blocks[:, -128:], 32, words)
+    scales[:, :4] = blocks[:, :4]
+    scales[:, 4:20:2], scales[:, 5:20:2] = _packed_scales(blocks[:, 4:16])
+
+
+def _q5_k_apart(blocks, words, scales):
+    _q4_k_apart(blocks, words, scales)
+    scales[:, 20:] = np.packbits(_fifth_bits(blocks), axis=2, bitorder="little").reshape(-1, 32)
+
+
+def _q6_k_apart(blocks, words, scales):
+    _chunked(blocks[:, :128], 64, words)
+    scales[:, :4], scales[:, 4:20] = _halves(blocks, 208).view(np.uint8), blocks[:, 192:208]
+    fours = _high_bits(blocks).view("<u4")  # two bits in each byte: they meet in the lowest
+    fours |= fours >> 6
+    scales[:, 20:] = fours | fours >> 12
 
 
 def _by_gguf(number, blocks, out):
@@ -200,19 +256,22 @@ def _other(name, number, kind, block, block_bytes, becomes="Q8_0"):
     return WeightFormat(name, number, kind, block, block_bytes, np.uint8, partial(_by_gguf, number), becomes=becomes)
 
 
-_BEFORE_QUANTS = {n: partial(_scales_apart, n) for n in (2, 4)}
+def _plain(name, chunk, scales):
+    return DeviceFormat(name, chunk, scales=scales, apart=_before_quants)
+
+
 _ALL = (
     WeightFormat("F32", 0, 0, 1, 4, np.float32, _copy),
-    WeightFormat("F16", 1, 1, 1, 2, np.float16, _copy, DeviceFormat("F16", 8, "half")),
+    WeightFormat("F16", 1, 1, 1, 2, np.float16, _copy, DeviceFormat("F16", 8)),
     WeightFormat("BF16", 30, 2, 1, 2, np.uint16, _bf16, DeviceFormat("BF16", 8, "bf16")),
-    WeightFormat("Q8_0", 8, 3, 32, 34, np.uint8, _q8_0, DeviceFormat("Q8_0", 16, "half", _BEFORE_QUANTS[2])),
-    WeightFormat("Q4_0", 2, 4, 32, 18, np.uint8, _q4_0, DeviceFormat("Q4_0", 32, "half", _BEFORE_QUANTS[2])),
-    WeightFormat("Q4_1", 3, 5, 32, 20, np.uint8, _q4_1, DeviceFormat("Q4_1", 32, "half", _BEFORE_QUANTS[4])),
-    WeightFormat("Q5_0", 6, 9, 32, 22, np.uint8, _q5_0),
-    WeightFormat("Q5_1", 7, 10, 32, 24, np.uint8, _q5_1),
-    WeightFormat("Q4_K", 12, 6, 256, 144, np.uint8, _q4_k),
-    WeightFormat("Q5_K", 13, 7, 256, 176, np.uint8, _q5_k),
-    WeightFormat("Q6_K", 14, 8, 256, 210, np.uint8, _q6_k),
+    WeightFormat("Q8_0", 8, 3, 32, 34, np.uint8, _q8_0, _plain("Q8_0", 16, 2)),
+    WeightFormat("Q4_0", 2, 4, 32, 18, np.uint8, _q4_0, _plain("Q4_0", 32, 2)),
+    WeightFormat("Q4_1", 3, 5, 32, 20, np.uint8, _q4_1, _plain("Q4_1", 32, 4)),
+    WeightFormat("Q5_0", 6, 9, 32, 22, np.uint8, _q5_0, _plain("Q5_0", 32, 6)),
+    WeightFormat("Q5_1", 7, 10, 32, 24, np.uint8, _q5_1, _plain("Q5_1", 32, 8)),
+    WeightFormat("Q4_K", 12, 6, 256, 144, np.uint8, _q4_k, DeviceFormat("Q4_K", 32, scales=20, apart=_q4_k_apart)),
+    WeightFormat("Q5_K", 13, 7, 256, 176, np.uint8, _q5_k, DeviceFormat("Q5_K", 32, scales=52, apart=_q5_k_apart)),
+    WeightFormat("Q6_K", 14, 8, 256, 210, np.uint8, _q6_k, DeviceFormat("Q6_K", 32, scales=84, apart=_q6_k_apart)),
     _other("Q2_K", 10, 11, 256, 84),
     _other("Q3_K", 11, 12, 256, 110, becomes="Q6_K"),
     _other("IQ4_NL", 20, 13, 32, 18),

@@ -46,6 +46,7 @@ class DecodeStep:
         self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
         self.q = device.empty((c.n_layers, batch, c.n_heads, c.head_dim), np.uint16)
         self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
+        self.gate_up = device.empty((batch, 2 * c.ffn_dim), np.uint16)
         self.act = device.empty((batch, c.ffn_dim), np.uint16)
         self.logits = device.empty((batch, c.vocab_size), np.float32)
         self.predicts = _predicts(caches)  # whether scores are predicted
@@ -132,7 +133,8 @@ class DecodeStep:
             past = launch.Paged(self.pool.format, self.slabs, self.pool.slab_pages, pages, lengths, control["seen"])
             for rows in self._groups():
                 x, scores = self.x[rows], self.scores[index][rows]
-                launch.norm_gemv(device, x, layer.attention_norm, eps, layer.wqkv, self.qkv[rows])
+                for column, weight in layer.wqkv:
+                    launch.norm_gemv(device, x, layer.attention_norm, eps, weight, self.qkv[rows], column)
                 if self.predicts:
                     launch.norm_gemv(device, x, layer.attention_norm, eps, layer.w_score, scores)
             q, starts, window = self.q[index], self.starts[index], layer.window or 0
@@ -144,9 +146,8 @@ class DecodeStep:
             if layer.bo is not None:
                 launch.add_bias(device, self.x, layer.bo)
             for rows in self._groups():
-                x, act = self.x[rows], self.act[rows]
-                launch.norm_gemv_swiglu(device, x, layer.mlp_norm, eps, layer.w_gate_up, layer.b_gate_up, act)
-                launch.gemv_add(device, act, layer.w_down, x)
+                self._activate(layer, self.x[rows], self.gate_up[rows], self.act[rows])
+                launch.gemv_add(device, self.act[rows], layer.w_down, self.x[rows])
             if layer.b_down is not None:
                 launch.add_bias(device, self.x, layer.b_down)
             launch.not_finite(device, self.x, index, control["results"][:1])
@@ -155,6 +156,16 @@ class DecodeStep:
         launch.not_finite(device, self.logits, len(runner.layers), control["results"][:1])
         draws, tokens = (control["reals"], control["ints"]), control["results"][1:]
         launch.sample(device, self.logits, *draws, self.sample_space, tokens)
+
+    def _activate(self, layer, x, gate_up, act):
+        """act (rows, ffn) = silu(gate) * up of the normed x; gate_up: where both lie if they are of two formats."""
+        device, norm, eps = self.device, layer.mlp_norm, self.runner.model.config.rms_eps
+        if len(layer.w_gate_up) == 1:
+            launch.norm_gemv_swiglu(device, x, norm, eps, layer.w_gate_up[0][1], layer.b_gate_up, act)
+            return
+        for column, weight in layer.w_gate_up:
+            launch.norm_gemv(device, x, norm, eps, weight, gate_up, column)
+        launch.swiglu(device, gate_up, layer.b_gate_up, act, self.runner.real16)
 
     def _groups(self):
         """Slices of the batch that a kernel for few rows takes at once."""

@@ -1,13 +1,15 @@
 """The forward pass of one Model on a device: what Model._decode, .attention and .output of minillm.model compute.
 
-q, k and v are made by one matrix, gate and up by another, and everything that can be fused is one kernel."""
+q, k and v are made by one matrix where they are of one format, gate and up by another, and everything that can be fused
+is one kernel."""
+
+import itertools
 
 import numpy as np
 
-from minillm.files.formats import WORDS
 from minillm.ops import launch
 from minillm.ops.cuda_decode import FINE, DecodeStep
-from minillm.ops.cuda_weights import CudaWeight, stacked
+from minillm.ops.cuda_weights import stacked
 
 MLP_ROWS = 4096  # rows of the wide middle of the MLP that exist at a time
 PRODUCT_BYTES = 128 << 20  # a matrix in blocks is widened in tiles of this many bytes for cuBLAS
@@ -18,8 +20,8 @@ class Layer:
 
     def __init__(self, ops, block):
         device = ops.device
-        self.wqkv = _above(ops, block, "wq", "wk", "wv")
-        self.w_gate_up = _above(ops, block, "w_gate", "w_up")
+        self.wqkv = _above(device, block, "wq", "wk", "wv")
+        self.w_gate_up = _above(device, block, "w_gate", "w_up")
         self.wo, self.w_down = block.wo, block.w_down
         self.attention_norm, self.mlp_norm = device.upload(block.attention_norm), device.upload(block.mlp_norm)
         self.head_norms = _uploaded(device, block.q_norm), _uploaded(device, block.k_norm)
@@ -31,25 +33,20 @@ class Layer:
         self.rope, self.window = block.rope, block.window
 
 
-def _above(ops, block, *names):
-    """The matrices `names` of a Block as one, each above the next; the block's own become views of it."""
-    parts = [getattr(block, name) for name in names]
-    if len({part.format for part in parts}) > 1:
-        parts = [_widened(ops, part) for part in parts]
-    whole, row = stacked(ops.device, parts), 0
-    for name, part in zip(names, parts, strict=True):
-        setattr(block, name, whole.rows(row, row + part.shape[0]))
-        row += part.shape[0]
-    return whole
-
-
-def _widened(ops, weight):
-    """A CudaWeight as plain 16-bit words: itself if it is."""
-    if weight.scales is None:
-        return weight
-    words = ops.device.empty(weight.shape, np.uint16)
-    launch.dequantize(ops.device, weight, 0, words)
-    return CudaWeight(WORDS[ops.real16], weight.shape, words.view(np.uint8))
+def _above(device, block, *names):
+    """The matrices `names` of a Block, each above the next, as one for each run of them in the same format: a list of
+    (its first row, CudaWeight). The block's own become views of these."""
+    runs, first = [], 0
+    for _, run in itertools.groupby(names, lambda name: getattr(block, name).format):
+        run = list(run)
+        whole, row = stacked(device, [getattr(block, name) for name in run]), 0
+        for name in run:
+            end = row + getattr(block, name).shape[0]
+            setattr(block, name, whole.rows(row, end))
+            row = end
+        runs.append((first, whole))
+        first += row
+    return runs
 
 
 def _uploaded(device, *parts):
@@ -77,8 +74,8 @@ class Runner:
         )
         normed = self._normed(x, layer.attention_norm)
         scores = self._scores(layer, normed) if "scores" in wants else None
-        qkv = device.empty((n, layer.wqkv.shape[0]), np.uint16)
-        self._product(normed, layer.wqkv, qkv)
+        qkv = device.empty((n, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
+        self._products(normed, layer.wqkv, qkv)
         q = device.empty((c.n_heads, n, c.head_dim), np.uint16)
         k, v = (device.empty((c.n_kv_heads, n, c.head_dim), np.uint16) for _ in "kv")
         turn = layer.head_norms, c.rms_eps, cos, sin, temperature
@@ -108,9 +105,9 @@ class Runner:
         return False
 
     def _mlp(self, layer, x):
-        gate_up = self.device.empty((len(x), layer.w_gate_up.shape[0]), np.uint16)
-        self._product(self._normed(x, layer.mlp_norm), layer.w_gate_up, gate_up)
-        h = self.device.empty((len(x), gate_up.shape[1] // 2), np.uint16)
+        ffn = self.model.config.ffn_dim
+        gate_up, h = (self.device.empty((len(x), columns), np.uint16) for columns in (2 * ffn, ffn))
+        self._products(self._normed(x, layer.mlp_norm), layer.w_gate_up, gate_up)
         launch.swiglu(self.device, gate_up, layer.b_gate_up, h, self.real16)
         self._product_onto(x, h, layer.w_down, layer.b_down)
 
@@ -144,6 +141,11 @@ class Runner:
         self._product(h, weight, x, add=True)
         if bias is not None:
             launch.add_bias(self.device, x, bias)
+
+    def _products(self, h, runs, y):
+        """y (n, columns) = h times the matrices of _above."""
+        for column, weight in runs:
+            self._product(h, weight, y[:, column : column + weight.shape[0]])
 
     def _product(self, h, weight, y, add=False):
         product(self.device, h, weight, y, self.real16, add)

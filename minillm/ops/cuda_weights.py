@@ -12,8 +12,8 @@ FLOATS = {"half": FLOAT16, "bf16": BFLOAT16}  # real16 -> its words on the host,
 
 @dataclass
 class CudaWeight:
-    """A matrix (out, in). words (out, bytes of a row) uint8; scales (out, scales of a row) uint16 halfs, None for plain
-    16-bit words: device arrays."""
+    """A matrix (out, in). words (out, bytes of a row) uint8; scales (out, n) uint16, None for plain 16-bit words:
+    device arrays."""
 
     format: DeviceFormat
     shape: tuple[int, int]
@@ -28,8 +28,7 @@ class CudaWeight:
         if kept is None or kept.real16 != real16:
             words, kept = FLOATS[real16].words(weight.rows(0, weight.shape[0])), WORDS[real16]
         elif kept.apart:
-            n_out, block_bytes = weight.shape[0], weight.format.block_bytes
-            words, scales = kept.apart(weight.data.reshape(n_out, -1, block_bytes))
+            words, scales = weight.format.apart(weight.data)
         else:
             words = weight.data
         if not device.owns(words):  # as random ones are
@@ -52,7 +51,9 @@ class CudaWeight:
 
 
 def stacked(device, weights):
-    """Matrices of one format as one, each above the next, in new memory."""
+    """Matrices of one format as one, each above the next: a single one itself, more in new memory."""
+    if len(weights) == 1:
+        return weights[0]
     words = _joined(device, [weight.words for weight in weights])
     scales = None if weights[0].scales is None else _joined(device, [weight.scales for weight in weights])
     return CudaWeight(weights[0].format, (len(words), weights[0].shape[1]), words, scales)

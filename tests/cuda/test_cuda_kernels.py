@@ -4,6 +4,7 @@ import emulator
 import gguf
 import numpy as np
 import pytest
+from blocks import random_blocks
 from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
 from emulator import Kernel, cases
 from literal import rotated
@@ -45,15 +46,19 @@ def test_rms_norm(device, rng, real16, n, dim):
 
 def matrix(device, rng, kind, n_out, n_in):
     """A random CudaWeight, its values in float64, and the type of what it meets."""
-    values, real16 = rng.normal(size=(n_out, n_in)).astype(F32), FORMATS[kind].device.real16
+    real16 = FORMATS[kind].device.real16
     if kind in ("F16", "BF16"):
-        data = to_words(values, real16)
+        data = to_words(rng.normal(size=(n_out, n_in)), real16)
         values = from_words(data, real16)
     else:
-        quant = gguf.GGMLQuantizationType[kind]
-        data = gguf.quants.quantize(values, quant)
-        values = gguf.quants.dequantize(data, quant)
+        data = random_blocks(rng, kind, n_out, n_in, 0.3)
+        values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     return CudaWeight.of(device, Weight(FORMATS[kind], data, values.shape), real16), np.float64(values), real16
+
+
+def in_blocks(kind, n):
+    """n or a little more, in whole blocks."""
+    return -(-n // FORMATS[kind].block) * FORMATS[kind].block
 
 
 def normed(x, weight, real16):
@@ -74,6 +79,7 @@ def near(actual, exact, tolerance):
 @pytest.mark.parametrize("rows", cases([1, 2, 3, 8], races=[3]))
 @pytest.mark.parametrize("n_in, n_out", cases([(32, 1), (96, 37), (1056, 66)], races=[(96, 37)]))
 def test_gemv(device, rng, kind, rows, n_in, n_out):
+    n_in = in_blocks(kind, n_in)
     weight, values, real16 = matrix(device, rng, kind, 2 * n_out, n_in)
     x, norm = rng.normal(size=(rows, n_in)).astype(F32) * F32(3), rng.normal(size=n_in).astype(F32)
     bias, y = rng.normal(size=2 * n_out).astype(F32), rng.normal(size=(rows, 2 * n_out)).astype(F32)
@@ -90,6 +96,11 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
     out = device.empty(y.shape, np.uint16)
     launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, out)
     near(from_words(out.get(), real16), h @ values.T, 3 * rounding)
+    wider = device.empty((rows, 2 * n_out + 7), np.uint16)
+    wider.fill(5)
+    launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, wider, 4)
+    np.testing.assert_array_equal(wider.get()[:, 4:-3], out.get())
+    assert (wider.get()[:, :4] == 5).all() and (wider.get()[:, -3:] == 5).all()
 
     for b in (None, on_device[2]):
         out = device.empty((rows, n_out), np.uint16)
@@ -100,11 +111,12 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_matrix(device, rng, kind):
-    weight, values, real16 = matrix(device, rng, kind, 19, 1056)
-    ids, out = np.array([18, 0, 0, 7], np.int32), device.empty((4, 1056), np.float32)
+    n_in = in_blocks(kind, 1056)
+    weight, values, real16 = matrix(device, rng, kind, 19, n_in)
+    ids, out = np.array([18, 0, 0, 7], np.int32), device.empty((4, n_in), np.float32)
     launch.embed(device, weight, device.upload(ids), out)
     np.testing.assert_allclose(out.get(), values[ids], rtol=1e-6, atol=1e-6)
-    out = device.empty((5, 1056), np.uint16)
+    out = device.empty((5, n_in), np.uint16)
     launch.dequantize(device, weight, 3, out)
     np.testing.assert_allclose(from_words(out.get(), real16), values[3:8], rtol=REAL16[real16], atol=1e-6)
 

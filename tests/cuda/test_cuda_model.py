@@ -36,6 +36,21 @@ def test_prompt_and_decode(device, ids, kind):
         twins.close(twins.decode([token], [pair]))
 
 
+def test_matrices_of_several_formats_stay_what_they_are(device, ids):
+    """As llama.cpp makes a file in Q4_K_M: the values finer than queries and keys; and here gate and up differ, too.
+    Launched, captured and replayed, of more sequences than a kernel for few rows takes at once."""
+    others = {"v_proj": "Q6_K", "up_proj": "Q5_K", "embed_tokens": "Q6_K", "lm_head": "BF16", "o_proj": "F32"}
+    twins = Twins(device, kind="Q4_K", others=others)
+    layer = twins.models[0].runner.layers[0]
+    assert [(first, weight.format.name) for first, weight in layer.wqkv] == [(0, "Q4_K"), (384, "Q6_K")]
+    assert [(first, weight.format.name) for first, weight in layer.w_gate_up] == [(0, "Q4_K"), (256, "Q5_K")]
+    pairs = [twins.caches() for _ in range(9)]
+    for i, pair in enumerate(pairs):
+        twins.close(twins.extend(ids[i : i + 2 + i], pair))
+    for step in range(3):
+        twins.close(twins.decode(ids[step : step + 9], pairs))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

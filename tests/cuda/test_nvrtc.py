@@ -27,7 +27,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "decode_plan": 32,
     "dequantize": 40,
     "embed": 40,
-    "gemv_add": 216,
+    "gemv_add": 218,
     "keep_cosines": 168,
     "last_pages": 16,
     "long_clusters": 40,

@@ -43,13 +43,25 @@ def test_panels_are_as_large_as_the_blocks_of_a_file(name, n_out, n_in):
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.device])
 def test_structs_are_those_of_the_cuda_kernels(name):
     device, source = FORMATS[name].device, (ROOT / "kernels/cuda/weights.cuh").read_text()
-    base = re.search(rf"struct {device.name} : (\w+(?:<\w+>)?)", source)
-    body = source[source.index(f"struct {device.name} ") :] if base is None else ""
-    base = base and base[1].split("<")[0]
-    body = body or re.search(rf"struct {base} \{{.*?\n\}};", source, re.S)[0]
+    struct = device.name
+    while (body := re.search(rf"struct {struct}\b.*?\}};", source, re.S)[0]) and "CHUNK = " not in body:
+        struct = re.match(rf"struct {struct} : (\w+)", body)[1]
     assert int(re.search(r"CHUNK = (\d+);", body)[1]) == device.chunk
     real16 = "bf16" if f"struct {device.name} : Dense<bf16>" in source else "half"
     assert device.real16 == real16
+
+
+def test_bytes_on_a_device():
+    """Of a matrix of 2 rows of 512: blocks take what they take in a file, or little more; others 16 bits a weight."""
+    grows = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 2}  # bytes a block
+    for name, format in FORMATS.items():
+        if format.device is None or format.is_float:
+            assert format.device_bytes(1024) == 2048
+            continue
+        words, scales = format.apart(np.zeros((2, format.nbytes(512)), np.uint8))
+        assert len(words) == len(scales) == 2 and scales.dtype == np.uint16
+        expected = format.nbytes(1024) + 1024 // format.block * grows.get(name, 0)
+        assert format.device_bytes(1024) == words.nbytes + scales.nbytes == expected
 
 
 def test_what_is_held_is_kept():

@@ -39,13 +39,14 @@ def gemv_add(device, x, weight, y):
     assert x.shape[1] == weight.shape[1] and y.shape == (len(x), weight.shape[0])
 
 
-def norm_gemv(device, x, norm, eps, weight, y):
-    """y (rows, n_out) = norm(x) W^T, real16 or, for logits, float32; x (rows, n_in) float32, at most
-    rows_at_once."""
-    assert x.shape[1] == weight.shape[1] and y.shape == (len(x), weight.shape[0])
+def norm_gemv(device, x, norm, eps, weight, y, column=0):
+    """y (rows, width) real16 or, for logits, float32: its n_out columns from `column` on = norm(x) W^T; x (rows, n_in)
+    float32, at most rows_at_once."""
+    n_out, width = weight.shape[0], y.shape[1]
+    assert x.shape[1] == weight.shape[1] and len(y) == len(x) and 0 <= column <= width - n_out
     kernel, name = ("norm_gemv", "y_words") if y.dtype == np.uint16 else ("norm_gemv_logits", "y")
-    arguments = {"x": x, "norm": norm, "eps": eps, name: y, "n_out": weight.shape[0]}
-    _gemv(device, kernel, weight, len(x), weight.shape[0], arguments, normalised=True)
+    arguments = {"x": x, "norm": norm, "eps": eps, name: y, "n_out": n_out, "column": column, "width": width}
+    _gemv(device, kernel, weight, len(x), n_out, arguments, normalised=True)
 
 
 def norm_gemv_swiglu(device, x, norm, eps, weight, bias, y):
