@@ -71,7 +71,9 @@ class Model:
     def __init__(self, config, weights, ops, scores=None):
         self.config, self.ops = config, ops
         self.ropes = [Rope(rope, config.head_dim, config.rotated) for rope in config.ropes]
-        for name in [name for name, weight in weights.items() if len(weight.shape) > 1]:
+        matrices = [name for name, weight in weights.items() if len(weight.shape) > 1]
+        ops.expect([weights[name] for name in matrices])
+        for name in matrices:
             weights[name] = ops.prepare(weights[name])  # one at a time: the words it was made from are given back
         self.embedding = weights["model.embed_tokens.weight"]
         self.blocks = [Block(weights, layer, config) for layer in range(config.n_layers)]

@@ -30,6 +30,9 @@ Layer = Any  # minillm.cache.kv_cache.PagedLayer
 class Forward:
     """The forward pass."""
 
+    def expect(self, weights: list) -> None:
+        """The matrices of a model, Weights: told once, before the first is prepared."""
+
     def prepare(self, weight: Any) -> Any:
         """A Weight (out, in) as this backend reads it best. What is prepared has `shape` and `nbytes`."""
         raise NotImplementedError

@@ -4,8 +4,9 @@ Rows of K and V, hidden states and logits stay on the device, as its arrays, and
 (scores, indices, weights, sizes, positions): NumPy's functions, called with CuPy's arrays, run on the device
 (__array_ufunc__, __array_function__), and planning is written with those that do. The host knows what is small: how
 many rows and entries each head has, budgets, thresholds. Activations, K and V are 16-bit floats of one type, bf16 where
-the model's matrices are bf16 and half otherwise; the residual stream and every sum is float32. Pages may be of int8:
-what goes in is rounded to 16 bits and then to 8, what comes out is of 16 bits, and back in it is the same words.
+most of the model's matrices are bf16 and none is in blocks, half otherwise; the residual stream and every sum is
+float32. Pages may be of int8: what goes in is rounded to 16 bits and then to 8, what comes out is of 16 bits, and back
+in it is the same words.
 """
 
 import numpy as np
@@ -30,19 +31,19 @@ def open_ops(index):
 
 
 class CudaOps(CudaPlanning):
-    """One model's operations on one device. The first matrix that is prepared decides the 16-bit type."""
+    """One model's operations on one device."""
 
     name = "cuda"
     READS_STORED = True
 
     def __init__(self, device):
         super().__init__()
-        self.device, self.real16 = device, None
+        self.device, self.real16 = device, "half"
         self._slabs = None  # (addresses, the same on the device)
 
     @property
     def page_format(self):
-        return FLOATS[self.real16 or "half"]
+        return FLOATS[self.real16]
 
     @property
     def DEVICE(self):
@@ -50,9 +51,15 @@ class CudaOps(CudaPlanning):
 
     # weights and the forward pass
 
+    def expect(self, weights):
+        """The 16-bit type is that of most bytes. Blocks meet half alone, and where there are any, all becomes half: of
+        other words as many."""
+        blocks = any(weight.format.device and weight.format.device.apart for weight in weights)
+        bf16 = sum(weight.nbytes for weight in weights if weight.format is BF16)
+        most = 2 * bf16 > sum(weight.nbytes for weight in weights)
+        self.real16 = "bf16" if most and not blocks else "half"
+
     def prepare(self, weight):
-        if self.real16 is None:
-            self.real16 = "bf16" if weight.format is BF16 else "half"
         return CudaWeight.of(self.device, weight, self.real16)
 
     def runner(self, model):

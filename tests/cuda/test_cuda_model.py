@@ -17,6 +17,7 @@ from minillm.compress.plan import Queries
 from minillm.compress.reading import extend, recompress
 from minillm.errors import MinillmError
 from minillm.files.config import RopeConfig
+from minillm.files.formats import FORMATS
 from minillm.profile import worth
 
 DTYPES = "auto", "int8"  # of pages
@@ -49,6 +50,23 @@ def test_matrices_of_several_formats_stay_what_they_are(device, ids):
         twins.close(twins.extend(ids[i : i + 2 + i], pair))
     for step in range(3):
         twins.close(twins.decode(ids[step : step + 9], pairs))
+
+
+@pytest.mark.parametrize(
+    "first, others, real16", [("BF16", "Q4_0", "half"), ("F16", "BF16", "bf16"), ("BF16", "F16", "half")]
+)
+def test_most_of_the_matrices_decide_the_16_bit_type(device, ids, first, others, real16):
+    """And not the first one. Blocks are never widened for it."""
+    twins = Twins(device, kind=others, others={"embed_tokens": first})
+    model = twins.models[0]
+    assert model.ops.real16 == real16
+    assert {name for weight in model.blocks[0].weights if (name := getattr(weight, "format", None))} == {
+        FORMATS[others].device
+    }
+    pair = twins.caches()
+    twins.close(twins.extend(ids[:20], pair))
+    for token in ids[20:23]:
+        twins.close(twins.decode([token], [pair]))
 
 
 @pytest.mark.parametrize(
