@@ -51,7 +51,7 @@ class Block:
 
     def __init__(self, weights, layer, config):
         for part in BLOCK:
-            weight = weights.get(f"model.layers.{layer}.{part.json}")
+            weight = weights.pop(f"model.layers.{layer}.{part.json}", None)
             setattr(self, part.field, weight if weight is None or part.columns else weight.data)
         attention = config.attention(layer)
         self.rope, self.window = config.ropes.index(attention.rope), attention.window
@@ -65,8 +65,8 @@ class Block:
 
 
 class Model:
-    """Weights of one model and the operations of one backend. config: ModelConfig; weights: name -> Weight; scores: see
-    `predict`."""
+    """Weights of one model and the operations of one backend. config: ModelConfig; weights: name -> Weight, which are
+    taken out: what a runner puts together from them is then not there twice; scores: see `predict`."""
 
     def __init__(self, config, weights, ops, scores=None):
         self.config, self.ops = config, ops

@@ -104,4 +104,4 @@ def require_room(stored, dtype, backend, cache, context):
             raise UsageError(f"context {context} is not in 1..{config.context}, what {stored.name} was made for")
         promised["cache"] = cache_bytes(config, cache, backend, context)
         promised["workspace"] = workspace_bytes(config, context)
-    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype), **promised)
+    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype, backend.held_bytes), **promised)

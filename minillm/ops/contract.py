@@ -33,6 +33,10 @@ class Forward:
     def expect(self, weights: list) -> None:
         """The matrices of a model, Weights: told once, before the first is prepared."""
 
+    def held_bytes(self, format: Any, n: int) -> int:
+        """Bytes of n weights of a matrix that is loaded in this WeightFormat, once it is prepared."""
+        return format.held_bytes(n)
+
     def prepare(self, weight: Any) -> Any:
         """A Weight (out, in) as this backend reads it best. What is prepared has `shape` and `nbytes`."""
         raise NotImplementedError

@@ -59,6 +59,9 @@ class CudaOps(CudaPlanning):
         most = 2 * bf16 > sum(weight.nbytes for weight in weights)
         self.real16 = "bf16" if most and not blocks else "half"
 
+    def held_bytes(self, format, n):
+        return format.device_bytes(n)
+
     def prepare(self, weight):
         return CudaWeight.of(self.device, weight, self.real16)
 

@@ -1,7 +1,7 @@
 """What bench, evaluate and profile do with a model, on the emulated device: as on NumPy."""
 
 import json
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import emulator
 import numpy as np
@@ -10,6 +10,7 @@ import tiny_chat
 from safetensors.numpy import save_file
 
 from minillm import LLM, CacheConfig
+from minillm.errors import MinillmError
 from minillm.evaluate import scoring
 from minillm.evaluate.evaluator import Evaluator, Setup
 from minillm.evaluate.prompt import Prompt
@@ -130,3 +131,23 @@ def test_the_header_names_the_device(tiny, capsys):
     with LLM.load(tiny, device="cuda", cache=CacheConfig("full"), profile=False, offline=True) as llm:
         terminal.Terminal().header(llm)
     assert ", emulator; memory" in capsys.readouterr().err
+
+
+def test_a_device_needs_room_for_what_it_will_hold(tiny, emulated):
+    """Of a file of float32 half: that is asked for before anything is read, and at no time is more there than that and
+    what one layer's q, k, v, gate and up are put together from."""
+    config = tiny_chat.CONFIG | {"head_dim": 64}
+    sizes = [array.size * (4 if array.ndim == 1 else 2) for array in tiny_chat.weights(config, 7).values()]
+    load = partial(LLM.load, tiny, device="cuda", cache=CacheConfig("full"), profile=False, offline=True)
+    emulated.total = emulated.used + sum(sizes) - 1
+    with pytest.raises(MinillmError, match=r"tiny needs .* \(weights"):
+        load()
+    before = emulated.peak = emulated.used
+    emulated.total = 8 << 30
+    with load() as llm:
+        layer = llm.model.runner.layers[0]
+        parts = sum(weight.nbytes for _, weight in [*layer.wqkv, *layer.w_gate_up])
+        small = 64 * len(sizes)
+        assert sum(sizes) <= emulated.used - before <= sum(sizes) + small
+        assert emulated.peak - before <= sum(sizes) + parts + small
+        assert len(llm.model.blocks) * parts > parts + small
