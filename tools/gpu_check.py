@@ -274,11 +274,15 @@ class Kernels:
         """The MLP's first product of a decode step, its weights in blocks."""
         c = self.c
         x, norm = (self.device.upload(np.ones(shape, np.float32)) for shape in ((1, c.dim), (c.dim,)))
-        for kind, n_bytes in (("Q8_0", c.dim), ("Q4_0", c.dim // 2)):
-            words, scales = self.random(2 * c.ffn_dim, n_bytes // 2), self.random(2 * c.ffn_dim, c.dim // 32)
-            weight = CudaWeight(FORMATS[kind].device, (2 * c.ffn_dim, c.dim), words.view(np.uint8), scales)
+        for format in (FORMATS[kind] for kind in ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")):
+            if c.dim % format.block:
+                continue
+            held, n_out = format.device, 2 * c.ffn_dim
+            words = self.random(n_out, c.dim // held.chunk * 8).view(np.uint8)
+            scales = self.random(n_out, c.dim // format.block * held.scales // 2)
+            weight = CudaWeight(held, (n_out, c.dim), words, scales)
             arguments = x, norm, 1e-5, weight, None, self.random(1, c.ffn_dim)
-            self.add(f"norm_gemv_swiglu {kind}", weight.nbytes, 0, launch.norm_gemv_swiglu, *arguments)
+            self.add(f"norm_gemv_swiglu {format.name}", weight.nbytes, 0, launch.norm_gemv_swiglu, *arguments)
 
     def prompt(self, n=8192):
         """What a prompt needs beside attention and large products."""
