@@ -4,10 +4,12 @@
 #include <cuda_fp16.h>
 
 typedef __nv_bfloat16 bf16;
+typedef signed char int8;
 #define FULL_MASK 0xffffffffu
 #define NEG_INF __int_as_float(0xff800000)  // NVRTC has no <math.h>, hence no INFINITY
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(int8 x) { return x; }
 __device__ __forceinline__ float to_float(half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 

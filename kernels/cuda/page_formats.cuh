@@ -65,7 +65,7 @@ DEFINE_WIDENED(bf16, __nv_bfloat162, 0x40004000)
 #undef DEFINE_WIDENED
 
 struct Int8 {  // whole numbers; the scale is max|x| / 127
-    typedef signed char Word;
+    typedef int8 Word;
     static const int ROW = HEAD_DIM;
     static const bool SCALED = true;
     static constexpr float UNITS = 64.f;
