@@ -8,7 +8,6 @@ import operator
 import reprlib
 import time
 import weakref
-from dataclasses import replace
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class LLM:
         comes to. MinillmError where that is a quality that the profile does not know; then nothing is changed."""
         self._asked.resolve(profile, self.config.name)
         model = copy.copy(self.model)  # the same weights: sessions under way keep the scores that they began with
-        model.blocks = [replace(block) for block in model.blocks]
+        model.blocks = [copy.copy(block) for block in model.blocks]
         with self.engine.alone():
             model.predict(*profile.projection)
         self.profile, self.model = profile, model
