@@ -345,7 +345,7 @@ class Kernels:
             up(np.ones((2, n, d // 2), np.float32)),
             up(np.minimum(np.arange(n_entries) * 5, n - 1).astype(np.int32)),
         )
-        arguments = keys, pos, turn[0], turn[1], 1.0, values, "bf16"
+        arguments = keys, pos, turn[0], turn[1], None, values, "bf16"
         self.add(f"unrotate {n}", 2 * keys.nbytes, 0, launch.unrotate, *arguments)
         arguments = keys, values, pos, order, fives, weight, to, turn[0], turn[1], entries, "bf16"
         self.add(f"merge_unrotated {n}", moved, 0, launch.merge_unrotated, *arguments)

@@ -16,7 +16,6 @@ from minillm.evaluate import continuation, needles  # noqa: E402
 from minillm.evaluate.evaluator import ready_methods  # noqa: E402
 from minillm.evaluate.scoring import score  # noqa: E402
 from minillm.evaluate.text import read_text  # noqa: E402
-from minillm.ops import cpu_lib  # noqa: E402
 
 GOLDEN = DATA / "fidelity_golden.json"
 LAYERS = (2, 14, 27)
@@ -26,11 +25,7 @@ CONFIGS = {name: CacheConfig(name, BUDGET) for name in ready_methods("a profile"
 
 @pytest.fixture(scope="module")
 def llm(default_model_path):
-    """On the compiled path, where there is one: what is asked is far wider than what kernels differ by."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINILLM_CPU", (cpu_lib.available_paths() or ["numpy"])[0])
-        llm = LLM.load(default_model_path, cache=CacheConfig("full"))
-    with llm:
+    with LLM.load(default_model_path, cache=CacheConfig("full")) as llm:
         yield llm
 
 

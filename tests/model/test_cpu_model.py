@@ -177,7 +177,7 @@ def weights_in(kind_of):
 
 def log_probabilities(ops, weights):
     """Of each of 60 tokens, of which 40 are read at once and the others one by one: (60, vocab)."""
-    model, ids = Model(WIDE, weights, ops), [7 * i % 300 for i in range(60)]
+    model, ids = Model(WIDE, dict(weights), ops), [7 * i % 300 for i in range(60)]
     cache = KVCache(
         PagePool(model.ops, WIDE.head_dim, slab_bytes=1 << 20, dtype="float32"), WIDE.n_layers, WIDE.n_kv_heads
     )

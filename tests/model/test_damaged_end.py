@@ -44,7 +44,7 @@ def ops(request):
 
 
 def model_of(ops, config=ODD, **damage):
-    weights = weights_of(config, "F16")
+    weights = weights_of(config, "F16", {})
     for name, (place, value) in damage.items():
         weights[f"{name.replace('__', '.')}.weight"].data[place] = value
     return Model(config, weights, ops)
