@@ -44,7 +44,7 @@ def test_ceilings_and_kernels(check):
     timing.compression(70, 9, 3)
     timing.planning(70, 9)
     timing.sampling(2)
-    assert len(timing.rows) == 38 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
+    assert len(timing.rows) == 39 and all(row["us"] > 0 < row["share_of_floor"] for row in timing.rows.values())
     said = check.table({"run": {}, "kernels": timing.rows})
     for kernel in ("segment_topk", "segment_count", "compact", "segment_sum", "pooled", "neighbours"):
         assert f"\n{kernel} 70 " in said
