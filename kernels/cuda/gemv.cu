@@ -91,8 +91,9 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
     }
 }
 
-// y (rows, n_out) float32 += x W^T: onto the residual stream. For 8 rows of 4-bit weights 128 registers are not enough.
-extern "C" __global__ void __launch_bounds__(256, ROWS == 8 ? 1 : 2)
+// y (rows, n_out) float32 += x W^T: onto the residual stream. For 8 rows of 4-bit weights, and for
+// 4 of 5-bit ones, 128 registers are not enough.
+extern "C" __global__ void __launch_bounds__(256, ROWS >= 4 ? 1 : 2)
 gemv_add(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows) {
     multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows, n_out);
 }
