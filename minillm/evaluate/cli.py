@@ -14,7 +14,7 @@ from minillm.compress.config import TABLES, CacheConfig
 from minillm.compress.methods import find_method, methods_table
 from minillm.errors import UsageError
 from minillm.evaluate import efficiency, tables
-from minillm.evaluate.commands import CELLS, FOLLOWING, LENGTHS, SUITE_SAMPLES, SUMMARIES, TASKS
+from minillm.evaluate.commands import CELLS, FOLLOWING, LENGTHS, PROTOCOLS_OF, SUITE_SAMPLES, SUMMARIES, TASKS
 from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import KEY, Store, read_rows
@@ -32,6 +32,7 @@ also be repeated."""
 EPILOG = """\
 examples:
   python -m minillm.evaluate suite --out results.jsonl
+  python -m minillm.evaluate answers --kv-method hindsight,foresight,kvzip --kv-budget 0.3,0.2,0.1 --kv-dtype auto,int8
   python -m minillm.evaluate needle --length 1024,4096 --kv-method semanticache,streaming --kv-budget 0.5,0.2
   python -m minillm.evaluate needle --kv-set chunking=delimiter,fixed:64,none       (a configuration for each value)
   python -m minillm.evaluate verbatim --task prose,code,numbers --protocol agnostic --kv-budget 0.2,0.1,0.05
@@ -194,18 +195,20 @@ def _command(parser, name):
             metavar="N",
             help=f"in every cell of a table (default {default or 'all'})",
         )
+    if name in PROTOCOLS_OF:
+        protocols = PROTOCOLS_OF[name]
         add(
             "--protocol",
-            type=_several(_one_of(PROTOCOLS)),
+            type=_several(_one_of(protocols)),
             action="extend",
             metavar="NAME,...",
-            help="; ".join(f"{p}: {meaning}" for p, meaning in PROTOCOLS.items()) + "; default aware",
+            help="; ".join(f"{p}: {PROTOCOLS[p]}" for p in protocols) + f"; default {protocols[0]}",
         )
     if name not in ("longbench", "efficiency"):
         add("-s", "--seed", type=_natural, default=0, metavar="N", help="of the first sample (default 0)")
     if name in ("needle", "verbatim", "ruler", "suite"):
         add("--haystack", metavar="FILE", help="prose (a text or a folder of .txt files) in place of minillm's own")
-    if name in ("perplexity", "fidelity", "suite"):
+    if name in ("answers", "perplexity", "fidelity", "suite"):
         add("--text", metavar="FILE", help="held-out text in place of minillm's own")
     if name == "longbench":
         add("--data", metavar="FILE", help="LongBench's data.zip, or the folder it was unpacked to (default: the Hub)")

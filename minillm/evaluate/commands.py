@@ -3,7 +3,8 @@ a sample and a protocol."""
 
 import itertools
 
-from minillm.evaluate import continuation, efficiency, longbench, needles, ruler, verbatim
+from minillm.evaluate import answers, continuation, efficiency, longbench, needles, ruler, verbatim
+from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.text import HAYSTACKS, read_haystack, read_text
 
 SUITE_SAMPLES, SUITE_LENGTH, SUITE_TEXT, SUITE_FOLLOWING = 24, 512, 256, 32
@@ -14,7 +15,15 @@ def _seeds(args):
 
 
 def _protocols(args, task, samples):
-    return [(task, sample, protocol) for sample in samples for protocol in args.protocol or ["aware"]]
+    protocols = args.protocol or PROTOCOLS_OF[task][:1]
+    return [(task, sample, protocol) for sample in samples for protocol in protocols]
+
+
+def _answers(args):
+    kinds = args.task or list(answers.KINDS)
+    texts = {kind: answers.text_of(kind, args.text) for kind in kinds}
+    found = answers.samples(kinds, args.length or [1024], args.following, _seeds(args), texts)
+    return _protocols(args, "answers", found)
 
 
 def _needle(args):
@@ -80,6 +89,7 @@ def _suite(args):
 
 
 CELLS = {
+    "answers": _answers,
     "needle": _needle,
     "verbatim": _verbatim,
     "ruler": _ruler,
@@ -90,6 +100,7 @@ CELLS = {
     "suite": _suite,
 }
 SUMMARIES = {
+    "answers": "plain questions about a compressed text: how far the full cache's own answers stay the likeliest",
     "needle": "find numbers hidden in a text, at every length and depth",
     "verbatim": "repeat a text from any place in it",
     "ruler": "the synthetic tasks of RULER",
@@ -100,13 +111,19 @@ SUMMARIES = {
     "suite": "small tasks, all methods: under ten minutes on two cores with the default model",
 }
 TASKS = {  # all, and those that are the default
+    "answers": (tuple(answers.KINDS), tuple(answers.KINDS)),
     "needle": (tuple(needles.KINDS), ("noise", "prose", "keys4")),
     "verbatim": (tuple(HAYSTACKS), ("prose",)),
     "ruler": (ruler.TASKS, ruler.TASKS),
     "longbench": (tuple(longbench.SETS), tuple(longbench.SETS)),
 }
-FOLLOWING = {"perplexity": 256, "verbatim": 64}
+PROTOCOLS_OF = {  # the first is the default
+    "answers": ("agnostic", "document"),
+    **dict.fromkeys(("needle", "verbatim", "ruler", "longbench", "suite"), tuple(PROTOCOLS)),
+}
+FOLLOWING = {"answers": 48, "perplexity": 256, "verbatim": 64}
 LENGTHS = {
+    "answers": "tokens of a text (default 1024)",
     "needle": "tokens of a prompt (default 1024)",
     "verbatim": "tokens of a prompt (default 1024)",
     "ruler": "tokens of a prompt with its answer (default 4096)",

@@ -12,7 +12,7 @@ import numpy as np
 from minillm.compress.config import CacheConfig
 from minillm.compress.methods import METHODS
 from minillm.errors import UsageError
-from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
+from minillm.evaluate import answers, continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.scoring import score
 from minillm.evaluate.text import read_haystack, read_text
 from minillm.files import hub
@@ -115,7 +115,7 @@ class Evaluator:
         sizes = {
             "context": len(prompt.context),
             "question": len(prompt.question),
-            "answer": len(prompt.answer),
+            "answer": len(prompt.answer) or (prompt.asked.max_tokens if prompt.asked else 0),
         }
         return [
             job.row(cache)
@@ -137,6 +137,7 @@ class Evaluator:
     def prompt(self, task, sample):
         setup = self.setup
         make = {
+            "answers": lambda llm, sample: answers.prompt(llm, sample, answers.text_of(sample["kind"], setup.text)),
             "needle": lambda llm, sample: needles.prompt(
                 llm, sample, read_haystack(needles.haystack_of(sample["kind"]), setup.haystack)
             ),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minillm.errors import MinillmError
 
@@ -12,12 +13,27 @@ PROTOCOLS = {
 }
 
 
+class Asked(NamedTuple):
+    """Questions about a context: token ids of each, with the beginning of an answer of at most so many tokens. in_turn:
+    each after the answer to the one before, else each by itself."""
+
+    questions: list[list[int]]
+    max_tokens: int
+    in_turn: bool = False
+
+    @property
+    def length(self):
+        """Tokens with their answers, at most."""
+        lengths = [len(question) + self.max_tokens for question in self.questions]
+        return sum(lengths) if self.in_turn else max(lengths)
+
+
 @dataclass
 class Prompt:
     """Token ids, and what is wanted of a model that has read them.
 
     answer: read teacher-forced after the prompt, where there is one right answer. max_tokens: generated (greedy) and
-    then graded, where there are many."""
+    then graded, where there are many. asked: questions whose answers are the full cache's own."""
 
     context: list[int]
     question: list[int]
@@ -26,12 +42,14 @@ class Prompt:
     stop_ids: frozenset[int] = frozenset()  # beside those of the model
     min_tokens: int = 0  # tokens before which no stop id is generated
     grade: Callable | None = None  # text generated -> {name of a score: number}
+    asked: Asked | None = None
     fidelity: bool = False  # measure the local error of every layer for the tokens of `answer`
 
     @property
     def length(self):
         """Tokens, with all that may be generated."""
-        return len(self.context) + len(self.question) + max(len(self.answer), self.max_tokens)
+        asked = self.asked.length if self.asked else 0
+        return len(self.context) + len(self.question) + max(len(self.answer), self.max_tokens, asked)
 
 
 def chat(tokenizer, context, question, prefix=""):

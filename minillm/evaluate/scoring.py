@@ -68,19 +68,19 @@ def _score_group(llm, prompt, configs, protocol):
             {"kept": cache.kept, "memory": cache.memory, "lengths": cache.lengths.copy(), "scores": {}}
             for cache in caches[1:]
         ]
+        for cache in caches if protocol == "document" else ():
+            cache.settle()
         if protocol != "aware" and prompt.question:
             asked = compressors if protocol == "document" else [None] * len(caches)
-            for cache in caches if protocol == "document" else ():
-                cache.settle()
             last = [extend(llm.model, prompt.question, *with_)[-1:] for with_ in zip(caches, asked, strict=True)]
         if prompt.answer:
-            full = None
-            for cache, state, result in zip(caches, last, [None, *results], strict=True):
-                found = read_answer(llm, cache, state, prompt.answer)
-                if result is None:
-                    full = found
-                else:
-                    result["scores"] |= forced_scores(llm, found, full, prompt.answer)
+            full, *states = [read_answer(llm, *one, prompt.answer) for one in zip(caches, last, strict=True)]
+            for result, scores in zip(results, forced_scores(llm, states, full, prompt.answer), strict=True):
+                result["scores"] |= scores
+        if prompt.asked:
+            reading = compressors if protocol == "document" else [None] * len(caches)
+            for result, scores in zip(results, agreement(llm, caches, reading, prompt.asked), strict=True):
+                result["scores"] |= scores
         if prompt.fidelity:
             errors = local_errors(llm, caches[0], caches[1:], prompt.answer)
             for result, layers in zip(results, errors, strict=True):
@@ -110,20 +110,72 @@ def read_answer(llm, cache, last, answer):
 
 
 def forced_scores(llm, states, full, answer):
-    """em: whether every answer token is the most likely one, so that greedy decoding would say it; accuracy: the share
-    of those that are; nll: nats a token; kl: nats a token from the full cache's distribution to this one's.
+    """Scores of each of several caches. em: whether every answer token is the most likely one, so that greedy decoding
+    would say it; accuracy: the share of those that are; first: the share before the first one that is not; nll: nats a
+    token; kl: nats a token from the full cache's distribution to this one's.
 
-    states, full (n, dim): what `read_answer` gives for the compressed and for the full cache."""
-    right, nll, kl = [], [], []
-    for lo in range(0, len(answer), LOGIT_ROWS):
+    states, full (n, dim): what `read_answer` gives for the compressed caches and for the full one."""
+    wanted, found = np.asarray(answer), [([], [], []) for _ in states]
+    for lo in range(0, len(wanted), LOGIT_ROWS):
         rows = slice(lo, lo + LOGIT_ROWS)
-        log_p, log_q = (log_softmax(llm.model.logits(x[rows])) for x in (full, states))
-        wanted = np.asarray(answer[rows])
-        right += (log_q.argmax(axis=1) == wanted).tolist()
-        nll += (-log_q[np.arange(len(wanted)), wanted]).tolist()
-        kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
-    means = {"accuracy": np.mean(right), "nll": np.mean(nll), "kl": max(np.mean(kl), 0.0)}
-    return {"em": float(all(right))} | {name: float(value) for name, value in means.items()}
+        log_p, here = log_softmax(llm.model.logits(full[rows])), np.arange(len(wanted[rows]))
+        for (right, nll, kl), x in zip(found, states, strict=True):
+            log_q = log_softmax(llm.model.logits(x[rows]))
+            right += (log_q.argmax(axis=1) == wanted[rows]).tolist()
+            nll += (-log_q[here, wanted[rows]]).tolist()
+            kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
+    return [
+        {
+            "em": float(all(right)),
+            "accuracy": float(np.mean(right)),
+            "first": [*right, False].index(False) / len(right),
+            "nll": float(np.mean(nll)),
+            "kl": max(float(np.mean(kl)), 0.0),
+        }
+        for right, nll, kl in found
+    ]
+
+
+def agreement(llm, caches, compressors, asked):
+    """{score: mean over the questions} of each cache but the first, the full one, whose greedy answers they read. Those
+    with a Compressor compress question and answer as they do any text."""
+    found, talks = [[] for _ in caches[1:]], [cache.fork() for cache in caches]
+    try:
+        for question in asked.questions:
+            asking = [cache.fork() for cache in talks]
+            try:
+                last = [extend(llm.model, question, *one)[-1:] for one in zip(asking, compressors, strict=True)]
+                answer, ends = greedy(llm, asking[0], last[0], asked.max_tokens)
+                full, *states = [read_answer(llm, *one, answer + ends) for one in zip(asking, last, strict=True)]
+                wanted = llm.model.logits(full).argmax(axis=1)
+                for scores, one in zip(found, forced_scores(llm, states, full, wanted), strict=True):
+                    scores.append(one)
+                if asked.in_turn:
+                    for one in zip(asking, compressors, strict=True):
+                        extend(llm.model, answer, *one)
+                    talks, asking = asking, talks
+            finally:
+                for cache in asking:
+                    cache.clear()
+    finally:
+        for cache in talks:
+            cache.clear()
+    return [{name: float(np.mean([one[name] for one in scores])) for name in scores[0]} for scores in found]
+
+
+def greedy(llm, cache, last, max_tokens):
+    """The greedy answer of a cache after a state (1, dim): its tokens, and [one of those that end it] if it ends. The
+    cache is left as it is."""
+    fork = cache.fork()
+    request = Request(llm.model, None, fork, [], SamplingParams(max_tokens=max_tokens), stop_ids=llm.stop_ids)
+    request.hidden = last
+    try:
+        llm.engine.run([request])
+    finally:
+        fork.clear()
+    if request.error is not None:
+        raise request.error
+    return request.token_ids, [min(llm.stop_ids)] if request.stop_reason == "eos" else []
 
 
 def generate(llm, prompt, caches, compressors, last):

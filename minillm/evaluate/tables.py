@@ -13,6 +13,7 @@ from minillm.evaluate.statistics import mean_of, mean_of_groups
 
 # The scores of a task that tables show, the first of which decides; those that are better when they are small.
 SHOWN = {
+    "answers": ("kl", "accuracy", "first", "em"),
     "needle": ("accuracy", "nll", "em", "contained", "words"),
     "verbatim": ("accuracy", "nll", "em"),
     "ruler": ("score",),
@@ -25,6 +26,7 @@ LONG = 32  # characters of an option beyond which its digest is shown
 PERCENT = ("ruler", "longbench")  # whose scores are shown times 100, as their papers do
 MEANING = {
     "accuracy": "share of the answer's tokens that are the most likely ones",
+    "first": "share of the answer's tokens before the first that is not the most likely one",
     "em": "share of the answers that greedy decoding gets right to the last token",
     "nll": "nats a token of the right answer",
     "kl": "nats a token from the full cache's distribution",

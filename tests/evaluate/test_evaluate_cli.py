@@ -76,7 +76,10 @@ def test_methods_times_budgets_times_options():
         (["verbatim", "--task", "keys2"], "not one of prose, code"),
         (["ruler", "--length", "200"], "does not fit"),
         (["longbench", "--data", "/nowhere"], "cannot be read from /nowhere"),
-        (["perplexity", "--protocol", "aware,blind"], "'blind' is not one of aware, agnostic"),
+        (["needle", "--protocol", "aware,blind"], "'blind' is not one of aware, agnostic"),
+        (["perplexity", "--protocol", "agnostic"], "unrecognized arguments: --protocol"),
+        (["answers", "--protocol", "aware"], "'aware' is not one of agnostic, document"),
+        (["answers", "--task", "poems"], "not one of prose, dialogue, code"),
         (["everything"], "invalid choice"),
         (["table", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
     ],
@@ -110,6 +113,7 @@ def test_needle_from_flags_to_tables(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "n_rows"),
     [
+        (["answers", "--task", "prose,talk", "--length", "400", "--following", "5", "--text", "{text}"], 8),
         (["perplexity", "--length", "400", "--following", "40"], 4),
         (["fidelity", "--length", "400", "--text", "{text}"], 4),
         (["verbatim", "--task", "prose,lists", "--length", "900", "--following", "20"], 8),

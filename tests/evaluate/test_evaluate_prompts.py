@@ -12,7 +12,7 @@ import tiny_chat
 
 from minillm import LLM
 from minillm.errors import MinillmError, UsageError
-from minillm.evaluate import continuation, longbench, needles, ruler, verbatim
+from minillm.evaluate import answers, continuation, longbench, needles, ruler, verbatim
 from minillm.evaluate.prompt import largest
 from minillm.evaluate.text import HAYSTACKS, Text, read_haystack, read_text, split_sentences
 
@@ -392,3 +392,30 @@ def test_a_stretch_of_held_out_text(llm):
         assert whole(llm, prompt) + text_of(llm, prompt.answer) in text.text
     with pytest.raises(UsageError, match="held-out text has"):
         continuation.prompt(llm, sample | {"length": 10**6}, text)
+
+
+# Answers
+
+
+@pytest.mark.parametrize("kind", answers.KINDS)
+def test_questions_about_a_text(llm, kind):
+    text = answers.text_of(kind)
+    one, other = (
+        answers.prompt(llm, sample, text) for sample in answers.samples([kind], [700], 48, [3, 4], {kind: text})
+    )
+    assert 500 < len(one.context) <= 700 and not one.question and not one.answer
+    begin, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    stretch, another = (text_of(llm, found.context).removeprefix(begin).strip() for found in (one, other))
+    assert stretch in text.join(text.stretch(0, 2 * len(text.parts))) and stretch[-200:] not in another
+    before = ["", *["<|im_end|>\n" + begin if kind == "talk" else ""] * 3]
+    for asked, question, mark in zip(one.asked.questions, answers.KINDS[kind].questions, before, strict=False):
+        assert text_of(llm, asked) == mark + question + tail
+    assert one.length == len(one.context) + one.asked.length
+    with pytest.raises(UsageError, match="no room for one sentence"):
+        answers.prompt(llm, answers.samples([kind], [18], 48, [3], {kind: text})[0], text)
+
+
+def test_samples_of_a_text_hardly_overlap():
+    """Of a text of 300 parts, 24 samples begin at places at least a 50th of it apart."""
+    starts = sorted(int(seed * answers.SPREAD % 1 * 300) for seed in range(24))
+    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) >= 300 / 50

@@ -11,7 +11,7 @@ from minillm.compress import reading
 from minillm.errors import MinillmError
 from minillm.evaluate import scoring
 from minillm.evaluate.continuation import local_errors
-from minillm.evaluate.prompt import Prompt
+from minillm.evaluate.prompt import Asked, Prompt
 from minillm.evaluate.scoring import compressor_of, forced_scores, groups, log_softmax, score
 
 CONFIGS = [
@@ -120,10 +120,57 @@ def test_log_softmax_and_scores_of_known_distributions(llm):
                 return np.log(x)
 
     other = np.array([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]])
-    scores = forced_scores(Fake, other, probabilities, [0, 2])
-    assert scores["accuracy"] == 0.5 and scores["em"] == 0
+    scores, same = forced_scores(Fake, [other, probabilities], probabilities, [0, 2])
+    assert scores["accuracy"] == 0.5 and scores["em"] == 0 and scores["first"] == 0
+    assert same["kl"] == 0 and same["accuracy"] == same["em"] == same["first"] == 1
+    assert forced_scores(Fake, [other], probabilities, [1, 1])[0]["first"] == 0.5
     assert scores["nll"] == pytest.approx(-(np.log(0.25) + np.log(0.7)) / 2)
     assert scores["kl"] == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
+
+
+def told(llm, caches, compressors, question, max_tokens):
+    """What the first of two caches answers token by token, and for each token whether the other agrees, and the KL."""
+    both = zip(caches, compressors, strict=True)
+    last, said, found = [reading.extend(llm.model, question, *one)[-1:] for one in both], [], []
+    while len(found) < max_tokens:
+        log_p, log_q = (log_softmax(llm.model.logits(x))[0] for x in last)
+        token = int(log_p.argmax())
+        found.append((token == log_q.argmax(), (np.exp(log_p) * (log_p - log_q)).sum()))
+        if token in llm.stop_ids:
+            break
+        said.append(token)
+        last = [reading.extend(llm.model, [token], cache) for cache in caches]
+    return said, np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("protocol", ["agnostic", "document"])
+def test_the_full_caches_own_answers_are_what_is_agreed_on(llm, protocol, in_turn):
+    """The full cache says what comes, and the other reads that: each question after the context, or after the question
+    and the answer before it."""
+    context, asked = Prompt(tokens(8, 300), []), Asked([tokens(9, 20), tokens(10, 30)], 12, in_turn)
+    results = score(llm, Prompt(context.context, [], asked=asked), CONFIGS[1:], protocol)
+    for config, result in zip(CONFIGS[1:], results, strict=True):
+        sessions = [read(llm, one, context, "aware")[0] for one in (CONFIGS[0], config)]
+        caches = [session.cache for session in sessions]
+        compressors = [None, compressor_of(llm, config) if protocol == "document" else None]
+        for cache in caches if protocol == "document" else ():
+            cache.settle()
+        means = []
+        for question in asked.questions:
+            before = [cache.fork() for cache in caches]
+            said, mean = told(llm, [cache.fork() for cache in caches], compressors, question, asked.max_tokens)
+            means.append(mean)
+            if in_turn:
+                for cache, compressor in zip(before, compressors, strict=True):
+                    reading.extend(llm.model, question, cache, compressor)
+                    reading.extend(llm.model, said, cache, compressor)
+                caches = before
+        accuracy, kl = np.mean(means, axis=0)
+        assert result["scores"]["accuracy"] == pytest.approx(accuracy)
+        assert result["scores"]["kl"] == pytest.approx(kl, abs=1e-4) and kl > 1e-3
+        for session in sessions:
+            session.close()
 
 
 def test_configurations_share_a_prefill_as_far_as_memory_goes(llm, monkeypatch):
