@@ -8,10 +8,11 @@ import operator
 import reprlib
 import time
 import weakref
+from functools import cached_property
 
 import numpy as np
 
-from minillm import ops
+from minillm import ops, questions
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
@@ -78,7 +79,14 @@ class LLM:
             known = self.tokenizer.delimiter_classes(cache.options.get("delimiters", "default"))
             classes[: len(known)] = known[: len(classes)]
         worth = None if self.profile is None else np.exp(self.profile.worth)
-        return Compressor(recipe, self.model, classes, worth, self.profile and self.profile.digest)
+        digest, asked = self.profile and self.profile.digest, self.asked if recipe.options.get("asked") else ()
+        return Compressor(recipe, self.model, classes, worth, digest, asked)
+
+    @cached_property
+    def asked(self):
+        """Token ids of general questions about a text and beginnings of answers, which come after it; none without a
+        tokenizer."""
+        return self.encode(questions.talk(self.tokenizer), bos=False) if self.tokenizer else []
 
     @property
     def pool(self):

@@ -25,7 +25,7 @@ class Watch:
     """Stands where a compressor does, and as its own compression: looks at the attention of each layer."""
 
     reads = "new"
-    block_tokens = None
+    block_tokens, asked = None, ()
 
     def __init__(self, llm, n_tokens):
         self.llm, self.n, self.found = llm, n_tokens, []

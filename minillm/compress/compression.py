@@ -91,7 +91,8 @@ class Compression:
             next_pos = self.seen - self.cache.left.shift
             queries = [Queries(q, np.arange(next_pos - q.shape[1], next_pos))]
         labels = self._labels(index, 0 if k is None else k.shape[1])
-        layer = self._layer(index, labels, *self._rows(index, k, v), queries=list(queries), hidden=hidden)
+        queries = [some for some in queries if self.compressor.asked or not some.asks]
+        layer = self._layer(index, labels, *self._rows(index, k, v), queries=queries, hidden=hidden)
         layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
         if (n := self.config.options.get("match")) and not self.cache.settled_tokens:
             model = self.compressor.model

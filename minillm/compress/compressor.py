@@ -17,11 +17,13 @@ class Compressor:
     """Compresses sequences of one model by one Recipe.
 
     model: Model. classes (vocab,) uint8: DelimiterClass of each token id. worth (L, H) float32: what an entry is worth
-    in each head, where a profile of the model says that. profile: the digest of it."""
+    in each head, where a profile of the model says that. profile: the digest of it. asked: token ids of questions that
+    a second reading of a text asks, too."""
 
-    def __init__(self, recipe, model, classes, worth=None, profile=None):
+    def __init__(self, recipe, model, classes, worth=None, profile=None, asked=()):
         self.recipe, self.config, self.model = recipe, recipe.config, model
         self.ops, self.classes, self.worth, self.profile = model.ops, classes, worth, profile
+        self.asked = list(asked)
 
     @property
     def block_tokens(self):

@@ -56,7 +56,7 @@ METHODS = {
         "reread",
         "global",
         "fold",
-        defaults=LOSSLESS | {"worth": True, "match": 256},
+        defaults=LOSSLESS | {"worth": True, "asked": True, "match": 256},
     ),
     "foresight": Method(
         "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",

@@ -23,11 +23,13 @@ class Queries:
     """Queries of one layer whose attention says what matters.
 
     lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows
-    and, in a second reading of the text, what it had read of that. None: over the rows."""
+    and, in a second reading of the text, what it had read of that. None: over the rows. asks: whether they are of
+    questions about the text, not of the text itself."""
 
     q: np.ndarray  # (Hq, m, d) rotated
     pos: np.ndarray  # (m,)
     lse: np.ndarray | None = None  # (Hq, m)
+    asks: bool = False
 
 
 @dataclass(kw_only=True)
@@ -154,14 +156,16 @@ class Layer(Rows):
         """(G, R) float32: |v W_O^h| of each row for the query heads of its group; order: "l1" or "l2"."""
         return self.output.norms(self.values, self.lengths, order)
 
-    def column_scores(self, reduce, min_distance=0):
-        """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row;
-        only queries at least min_distance positions after it count."""
+    def column_scores(self, reduce, min_distance=0, asks=False):
+        """(G, R) float32: the sum or the largest ("sum", "max") of the probabilities that all queries give to each row,
+        those of the text or, if `asks`, of questions about it; only queries at least min_distance positions after it
+        count."""
         rows = self.k, self.lengths, np.log(self.size), self.pos
         common = {"reduce": reduce, "min_distance": min_distance}
         parts = [
             self.ops.column_scores(x.q, *rows, x.pos, self.scale, self.attention_window, lse=x.lse, **common)
             for x in self.queries
+            if x.asks == asks
         ]
         return functools.reduce(np.add if reduce == "sum" else np.maximum, parts)
 

@@ -69,6 +69,7 @@ class _Part:
             compressor.begin(cache, token_ids, coming) if compressor else None
             for cache, compressor in zip(caches, compressors, strict=True)
         ]
+        self.asked = next((one.asked for one in compressors if one and one.asked), [])
         self.noting = [cache for cache in caches if cache.left.predicted is not None]
         self.x = model.embed(token_ids)
 
@@ -78,7 +79,8 @@ class _Part:
         reads = {compression.reads for compression in self.compressions if compression}
         asked = {"new": "queries", "hidden": "hidden"}
         wants = {*wants, *(asked[name] for name in reads & asked.keys()), *(["scores"] if self.noting else [])}
-        with closing(Rereading(model, self.token_ids, first)) if "again" in reads else nullcontext() as again:
+        again = Rereading(model, self.token_ids, first, self.asked) if "again" in reads else None
+        with closing(again) if again else nullcontext():
             for step in model.layers([(self.x, first.position)], first.layer, wants):
                 self._store(step, again)
                 yield step
@@ -88,7 +90,7 @@ class _Part:
     def _store(self, step, again):
         for cache in self.noting:
             cache.left.predicted[step.index].append(step.scores)
-        queries = {"new": [Queries(step.q, step.pos, step.lse)], "again": again and again.layer(step)}
+        queries = {"new": [Queries(step.q, step.pos, step.lse)], "again": again.layer(step) if again else ()}
         for cache, compression in zip(self.caches, self.compressions, strict=True):
             if compression:
                 compression.store(step.index, step.k, step.v, queries.get(compression.reads) or (), step.hidden)
@@ -110,19 +112,22 @@ def recompress(model, cache, compressor):
 
 class Rereading:
     """A second reading of the new tokens, carried through the blocks of the model beside the first: in parts, each of
-    which sees the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight).
+    which sees the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight). asked:
+    token ids that come after the text and are a part of their own.
 
     Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
 
     PART = 2048  # tokens
 
-    def __init__(self, model, token_ids, cache):
+    def __init__(self, model, token_ids, cache, asked=()):
         self.cache, n = cache, len(token_ids)
         self.position = cache.position + n  # of the second reading's first token
         self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
-        x, parts = model.embed(token_ids), [slice(lo, min(lo + self.PART, n)) for lo in range(0, n, self.PART)]
-        self.n_parts = len(parts)
-        self.steps = model.layers([(x[rows], self.position) for rows in parts], self._past, {"queries"})
+        x = model.embed(token_ids)
+        parts = [x[lo : lo + self.PART] for lo in range(0, n, self.PART)]
+        self.asks = [False] * len(parts) + [True] * bool(asked)  # of each part
+        parts += [model.embed(asked)] if asked else []
+        self.steps = model.layers([(part, self.position) for part in parts], self._past, {"queries"})
 
     def close(self):
         """Give the pages of the text back."""
@@ -139,5 +144,5 @@ class Rereading:
         if self.cache.seen:
             text.write(0, self.cache.read(step.index))
         text.append(0, step.k, step.v, step.pos)
-        again = (next(self.steps) for _ in range(self.n_parts))
-        return [Queries(part.q, part.pos, part.lse) for part in again]
+        again = ((next(self.steps), asks) for asks in self.asks)
+        return [Queries(part.q, part.pos, part.lse, asks) for part, asks in again]

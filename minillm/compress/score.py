@@ -50,10 +50,13 @@ def columns(layer, per_query):
     return sums / new if history is None else (history * (since - new) + sums) / since.astype(np.float32)
 
 
-def reread(layer, group, worth):
+def reread(layer, group, worth, asked):
     """KVzip (Kim et al. 2025): the most that any query of a second reading of the text gives to a row, the largest of
-    the group's query heads; hindsight: their mean, times what an entry of the head is worth where that is known."""
+    the group's query heads; hindsight: their mean, plus the same of questions about the text, times what an entry of
+    the head is worth where that is known."""
     largest = layer.column_scores("max")
+    if asked and any(queries.asks for queries in layer.queries):
+        largest = largest + layer.column_scores("max", asks=True)
     scores = largest.max(axis=0) if group == "max" else largest.mean(axis=0)
     if worth and layer.worth is not None:
         scores = scores * layer.ops.array(layer.worth)[layer.heads]
@@ -148,6 +151,7 @@ POOLING = Option("max", one_of("max", "avg"), "max or avg")
 WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
 GROUP = Option("mean", one_of("mean", "max"), "of the query heads of a KV head: mean or max")
 WORTH = Option(False, one_of(True, False), "times what an entry of the head is worth, where a profile says that")
+ASKED = Option(False, one_of(True, False), "general questions about the text are read, too: their largest is added")
 PER_QUERY = Option(False, one_of(True, False), "divided by the number of queries that have seen the row")
 QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
 HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
@@ -161,7 +165,7 @@ SCORES = {
     "reread": Score(
         reread,
         "the largest attention when the text is read a second time",
-        {"group": GROUP, "worth": WORTH},
+        {"group": GROUP, "worth": WORTH, "asked": ASKED},
         "again",
         True,
     ),

@@ -28,15 +28,15 @@ from minillm.files.profile_file import Profile, fingerprint
 from minillm.ops import cpu_lib
 
 GOLDEN = DATA / "caches_golden.npz"
-NEEDS = {"razor": {"retrieval_heads": "0:1"}}
+NEEDS = {"razor": {"retrieval_heads": "0:1"}, "hindsight": {"asked": False}}
 GENERATED = 40
 FIELDS = ("lengths", "pos", "log_size", "k", "v")
 CONFIGS = {
     **{name: (name, 0.4, NEEDS.get(name, {})) for name in METHODS if name != "full"},
     "full": ("full", None, {}),
     "full int8": ("full", None, {"dtype": "int8"}),
-    "hindsight int8": ("hindsight", 0.3, {"dtype": "int8"}),
-    "hindsight unmatched": ("hindsight", 0.3, {"match": 0}),
+    "hindsight int8": ("hindsight", 0.3, {"dtype": "int8", "asked": False}),
+    "hindsight unmatched": ("hindsight", 0.3, {"match": 0, "asked": False}),
     "foresight int8": ("foresight", 0.2, {"dtype": "int8"}),
     "foresight threshold": ("foresight", None, {"threshold": 0.05}),
     "foresight entries": ("foresight", 48, {}),
