@@ -8,6 +8,7 @@ import numpy as np
 
 from minillm.architectures import BY_ARCHITECTURE, Family
 from minillm.errors import MinillmError
+from minillm.files.packed_tensor import Packing
 
 MAX_LAYERS = 10_000  # a config that asks for more is damaged; its table of tensors would fill the memory
 
@@ -74,6 +75,7 @@ class ModelConfig:
     activation: str = "silu"  # of the gate: a key of ACTIVATIONS
     qk_norm: bool = False  # queries and keys have a norm, head by head, before RoPE
     tied_head: bool = False  # the output head is the embedding
+    packing: Packing | None = None  # of its matrices in a folder; None: each is one tensor
     temperature: float = 0.0  # beta: a query at position p is times 1 + beta log(1 + p // rope.original_context)
     attention_scale: float = 0.0  # of the logits of attention; 0: head_dim ** -0.5
     embedding_scale: float = 1.0

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from minillm.architectures import FAMILIES, Family
 from minillm.errors import MinillmError
+from minillm.files.checkpoints import packing_of
 from minillm.files.config import MAX_LAYERS, ModelConfig, RopeConfig
 from minillm.files.config_keys import Keys, scales
 
 # Keys that would change the computation, with the values that do not. Any other value is refused.
 _ONLY = {
-    "quantization_config": (None,),
-    "compression_config": (None,),
     "num_local_experts": (None, 0, 1),
     "is_causal": (None, True),
     "use_bidirectional_attention": (None, False),
@@ -73,6 +72,7 @@ def config_from_json(values: dict, name: str = "") -> ModelConfig:
         local_rope=local_rope,
         **said | family.fixed,
         tied_head=keys.flag("tie_word_embeddings"),
+        packing=packing_of(keys),
         bos_id=keys.integer("bos_token_id", 1, least=-1, null=None),
         eos_ids=_eos_ids(keys),
         **_scales(keys, family, dim),

@@ -72,6 +72,16 @@ class StoredTensor:
         return replace(self, shape=(hi - lo, *self.shape[1:]), offset=self.offset + lo * row, nbytes=(hi - lo) * row)
 
     @property
+    def parts(self) -> tuple["StoredTensor", ...]:
+        """What it consists of: itself."""
+        return (self,)
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """(nbytes,) uint8 view of the map."""
+        return self.file.bytes_at(self.offset, self.nbytes)
+
+    @property
     def end(self) -> int:
         return self.offset + self.nbytes
 

@@ -24,6 +24,7 @@ from minillm.files.formats import F32, FLOATS, FORMATS, QUANTIZED, WeightFormat
 from minillm.files.gguf_file import GGUFFile, read_gguf
 from minillm.files.hub import ModelFiles
 from minillm.files.mapped_file import StoredTensor
+from minillm.files.packed_tensor import PackedTensor, Tensors, gathered, idle
 from minillm.files.safetensors_file import read_folder
 
 
@@ -33,7 +34,7 @@ class StoredModel:
 
     path: Path  # of the folder or of the .gguf file
     config: ModelConfig
-    tensors: dict[str, StoredTensor]  # all that the config asks for, by Hugging Face name, as they lie in the files
+    tensors: Tensors  # all that the config asks for, by Hugging Face name, as they lie in the files
     metadata: dict | None  # of a .gguf, its vocabulary among them; None: a folder, where files beside hold it
 
     @property
@@ -51,7 +52,8 @@ class StoredModel:
         digest = hashlib.sha256(repr(_said(replace(self.config, name=""))).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(repr((name, tensor.kind, tensor.shape)).encode())
-            digest.update(tensor.file.sample(tensor.offset, tensor.nbytes))
+            for part in tensor.parts:
+                digest.update(part.file.sample(part.offset, part.nbytes))
         kinds = " ".join(sorted({tensor.kind for tensor in self.tensors.values()}))
         return f"{'safetensors' if self.metadata is None else 'gguf'} {kinds} {digest.hexdigest()[:16]}"
 
@@ -127,15 +129,16 @@ def gguf_config(gguf: GGUFFile, name: str) -> ModelConfig:
     return config_from_gguf(gguf.metadata, name, gguf.tensors, values)
 
 
-def folder_tensors(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+def folder_tensors(path: Path, config: ModelConfig) -> Tensors:
     """The tensors that a config asks for, of the safetensors files of a folder."""
-    found = {_text_name(name, config): tensor for name, tensor in read_folder(path).items()}
+    found = gathered(read_folder(path), config.packing)
+    found = {_text_name(name, config): tensor for name, tensor in found.items()}
     # buffers that old versions of transformers saved, a head that the config says not to use, and what only sees
     unused = {name for name in found if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
-    unused |= {name for name in found if name.startswith(_SEEING)}
+    unused |= {name for name in found if name.startswith(_SEEING)} | idle(found)
     tensors = _placed(path, dict(_apart(found, config)), config, unused)
     for tensor in tensors.values():
-        if not _is_float(tensor):
+        if not _is_float(tensor) and not isinstance(tensor, PackedTensor):
             raise _unreadable(tensor)
     return tensors
 
@@ -164,7 +167,7 @@ def _text_name(name: str, config: ModelConfig) -> str:
     return match[1] + config.family.renamed.get(match[2], match[2]) if match else name
 
 
-def _apart(found: dict[str, StoredTensor], config: ModelConfig) -> Iterator[tuple[str, StoredTensor]]:
+def _apart(found: Tensors, config: ModelConfig) -> Iterator[tuple[str, StoredTensor | PackedTensor]]:
     """With matrices that a family stores above one another taken apart, under their Hugging Face names."""
     parts = {part.field: part for part in BLOCK}
     for name, tensor in found.items():
@@ -195,7 +198,7 @@ def _renamed(gguf: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, StoredT
     return _apart(found, config)
 
 
-def _placed(path: Path, found: dict, config: ModelConfig, unused=frozenset()) -> dict[str, StoredTensor]:
+def _placed(path: Path, found: Tensors, config: ModelConfig, unused=frozenset()) -> Tensors:
     """Of the tensors that were found those that the config asks for, each of the right shape, in the order in which
     they lie in the files. MinillmError where one is missing, or one is left over that is not `unused`."""
     shapes = tensor_shapes(config)
@@ -218,7 +221,7 @@ def _placed(path: Path, found: dict, config: ModelConfig, unused=frozenset()) ->
     return {name: tensor for name, tensor in ordered if name in shapes}
 
 
-def _is_float(tensor: StoredTensor) -> bool:
+def _is_float(tensor: StoredTensor | PackedTensor) -> bool:
     return FORMATS.get(tensor.kind) in FLOATS
 
 
@@ -226,7 +229,7 @@ def _unreadable(tensor: StoredTensor) -> MinillmError:
     return tensor.error(f"is of type {tensor.kind}; minillm reads {', '.join(format.name for format in FLOATS)} here")
 
 
-def _format(tensor: StoredTensor, dtype: str, is_head: bool) -> WeightFormat:
+def _format(tensor: StoredTensor | PackedTensor, dtype: str, is_head: bool) -> WeightFormat:
     """The format that the Weight of a tensor is to have."""
     if dtype == "float32" or len(tensor.shape) == 1:
         return F32

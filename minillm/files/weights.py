@@ -1,20 +1,21 @@
 """Weights in memory, and how they get there from a StoredModel.
 
 Its files are mapped. "stored" keeps tensors as they lie in the file, as views of the map; those of formats that no
-kernel reads become Q8_0, a part at a time. "float32" widens tensor after tensor and gives the mapped pages back; "q8_0"
-and "q4_0" make blocks of matrices of floats in the same way.
+kernel reads become Q8_0, a part at a time, and packed ones of a checkpoint the format that holds them. "float32" widens
+tensor after tensor and gives the mapped pages back; "q8_0" and "q4_0" make blocks of matrices of floats just so.
 """
 
 import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minillm.files.formats import F32, FORMATS, WeightFormat
 from minillm.files.mapped_file import StoredTensor
+from minillm.files.packed_tensor import PackedTensor, Tensors
 from minillm.files.stored_model import StoredModel
 
 _PART = 2**18  # weights converted at a time: a millisecond or some of work, and temporaries of a few MB
@@ -94,18 +95,20 @@ def load_weights(
     wanted = {name: tensor for name, tensor in stored.tensors.items() if only(name)}
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, tensor in _shown(wanted, progress):
-            weight, format = _load(tensor, stored.order_of(name)), formats[name]
+            format = formats[name]
+            weight = _in_order(_load(tensor, format, pool.map), stored.order_of(name))
             if weight.format is not format:
                 weight = weight.widened(pool.map) if format is F32 else weight.quantized(format, pool.map)
             if stored.norm_offset and name.endswith("norm.weight"):
                 weight = Weight(F32, weight.data + np.float32(stored.norm_offset), weight.shape)
-            if not np.may_share_memory(weight.data, tensor.file.bytes_at(tensor.offset, tensor.nbytes)):
-                tensor.file.release(tensor.offset, tensor.nbytes)
+            for part in tensor.parts:
+                if not np.may_share_memory(weight.data, part.bytes):
+                    part.file.release(part.offset, part.nbytes)
             weights[name] = weight
     return weights
 
 
-def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[str, StoredTensor]]:
+def _shown(tensors: Tensors, progress: bool) -> Iterator[tuple[str, StoredTensor | PackedTensor]]:
     """The items of `tensors`, with a progress bar of their bytes while they are used."""
     if not progress:
         yield from tensors.items()
@@ -119,11 +122,32 @@ def _shown(tensors: dict[str, StoredTensor], progress: bool) -> Iterator[tuple[s
             bar.update(tensor.nbytes)
 
 
-def _load(tensor: StoredTensor, order: np.ndarray | None) -> Weight:
-    """The tensor as it is stored, the rows of each head in this order."""
+def _load(tensor: StoredTensor | PackedTensor, format: WeightFormat, run) -> Weight:
+    """The tensor as it is stored, or, a packed one, in this format. `run`: as in Weight.widened."""
+    if isinstance(tensor, PackedTensor):
+        return _unpacked(tensor, format, run)
     format = FORMATS[tensor.kind]
-    data = tensor.file.bytes_at(tensor.offset, tensor.nbytes).view(format.words).reshape(*tensor.shape[:-1], -1)
+    data = tensor.bytes.view(format.words).reshape(*tensor.shape[:-1], -1)
     data = data if data.flags.aligned else data.copy()  # BLAS would copy it at every product
-    if order is not None:
-        data = data.reshape(-1, len(order), *data.shape[1:])[:, order].reshape(data.shape)
     return Weight(format, data, tensor.shape)
+
+
+def _unpacked(tensor: PackedTensor, format: WeightFormat, run) -> Weight:
+    n_out, n_in = tensor.shape
+    words = format.nbytes(n_in) // np.dtype(format.words).itemsize
+    out = np.empty((n_out, words), format.words)
+
+    def read_rows(part):
+        out[part] = tensor.read(part.start, min(part.stop, n_out), format)
+
+    for _ in run(read_rows, _parts(tensor.shape)):
+        pass
+    return Weight(format, out, tensor.shape)
+
+
+def _in_order(weight: Weight, order: np.ndarray | None) -> Weight:
+    """The rows of each head in this order."""
+    if order is None:
+        return weight
+    data = weight.data
+    return replace(weight, data=data.reshape(-1, len(order), *data.shape[1:])[:, order].reshape(data.shape))

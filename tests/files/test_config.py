@@ -212,8 +212,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_theta": 1.0}, "rope_theta = 1.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config = .*gptq"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"quantization_config \(gptq\): group_size is missing",
+        ),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method = 'bitsandbytes'"),
         ({"num_local_experts": 8}, "num_local_experts = 8"),
         ({"layer_types": ["sliding_attention", "full_attention"] * 16}, "layer_types"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),

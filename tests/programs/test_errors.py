@@ -168,7 +168,7 @@ def test_header_that_lies_about_offsets(tiny, fails):
         ),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, ["spiral", "linear", "yarn"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"quantization_config": {"quant_method": "hqq"}}, ["quantization_config", "hqq", "a GGUF of it"]),
     ],
 )
 def test_model_that_is_not_supported(change, words, tmp_path, fails):
