@@ -270,7 +270,7 @@ class _Bytes(Packing):
 
 
 def _compressed(said: Keys) -> Packing:
-    _only(said, "format", "float-quantized", "pack-quantized", "int-quantized")
+    _only(said, "format", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
     for key in ("sparsity_config", "transform_config"):
         if (value := said.get(key)) and not (isinstance(value, dict) and value.get("format") == "dense"):
             _only(said, key, None)
@@ -280,8 +280,8 @@ def _compressed(said: Keys) -> Packing:
     if not kinds or not isinstance(kinds[0], dict) or any(kind != kinds[0] for kind in kinds):
         raise said.error("config_groups", said.get("config_groups"), f"minillm reads one kind of weights: {WAY_OUT}")
     weights = Keys(kinds[0], f"{said.name}: weights")
-    _only(weights, "type", "float" if said.get("format") == "float-quantized" else "int")
     if said.get("format") == "pack-quantized":
+        _only(weights, "type", "int")
         bits = _bits(weights, 4, 8, key="num_bits")
         _only(weights, "strategy", "group", "channel")
         _only(weights, "actorder", "static", "weight", False, None)
@@ -289,7 +289,8 @@ def _compressed(said: Keys) -> Packing:
         return _Words(bits, group, weights.flag("symmetric", True))
     _only(weights, "num_bits", 8)
     _only(weights, "symmetric", True, None)
-    if said.get("format") == "int-quantized":
+    _only(weights, "type", "float", "int")
+    if weights.get("type") == "int":
         _only(weights, "strategy", "tensor", "channel")
         return _Bytes()
     _only(weights, "strategy", "tensor", "channel", "block")

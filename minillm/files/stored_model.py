@@ -131,12 +131,12 @@ def gguf_config(gguf: GGUFFile, name: str) -> ModelConfig:
 
 def folder_tensors(path: Path, config: ModelConfig) -> Tensors:
     """The tensors that a config asks for, of the safetensors files of a folder."""
-    found = gathered(read_folder(path), config.packing)
+    found = {name: tensor for name, tensor in read_folder(path).items() if not name.startswith(_SEEING)}
+    found = gathered(found, config.packing)
     found = {_text_name(name, config): tensor for name, tensor in found.items()}
-    # buffers that old versions of transformers saved, a head that the config says not to use, and what only sees
+    # buffers that old versions of transformers saved, and a head that the config says not to use
     unused = {name for name in found if name.endswith("rotary_emb.inv_freq")} | {"lm_head.weight"}
-    unused |= {name for name in found if name.startswith(_SEEING)} | idle(found)
-    tensors = _placed(path, dict(_apart(found, config)), config, unused)
+    tensors = _placed(path, dict(_apart(found, config)), config, unused | idle(found))
     for tensor in tensors.values():
         if not _is_float(tensor) and not isinstance(tensor, PackedTensor):
             raise _unreadable(tensor)

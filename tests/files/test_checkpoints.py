@@ -213,6 +213,27 @@ def test_zeros_of_old_quantisers_are_left_out_and_other_biases_are_not(tmp_path)
         stored(tmp_path)
 
 
+def test_zero_points_of_symmetric_bytes_must_be_zero(tmp_path):
+    packing = compressed("naive-quantized", num_bits=8, type="int", strategy="channel", symmetric=True)
+    tensors, means = packers.make(tmp_path, packers.bytes_of_integers, packing)
+    zeros, name = np.zeros((64, 1), np.int8), "model.layers.1.mlp.up_proj.weight_zero_point"
+    packers.write(tmp_path / "model.safetensors", tensors | {name: ("I8", zeros)})
+    assert load(tmp_path).keys() == means.keys()
+    packers.write(tmp_path / "model.safetensors", tensors | {name: ("I8", zeros + 1)})
+    with pytest.raises(MinillmError, match=rf"{name} has no place in this model"):
+        load(tmp_path)
+
+
+def test_what_sees_is_left_out_however_it_is_packed(tmp_path):
+    tensors, means = packers.make(tmp_path, packers.mlx, mlx(4))
+    tower = {
+        "vision_tower.fc.weight": ("U32", np.zeros((3, 5), np.uint32)),
+        "vision_tower.fc.scales": packers.half([1]),
+    }
+    packers.write(tmp_path / "model.safetensors", tensors | tower)
+    assert load(tmp_path).keys() == means.keys()
+
+
 def test_the_digest_is_of_all_parts(tmp_path):
     tensors, _ = packers.make(tmp_path, packers.gptq, ASYMMETRIC, **PHI3)
     packers.make(tmp_path, partial(packers.gptq, symmetric=False), ASYMMETRIC, **PHI3)
@@ -367,7 +388,10 @@ REFUSED = [
     (inside(FP8, fmt="e5m2"), "fmt = 'e5m2' .* reads e4m3"),
     (inside(FP8, weight_block_size=[128]), r"weight_block_size = \[128\] .* must be \[rows, columns\]"),
     (inside(INTS, format="nvfp4-pack-quantized"), r"\(compressed-tensors\): format = 'nvfp4-pack-quantized'"),
-    (inside(INTS, format="mxfp4-pack-quantized"), "format = 'mxfp4-pack-quantized' .* pack-quantized or int-quantized"),
+    (
+        inside(INTS, format="mxfp4-pack-quantized"),
+        "format = 'mxfp4-pack-quantized' .* naive-quantized or pack-quantized",
+    ),
     (inside(INTS, format="marlin-24"), "format = 'marlin-24'"),
     (inside(INTS, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config = .*sparse-24-bitmask"),
     (inside(INTS, transform_config={"config_groups": {"u": {}}}), "transform_config = "),
