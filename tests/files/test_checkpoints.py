@@ -16,6 +16,7 @@ from minillm import LLM
 from minillm.errors import MinillmError
 from minillm.files import hub
 from minillm.files.config_json import config_from_json
+from minillm.files.formats import F32, FORMATS
 from minillm.files.stored_model import open_model
 from minillm.files.weights import load_weights
 from minillm.programs import run
@@ -144,6 +145,19 @@ def test_what_is_held_is_what_was_meant(tmp_path, case, family):
     assert model.weight_bytes("stored") == sum(weight.nbytes for weight in weights.values())
     rows = weights["model.layers.1.self_attn.k_proj.weight"]
     np.testing.assert_array_equal(rows.rows(3, 9), rows.widened().data[3:9])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_rows_that_lie_on_no_word_and_no_block(tmp_path, case):
+    packer, packing, held, _ = CASES[case]
+    _, means = packers.make(tmp_path, packer, packing)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    whole = stored(tmp_path).tensors[name]
+    part = whole.rows(3, 61).rows(18, 50)
+    assert part.shape == (32, 32) and part.nbytes == whole.nbytes // 2
+    np.testing.assert_array_equal(part.read(5, 18, F32), np.float32(means[name][26:39]))
+    in_blocks = whole.read(0, 64, FORMATS[held])
+    np.testing.assert_array_equal(part.read(5, 18, FORMATS[held]), in_blocks[26:39])
 
 
 PARTIAL = PHI3 | {"partial_rotary_factor": 0.75, "head_dim": 8}
