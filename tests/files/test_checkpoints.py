@@ -93,6 +93,11 @@ CASES = {
         compressed("pack-quantized", **WORDS | {"num_bits": 8, "strategy": "channel", "group_size": None}),
         *("Q8_0", 0),
     ),
+    "compressed, words of 8 bits, asymmetric": (
+        partial(packers.words_of_integers, bits=8, symmetric=False),
+        compressed("pack-quantized", **WORDS | {"num_bits": 8, "symmetric": False}),
+        *("Q8_0", 6e-3),
+    ),
     "compressed, bytes": (
         packers.bytes_of_integers,
         compressed("int-quantized", **WORDS | {"num_bits": 8, "strategy": "channel", "group_size": None}),
