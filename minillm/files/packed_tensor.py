@@ -53,7 +53,7 @@ class Codes:
 
     def centred(self, bits: int) -> bool:
         """Whether the middle of `bits` bits means 0."""
-        return np.array_equal(self.minimum, -(2.0 ** (bits - 1)) * self.scale)
+        return np.array_equal(self.minimum, -(2.0 ** (bits - 1)) * self.scale, equal_nan=True)
 
     def blocks(self, format: WeightFormat) -> np.ndarray:
         """(n, blocks of a row, block_bytes) uint8 of Q4_0, Q4_1, Q5_1 or Q8_0. Groups lie together, and are multiples

@@ -44,7 +44,8 @@ class StoredModel:
     @cached_property
     def digest(self) -> str:
         """Of the config and the weights as they are stored: "gguf F32 Q4_1 Q8_0 2f4c0e61b8a97d35", the types of the
-        tensors before it. The names of model, folder and files do not count.
+        tensors before it (of packed ones the formats that they are read into). The names of model, folder and files do
+        not count.
 
         Of each tensor 4 KiB are looked at (MappedFile.sample): milliseconds for any model. That tells another training,
         fine-tune, merge, quantisation or rounding. It does not tell an edit of a few rows or of single weights.
