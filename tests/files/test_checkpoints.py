@@ -118,6 +118,21 @@ def test_modules_of_mlx_have_their_own_bits(tmp_path):
         assert off(np.float64(weights[name].widened().data), want) < 6e-3
 
 
+def test_the_text_model_of_one_that_also_sees(tmp_path):
+    """config.json says of the whole model how it is packed, with the names of the file."""
+    down = "language_model.model.layers.0.mlp.down_proj"
+    own = {down.removeprefix("language_model."): partial(packers.mlx, bits=8)}
+    tensors, means = packers.make(tmp_path, packers.mlx, {}, own=own)
+    packers.write(tmp_path / "model.safetensors", {f"language_model.{name}": array for name, array in tensors.items()})
+    text = json.loads((tmp_path / "config.json").read_text())
+    values = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text}
+    values |= mlx(4, **{down: {"group_size": 32, "bits": 8}})
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    weights = load(tmp_path, "float32")
+    for name, want in means.items():
+        np.testing.assert_array_equal(weights[name].data, np.float32(want), err_msg=name)
+
+
 def test_zeros_of_old_quantisers_are_left_out_and_other_biases_are_not(tmp_path):
     """A Llama has no biases, but old quantisers gave one of zeros to every matrix."""
     tensors, means = packers.make(tmp_path, packers.gptq, GPTQ)
