@@ -24,7 +24,10 @@ def talk(tokenizer):
         turns = [f"{TEXT}\n\n{said[0]}", *said[1:]]
         roles = ("user", "assistant") * len(ASKED)
         with suppress(MinillmError):  # a template that cannot have it so
-            chat = tokenizer.render_chat([{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)])
+            chat = tokenizer.render_chat(
+                [{"role": role, "content": words} for role, words in zip(roles, turns, strict=True)],
+                add_generation_prompt=False,
+            )
             if TEXT in chat:
                 return chat.partition(TEXT)[2]
     return "".join(f"\n\n{words}" for words in said)

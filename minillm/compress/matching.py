@@ -28,12 +28,11 @@ class Asked(NamedTuple):
 
 
 def ask(queries, n, k, v, past, scale, window=None):
-    """What n tokens of the second reading (all, if it has fewer) get from a text, all of which comes before them: from
-    the entries of a layer, `past` (PagedLayer), and its new keys and values k, v (H, m, d). queries: a list of Queries;
-    scale, window: of the model's attention."""
+    """What n tokens of the second reading get from a text, all of which comes before them: from the entries of a layer,
+    `past` (PagedLayer), and its new keys and values k, v (H, m, d). queries: a list of Queries; scale, window: of the
+    model's attention."""
     ops, (n_heads, _, d) = past.pool.ops, k.shape
-    pos = np.concatenate([some.pos for some in queries])
-    picked = np.unique(np.linspace(0, len(pos) - 1, min(n, len(pos))).round().astype(int))
+    pos, picked = np.concatenate([some.pos for some in queries]), _picked(queries, n)
     q, lse, first = [], [], 0
     for some in queries:
         here = ops.array(picked[(picked >= first) & (picked < first + len(some.pos))] - first)
@@ -51,6 +50,15 @@ def ask(queries, n, k, v, past, scale, window=None):
         share=np.exp(of_rows - lse).reshape(n_heads, -1),
         output=output.reshape(n_heads, -1, d),
     )
+
+
+def _picked(queries, n):
+    """Which of the tokens of all Queries, one after another, are asked: n of them evenly spaced (all, if there are
+    fewer); of the text and of questions about it half of n each, where there are both."""
+    asks = np.concatenate([np.full(len(some.pos), some.asks) for some in queries])
+    kinds = [kind for kind in (np.flatnonzero(~asks), np.flatnonzero(asks)) if len(kind)]
+    spaced = [np.linspace(0, len(kind) - 1, min(n // len(kinds), len(kind))).round().astype(int) for kind in kinds]
+    return np.unique(np.concatenate([kind[some] for kind, some in zip(kinds, spaced, strict=True)]))
 
 
 def matched(entries, asked, ops, scale, window=None):

@@ -24,7 +24,12 @@ def literal_ask(layer, n):
     group, found = len(layer.queries[0].q) // len(layer.lengths), []
     pos = np.concatenate([x.pos for x in layer.queries])
     q, lse = (np.concatenate([getattr(x, name) for x in layer.queries], axis=1) for name in ("q", "lse"))
-    tokens = sorted({round(float(i)) for i in np.linspace(0, len(pos) - 1, min(n, len(pos)))})
+    asks, tokens = [x.asks for x in layer.queries for _ in x.pos], []
+    for kind in set(asks):  # as many of the text as of questions about it
+        of_kind, some = [i for i, other in enumerate(asks) if other == kind], n // len(set(asks))
+        at = np.linspace(0, len(of_kind) - 1, min(some, len(of_kind)))
+        tokens += {of_kind[round(float(i))] for i in at}
+    tokens.sort()
     ends = np.cumsum(layer.lengths)
     for head, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
         rows = []
@@ -106,24 +111,28 @@ def entries_of(layer, share, rng):
     return Entries(layer.k[rows], layer.v[rows], log_size, layer.pos[rows], lengths)
 
 
-def in_blocks(queries, sizes):
-    ends = np.cumsum(sizes)
-    parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-    return [Queries(queries.q[:, part], queries.pos[part], queries.lse[:, part]) for part in parts]
+def in_blocks(queries, sizes, asks=()):
+    """In blocks of these sizes; asks: the numbers of those that are of questions."""
+    ends, blocks = np.cumsum(sizes), []
+    for number, (lo, hi) in enumerate(zip([0, *ends], ends, strict=False)):
+        blocks.append(Queries(queries.q[:, lo:hi], queries.pos[lo:hi], queries.lse[:, lo:hi], number in asks))
+    return blocks
 
 
+@pytest.mark.parametrize("asks", [(), (1,)])
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize(("n", "tokens", "work"), [(60, 40, 1e9), (60, 7, 1e9), (60, 400, 1e9), (60, 40, 20000)])
-def test_literal(n, tokens, work, window, monkeypatch):
-    """More entries than queries and fewer; ragged heads; queries in blocks; sizes of earlier entries, some below 1; a
-    model's window; queries left out where entries are many."""
+def test_literal(n, tokens, work, window, asks, monkeypatch):
+    """More entries than queries and fewer; ragged heads; queries in blocks, of questions too; sizes of earlier entries,
+    some below 1; a model's window; queries left out where entries are many."""
     monkeypatch.setattr(matching, "WORK", work)
     rng = np.random.default_rng(tokens)
     layer, _ = layer_of(rng, [n, 9, n - 7], group=2, again=True, merged=True, d=8, n_queries=40)
     layer = with_sizes(layer, np.where(rng.random(len(layer.size)) < 0.2, 0.3, layer.size))
-    layer.attention_window, layer.queries = window, in_blocks(layer.queries[0], [24, 16])
+    layer.attention_window, layer.queries = window, in_blocks(layer.queries[0], [24, 16], asks)
     asked, literal = ask_layer(layer, tokens), literal_ask(layer, tokens)
-    assert asked.q.shape == (3, 2 * min(tokens, 40), 8)
+    few = min(tokens // 2, 24) + min(tokens // 2, 16) if asks else min(tokens, 40)
+    assert asked.q.shape == (3, 2 * few, 8)
     for head, (q, pos, lse, share, output) in enumerate(literal):
         np.testing.assert_array_equal(asked.q[head], q.astype(F32))
         np.testing.assert_array_equal(asked.pos, pos)

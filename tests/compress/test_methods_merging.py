@@ -16,7 +16,7 @@ from minillm.compress.config import CacheConfig
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS
 from minillm.compress.plan import Ledger
-from minillm.compress.reading import Rereading, extend
+from minillm.compress.reading import Rereading, extend, finish, read
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
 
@@ -131,28 +131,30 @@ def test_h2o_evicts_what_was_attended_to_least_so_far(per_query):
 # a second reading: KVzip and KVCompose
 
 
-def rereading(model, ids, block):
-    """Attention of a second reading, in float64 by one pass over all tokens under a mask: [(Hq, n queries, n)]."""
-    c, n = model.config, len(ids)
+def rereading(model, ids, block, asked=()):
+    """Attention to a text of n tokens of a second reading of it and of `asked` after it, in float64 by one pass over
+    all tokens under a mask: [(Hq, n + m queries, n)]."""
+    c, n, m = model.config, len(ids), len(asked)
     inv_freq = np.float64(c.rope.theta) ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-    of_block = np.arange(n) // block
-    pos = np.append(np.arange(n), n + np.arange(n) % block)
-    mask = np.zeros((2 * n, 2 * n), bool)
+    of_block = np.append(np.arange(n) // block, np.full(m, -1))
+    pos = np.concatenate([np.arange(n), n + np.arange(n) % block, n + np.arange(m)])
+    mask = np.zeros((2 * n + m, 2 * n + m), bool)
     mask[:n, :n] = np.tri(n)
     mask[n:, :n] = True
-    mask[n:, n:] = np.tri(n) * (of_block[:, None] == of_block)
-    x, angle, out = np.float64(model.embedding.data)[[*ids, *ids]], pos[:, None] * inv_freq, []
+    mask[n:, n:] = np.tri(n + m) * (of_block[:, None] == of_block)
+    x, angle, out = np.float64(model.embedding.data)[[*ids, *ids, *asked]], pos[:, None] * inv_freq, []
     for w in model.blocks:
         h = rms_norm(x, w.attention_norm, c.rms_eps)
         q, k, v = (
-            (h @ np.float64(m.data).T).reshape(2 * n, -1, c.head_dim).transpose(1, 0, 2) for m in (w.wq, w.wk, w.wv)
+            (h @ np.float64(matrix.data).T).reshape(len(x), -1, c.head_dim).transpose(1, 0, 2)
+            for matrix in (w.wq, w.wk, w.wv)
         )
         q, k = rotated(q, angle), rotated(k, angle)
         k, v = (np.repeat(y, c.n_heads // c.n_kv_heads, axis=0) for y in (k, v))
         p = np.exp(np.where(mask, q @ k.transpose(0, 2, 1) * c.head_dim**-0.5, -np.inf))
         p /= p.sum(axis=2, keepdims=True)
         out.append(p[:, n:, :n])
-        x = x + (p @ v).transpose(1, 0, 2).reshape(2 * n, -1) @ np.float64(w.wo.data).T
+        x = x + (p @ v).transpose(1, 0, 2).reshape(len(x), -1) @ np.float64(w.wo.data).T
         h = rms_norm(x, w.mlp_norm, c.rms_eps)
         gate = h @ np.float64(w.w_gate.data).T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ np.float64(w.w_up.data).T)) @ np.float64(w.w_down.data).T
@@ -179,6 +181,32 @@ def test_one_cut_of_the_largest_attention_of_a_second_reading(block, budget, gro
     for layer in range(3):
         mine = [scores[at] for at in sorted(kept) if at[0] == layer]
         np.testing.assert_allclose(cache.left.scores[layer], mine, rtol=2e-4)
+
+
+@pytest.mark.parametrize("block", [150, 64])
+def test_what_questions_attend_to_is_added(block, monkeypatch):
+    """hindsight: the largest attention of the repetition, and that of the questions; kvzip, which reads into a cache
+    beside it, sees the repetition alone."""
+    monkeypatch.setattr(Rereading, "PART", block)
+    model, ids, asked, n = model_of(config_of(n_layers=3)), ids_of(150), ids_of(40, 5), 150
+    free = {"sinks": 0, "window": 0}
+    hindsight = compressor_of(model, "hindsight", 0.3, match=0, worth=False, **free)
+    hindsight.asked, kvzip, alone = asked, compressor_of(model, "kvzip", 0.3, **free), new_cache(model)
+    caches = [new_cache(model), new_cache(model)]
+    finish(read(model, ids, caches, [hindsight, kvzip]))
+    for layer, p in enumerate(rereading(model, ids, block, asked)):
+        p = p.reshape(2, 3, n + 40, n)
+        scores = p[:, :, :n].max(axis=2).mean(axis=1) + p[:, :, n:].max(axis=2).mean(axis=1)
+        kept = kept_positions(caches[0])[layer]
+        mine = np.concatenate([scores[head, kept[head]] for head in (0, 1)])
+        np.testing.assert_allclose(caches[0].left.scores[layer], mine, rtol=2e-4)
+    extend(model, ids, alone, kvzip)
+    for layer in range(3):
+        np.testing.assert_array_equal(alone.left.scores[layer], caches[1].left.scores[layer])
+        assert kept_positions(alone)[layer] == kept_positions(caches[1])[layer] != kept_positions(caches[0])[layer]
+    plain = new_cache(model)
+    extend(model, ids, plain, compressor_of(model, "hindsight", 0.3, match=0, worth=False, **free))
+    assert not np.array_equal(plain.left.scores[0], caches[0].left.scores[0][: len(plain.left.scores[0])])
 
 
 def test_kvzip_in_turns_keeps_the_largest_attention_of_all_readings():
