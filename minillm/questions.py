@@ -9,9 +9,6 @@ ASKED = (
     ("Give a short summary of the text above.", "The text is about a number of things. First, it says that the"),
     ("List the most important facts in it.", "The most important facts are:\n\n1. The\n2. In\n3. It"),
     ("Who is mentioned in it, and what do they do?", "The people mentioned in the text are the"),
-    ("How does it begin, and how does it end?", 'It begins with the words "The" and it ends with'),
-    ("What is its purpose, and in which style is it written?", "The purpose of the text is to describe the"),
-    ("Explain in your own words what it says.", "In other words, the author wants to say that the"),
 )
 TEXT = "\u0001text\u0001"  # stands for the text when a template is asked what comes after it
 

@@ -9,8 +9,7 @@ from oracle import rms_norm
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
-from minillm.compress.config import CacheConfig
-from minillm.compress.options import Recipe
+from minillm.compress.config import CacheConfig, Recipe
 from minillm.files.config import ModelConfig, RopeConfig
 from minillm.files.weights import Weight
 from minillm.model import Model

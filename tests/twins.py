@@ -11,8 +11,7 @@ from model_files import CONFIG
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
-from minillm.compress.config import CacheConfig
-from minillm.compress.options import Recipe
+from minillm.compress.config import CacheConfig, Recipe
 from minillm.compress.reading import extend
 from minillm.files.formats import FORMATS
 from minillm.files.stored_model import tensor_shapes

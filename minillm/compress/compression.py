@@ -94,7 +94,7 @@ class Compression:
         queries = [some for some in queries if self.compressor.asked or not some.asks]
         layer = self._layer(index, labels, *self._rows(index, k, v), queries=queries, hidden=hidden)
         layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
-        if (n := self.config.options.get("match")) and not self.cache.settled_tokens:
+        if (n := self.config.options.get("match")) and queries and not self.cache.settled_tokens:
             model = self.compressor.model
             self.matching[index] = ask(
                 queries, n, k, v, self.cache.layer(index), model.scale, model.blocks[index].window
@@ -189,7 +189,7 @@ class Compression:
 
     def _history(self, index, labels):
         """(R,) what an earlier pass left each row, 0 for the tokens after it; None where it left nothing."""
-        if not self.config.adds_up or self.scores[index] is None:
+        if not self.config.remembers or self.scores[index] is None:
             return None
         n_heads = len(labels.lengths)
         n_new = (len(labels.pos) - len(self.scores[index])) // n_heads

@@ -1,11 +1,11 @@
-"""CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense."""
+"""CacheConfig: a method, how much it keeps, and its options; refuses what makes no sense. Recipe: carries them out."""
 
 import functools
 
 from minillm.compress.allocate import ALLOCATIONS, EVEN, PER_HEAD
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS, find_method, options_of, parts
-from minillm.compress.options import Option, Recipe, delimiters, newest, number
+from minillm.compress.options import Option, delimiters, newest, number
 from minillm.compress.plan import Budget
 from minillm.compress.score import SCORES
 from minillm.errors import UsageError
@@ -261,6 +261,42 @@ class CacheConfig:
     def __repr__(self):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items() if name != "method")
         return f"CacheConfig({self.method!r}, {shown})"
+
+
+class Recipe:
+    """A CacheConfig bound to a model and its profile: carries the parts of the method out, one layer at a time.
+
+    config: CacheConfig, its method named. options: those of the parts by name, the threshold of a quality included."""
+
+    def __init__(self, config, options):
+        self.config, self.options = config, options
+
+    def scores(self, layer):
+        """(R,) float32, or None where nothing is scored."""
+        return self.config.score and self._run(self.config.score, layer)
+
+    def targets(self, ledger, layer, scores):
+        """The entries of the layers seen so far, this one the last."""
+        return self._run(self.config.allocation.layers, ledger, layer, scores)
+
+    def plan(self, layer, scores, target):
+        """The Plan of a layer. target: entries to make; None: the method decides."""
+        return self.merged(layer, scores, self.into(layer, scores, target))
+
+    def into(self, rows, scores, target):
+        """Which row each becomes part of: an Into. rows: a Layer, or Rows of several layers for one cut."""
+        return self._run(self.config.allocation.heads, rows, scores, target)
+
+    def merged(self, layer, scores, into):
+        """The Plan of rows of which that is known."""
+        plan = self._run(self.config.merge, layer, scores, into.rows)
+        if plan.threshold is None:
+            plan.threshold = into.threshold
+        return plan
+
+    def _run(self, part, *arguments):
+        """What a Part makes of the arguments, with those of the options that are its own."""
+        return part.run(*arguments, **{name: self.options[name] for name in part.options})
 
 
 def unusual(cache):

@@ -36,7 +36,7 @@ LOSSLESS = {"budget": 0.3, "window": 8}  # nearly, see README.md; what is near i
 MATCH = Option(
     0,
     number(0, 1 << 20, int),
-    "tokens of the second reading whose attention the sizes and values of entries are fitted to; 0: they are not",
+    "tokens read after the text (it again, questions) whose attention sizes and values are fitted to; 0: they are not",
 )
 
 METHODS = {
@@ -64,7 +64,7 @@ METHODS = {
         "predicted",
         "global",
         "fold",
-        defaults=LOSSLESS,
+        defaults=LOSSLESS | {"asked": True, "match": 256},
         generates=True,
     ),
     "streaming": Method(
@@ -261,6 +261,6 @@ def methods_markdown():
 
 
 def options_of(method, score, allocation, merge):
-    """name -> Option of the parts, and of what is done with all methods that read a text twice."""
+    """name -> Option of the parts, and of what is done where something is read after a text."""
     options = (score.options if score else {}) | allocation.options | merge.options
-    return options | {"match": MATCH} if score and score.reads == "again" else options
+    return options | {"match": MATCH} if score and score.reads in ("again", "predicted") else options

@@ -1,4 +1,4 @@
-"""What a method is made of: options and what they may be, the parts that take them, and a Recipe of three parts."""
+"""What a method is made of: options and what they may be, and the parts that take them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,42 +21,6 @@ class Part:
     run: Callable
     summary: str
     options: dict[str, Option] = field(default_factory=dict)
-
-    def __call__(self, *arguments, options):
-        """run(*arguments) with those of `options` (name -> value) that are its own."""
-        return self.run(*arguments, **{name: options[name] for name in self.options})
-
-
-class Recipe:
-    """A CacheConfig bound to a model and its profile: carries the parts of the method out, one layer at a time.
-
-    config: CacheConfig, its method named. options: those of the parts by name, the threshold of a quality included."""
-
-    def __init__(self, config, options):
-        self.config, self.options = config, options
-
-    def scores(self, layer):
-        """(R,) float32, or None where nothing is scored."""
-        return self.config.score and self.config.score(layer, options=self.options)
-
-    def targets(self, ledger, layer, scores):
-        """The entries of the layers seen so far, this one the last."""
-        return self.config.allocation.layers(ledger, layer, scores, options=self.options)
-
-    def plan(self, layer, scores, target):
-        """The Plan of a layer. target: entries to make; None: the method decides."""
-        return self.merged(layer, scores, self.into(layer, scores, target))
-
-    def into(self, rows, scores, target):
-        """Which row each becomes part of: an Into. rows: a Layer, or Rows of several layers for one cut."""
-        return self.config.allocation.heads(rows, scores, target, options=self.options)
-
-    def merged(self, layer, scores, into):
-        """The Plan of rows of which that is known."""
-        plan = self.config.merge(layer, scores, into.rows, options=self.options)
-        if plan.threshold is None:
-            plan.threshold = into.threshold
-        return plan
 
 
 def one_of(*values):

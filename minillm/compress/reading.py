@@ -79,7 +79,8 @@ class _Part:
         reads = {compression.reads for compression in self.compressions if compression}
         asked = {"new": "queries", "hidden": "hidden"}
         wants = {*wants, *(asked[name] for name in reads & asked.keys()), *(["scores"] if self.noting else [])}
-        again = Rereading(model, self.token_ids, first, self.asked) if "again" in reads else None
+        repeats = "again" in reads
+        again = Rereading(model, self.token_ids, first, repeats, self.asked) if repeats or self.asked else None
         with closing(again) if again else nullcontext():
             for step in model.layers([(self.x, first.position)], first.layer, wants):
                 self._store(step, again)
@@ -90,7 +91,9 @@ class _Part:
     def _store(self, step, again):
         for cache in self.noting:
             cache.left.predicted[step.index].append(step.scores)
-        queries = {"new": [Queries(step.q, step.pos, step.lse)], "again": again.layer(step) if again else ()}
+        later = again.layer(step) if again else []
+        queries = {"new": [Queries(step.q, step.pos, step.lse)], "again": later}
+        queries["predicted"] = [some for some in later if some.asks]
         for cache, compression in zip(self.caches, self.compressions, strict=True):
             if compression:
                 compression.store(step.index, step.k, step.v, queries.get(compression.reads) or (), step.hidden)
@@ -113,18 +116,18 @@ def recompress(model, cache, compressor):
 class Rereading:
     """A second reading of the new tokens, carried through the blocks of the model beside the first: in parts, each of
     which sees the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight). asked:
-    token ids that come after the text and are a part of their own.
+    token ids that come after the text and are a part of their own; repeats: whether there are others.
 
     Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
 
     PART = 2048  # tokens
 
-    def __init__(self, model, token_ids, cache, asked=()):
+    def __init__(self, model, token_ids, cache, repeats=True, asked=()):
         self.cache, n = cache, len(token_ids)
         self.position = cache.position + n  # of the second reading's first token
         self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
-        x = model.embed(token_ids)
-        parts = [x[lo : lo + self.PART] for lo in range(0, n, self.PART)]
+        x = model.embed(token_ids) if repeats else ()
+        parts = [x[lo : lo + self.PART] for lo in range(0, len(x), self.PART)]
         self.asks = [False] * len(parts) + [True] * bool(asked)  # of each part
         parts += [model.embed(asked)] if asked else []
         self.steps = model.layers([(part, self.position) for part in parts], self._past, {"queries"})

@@ -58,9 +58,12 @@ def reread(layer, group, worth, asked):
     if asked and any(queries.asks for queries in layer.queries):
         largest = largest + layer.column_scores("max", asks=True)
     scores = largest.max(axis=0) if group == "max" else largest.mean(axis=0)
-    if worth and layer.worth is not None:
-        scores = scores * layer.ops.array(layer.worth)[layer.heads]
-    return largest_so_far(layer, scores)
+    return largest_so_far(layer, worth_of_heads(layer, scores) if worth else scores)
+
+
+def worth_of_heads(layer, scores):
+    """scores (R,), times what an entry of the head is worth where that is known."""
+    return scores if layer.worth is None else scores * layer.ops.array(np.repeat(layer.worth, layer.lengths))
 
 
 def largest_so_far(layer, scores):
@@ -68,9 +71,13 @@ def largest_so_far(layer, scores):
     return scores if layer.history is None else np.maximum(layer.history, scores)
 
 
-def predicted(layer):
-    """foresight: what `reread` would give, predicted from the hidden state of each token when that was read."""
-    return layer.predicted
+def predicted(layer, asked):
+    """foresight: what `reread` would give, predicted from the hidden state of each token when that was read. asked: to
+    what was read last comes ASKED_COUNTS times the most that any query of questions about the text gives to it."""
+    if not (asked and layer.queries):
+        return layer.predicted
+    given = np.float32(ASKED_COUNTS) * worth_of_heads(layer, layer.column_scores("max", asks=True).mean(axis=0))
+    return layer.predicted + (given if layer.history is None else np.where(layer.history > 0, np.float32(0), given))
 
 
 def mean_variance(layer, queries, gamma, pool):
@@ -145,13 +152,15 @@ def pooled(layer, scores, width, kind):
     return out
 
 
+ASKED_COUNTS = 0.2  # beside what is predicted, the mean of logs: less than a largest attention that was seen
+
 QUERIES = Option(32, number(1, 1 << 20, int), "how many of the newest queries are looked at")
 POOL = Option(7, number(1, 1 << 10, int), "neighbours whose scores are pooled")
 POOLING = Option("max", one_of("max", "avg"), "max or avg")
 WINDOW = {"queries": QUERIES, "pool": POOL, "pooling": POOLING}
 GROUP = Option("mean", one_of("mean", "max"), "of the query heads of a KV head: mean or max")
 WORTH = Option(False, one_of(True, False), "times what an entry of the head is worth, where a profile says that")
-ASKED = Option(False, one_of(True, False), "general questions about the text are read, too: their largest is added")
+ASKED = Option(False, one_of(True, False), "general questions are read after the text, too: what answers need of it")
 PER_QUERY = Option(False, one_of(True, False), "divided by the number of queries that have seen the row")
 QUERIES_AGREE = Option("max", one_of("max", "mean"), "of the second reading's queries: max or mean")
 HEADS_AGREE = Option(True, one_of(True, False), "add the mean over the heads of the layer")
@@ -169,7 +178,12 @@ SCORES = {
         "again",
         True,
     ),
-    "predicted": Score(predicted, "the same, as a profile of the model predicts it", {}, "predicted"),
+    "predicted": Score(
+        predicted,
+        "the same, as a profile of the model predicts it",
+        {"asked": ASKED},
+        "predicted",
+    ),
     "composite": Score(
         composite,
         "attention when the text is read a second time, with the mean of the layer's heads added",

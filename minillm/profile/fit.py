@@ -21,7 +21,7 @@ def second_reading(llm, token_ids):
     with closing(Rereading(model, token_ids, empty)) as again:
         for step in model.layers([(model.embed(token_ids), 0)], empty.layer, {"hidden"}):
             rows = layer_of(model, step, np.zeros(n, bool), again.layer(step))
-            scores = ops.host(reread(rows, "mean", worth=False)).reshape(llm.config.n_kv_heads, n)
+            scores = ops.host(reread(rows, "mean", worth=False, asked=False)).reshape(llm.config.n_kv_heads, n)
             yield ops.host(ops.stored_rows(step.hidden)), np.log(scores + np.float32(FLOOR))
 
 

@@ -7,8 +7,7 @@ foretells afterwards says what an entry of the head is worth. The log of it is a
 
 import numpy as np
 
-from minillm.compress.config import CacheConfig
-from minillm.compress.options import Recipe
+from minillm.compress.config import CacheConfig, Recipe
 from minillm.profile.fit import layer_of
 from minillm.sampling import log_softmax
 

@@ -28,18 +28,19 @@ from minillm.files.profile_file import Profile, fingerprint
 from minillm.ops import cpu_lib
 
 GOLDEN = DATA / "caches_golden.npz"
-NEEDS = {"razor": {"retrieval_heads": "0:1"}, "hindsight": {"asked": False}}
+UNASKED = {"asked": False}
+NEEDS = {"razor": {"retrieval_heads": "0:1"}, "hindsight": UNASKED, "foresight": UNASKED}
 GENERATED = 40
 FIELDS = ("lengths", "pos", "log_size", "k", "v")
 CONFIGS = {
     **{name: (name, 0.4, NEEDS.get(name, {})) for name in METHODS if name != "full"},
     "full": ("full", None, {}),
     "full int8": ("full", None, {"dtype": "int8"}),
-    "hindsight int8": ("hindsight", 0.3, {"dtype": "int8", "asked": False}),
-    "hindsight unmatched": ("hindsight", 0.3, {"match": 0, "asked": False}),
-    "foresight int8": ("foresight", 0.2, {"dtype": "int8"}),
-    "foresight threshold": ("foresight", None, {"threshold": 0.05}),
-    "foresight entries": ("foresight", 48, {}),
+    "hindsight int8": ("hindsight", 0.3, {"dtype": "int8", **UNASKED}),
+    "hindsight unmatched": ("hindsight", 0.3, {"match": 0, **UNASKED}),
+    "foresight int8": ("foresight", 0.2, {"dtype": "int8", **UNASKED}),
+    "foresight threshold": ("foresight", None, {"threshold": 0.05, **UNASKED}),
+    "foresight entries": ("foresight", 48, UNASKED),
     "semanticache tau": ("semanticache", None, {"tau": 0.5}),
     "semanticache cached": ("semanticache", 0.2, {"rope": "cached", "chunking": "fixed:8"}),
     "streaming moved": ("streaming", 40, {"positions": "cache"}),

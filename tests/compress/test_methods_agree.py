@@ -138,7 +138,7 @@ def test_compiled_kernels_merge_as_numpy_does(name, path):
         layer, _ = layer_of(rng, [40, 1, 33], merged=case % 2 == 0)
         stays = layer.protected | (rng.random(len(layer.pos)) < rng.random())
         into, scores = np.where(stays, np.arange(len(stays)), -1), rng.random(len(stays)).astype(F32)
-        both = [part(one, scores, into, options=options_of(part)) for one in (layer, replace(layer, ops=cpu_ops))]
+        both = [part.run(one, scores, into, **options_of(part)) for one in (layer, replace(layer, ops=cpu_ops))]
         np.testing.assert_array_equal(both[0].dest, both[1].dest)
         both = [plan.apply(one) for plan, one in zip(both, (layer, replace(layer, ops=cpu_ops)), strict=True)]
         for field in ("k", "v", "log_size", "pos"):

@@ -2,6 +2,7 @@
 float64. Nothing here calls the parts under test for what it expects."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from sequences import Sequence
 from small_models import compressor_of, config_of, ids_of, model_of, new_cache
 
 from minillm.compress.allocate import ALLOCATIONS
-from minillm.compress.config import CacheConfig
+from minillm.compress.config import CacheConfig, Recipe
 from minillm.compress.merge import MERGES
 from minillm.compress.methods import METHODS
 from minillm.compress.plan import Ledger
 from minillm.compress.reading import Rereading, extend, finish, read
-from minillm.compress.score import SCORES
+from minillm.compress.score import ASKED_COUNTS, SCORES
 from minillm.errors import UsageError
 
 # literal
@@ -209,6 +210,30 @@ def test_what_questions_attend_to_is_added(block, monkeypatch):
     assert not np.array_equal(plain.left.scores[0], caches[0].left.scores[0][: len(plain.left.scores[0])])
 
 
+def test_what_questions_attend_to_comes_to_what_is_predicted():
+    """Of what was read last: what an earlier part left keeps the score that it had."""
+    model, ids, asked, n = model_of(config_of(n_layers=3)), ids_of(150), ids_of(40, 5), 150
+    foresight = compressor_of(model, "foresight", 0.5, match=0, sinks=0, window=0)
+    foresight.asked, cache, empty = asked, new_cache(model), new_cache(model)
+    extend(model, ids, cache, foresight)
+    steps = model.layers([(model.embed(ids), 0)], empty.layer, {"scores"})
+    for layer, (p, step) in enumerate(zip(rereading(model, ids, n, asked), steps, strict=True)):
+        given = p.reshape(2, 3, n + 40, n)[:, :, n:].max(axis=2).mean(axis=1)
+        kept = kept_positions(cache)[layer]
+        mine = np.concatenate([(np.exp(step.scores) + ASKED_COUNTS * given)[head, kept[head]] for head in (0, 1)])
+        np.testing.assert_allclose(cache.left.scores[layer], mine, rtol=2e-4)
+
+    def scored(layer):
+        places = [(head, row) for head in (0, 1) for row in kept_positions(cache)[layer][head]]
+        return dict(zip(places, cache.left.scores[layer].tolist(), strict=True))
+
+    before = [scored(layer) for layer in range(3)]
+    extend(model, ids_of(60, 1), cache, foresight)
+    for layer in range(3):
+        both = scored(layer).keys() & before[layer].keys()
+        assert len(both) > 50 and all(scored(layer)[place] == before[layer][place] for place in both)
+
+
 def test_kvzip_in_turns_keeps_the_largest_attention_of_all_readings():
     """What the second turn's reading gives to old entries and what the first one's gave: the larger counts."""
     model = model_of(config_of())
@@ -269,7 +294,7 @@ def test_kvcompose_scores(group, options):
         names = {"queries_agree": "agree"}
         own = layer.own
         expected = literal_composite(layer, own, **{names.get(name, name): x for name, x in options.items()})
-        got = SCORES["composite"](layer, options=options_of(SCORES["composite"], **options))
+        got = SCORES["composite"].run(layer, **options_of(SCORES["composite"], **options))
         np.testing.assert_allclose(got, expected.ravel(), rtol=2e-5, atol=1e-7)
 
 
@@ -283,18 +308,17 @@ def spent(scores, total, allocation, protected=0, **options):
         layers.append(make_layer([head] * n_heads, rope))
         layers[-1].index = index
     ledger = Ledger(total, [n_heads * n] * len(scores), n_heads * protected)
-    options = options_of(ALLOCATIONS[allocation], **options)
+    rule = Recipe(SimpleNamespace(allocation=ALLOCATIONS[allocation]), options_of(ALLOCATIONS[allocation], **options))
     if not ALLOCATIONS[allocation].layers:  # one cut: the layers' heads are heads of one
         layer = make_layer([head] * n_heads * len(scores), rope)
-        into = ALLOCATIONS[allocation].heads(layer, np.concatenate(scores).ravel(), total, options=options).rows
+        into = rule.into(layer, np.concatenate(scores).ravel(), total).rows
         return (into >= 0).reshape(len(scores), n_heads, n)
     for layer, s in zip(layers, scores, strict=True):
-        ledger.targets = ALLOCATIONS[allocation].layers(ledger, layer, s.ravel(), options=options)
+        ledger.targets = rule.targets(ledger, layer, s.ravel())
         ledger.held.append(ledger.targets[-1])
     kept = []
     for layer, s, target in zip(layers, scores, ledger.targets, strict=True):
-        into = ALLOCATIONS[allocation].heads(layer, s.ravel(), target, options=options).rows
-        kept.append((into >= 0).reshape(n_heads, n))
+        kept.append((rule.into(layer, s.ravel(), target).rows >= 0).reshape(n_heads, n))
     return np.array(kept)
 
 
@@ -364,7 +388,7 @@ def test_longflow_scores_what_a_row_adds_to_the_output(group):
         for (query_head, i, row), share in p.items():
             if i == 4:  # the newest query, |p v| summed over all heads and dimensions
                 expected[layer.pos[row]] += np.abs(share * np.float64(layer.v[row])).sum() if query_head >= 0 else 0
-        got = SCORES["contribution"](layer, options={"queries": 32, "pool": 5, "pooling": "avg"})
+        got = SCORES["contribution"].run(layer, **{"queries": 32, "pool": 5, "pooling": "avg"})
         np.testing.assert_allclose(got, np.tile(expected, n_heads), rtol=2e-5)
         layer.generated = False  # a prompt: SnapKV summed over all heads, mean of 5 neighbours
         expected = np.zeros(n)
@@ -372,7 +396,7 @@ def test_longflow_scores_what_a_row_adds_to_the_output(group):
             for j in range(n):
                 if abs(j - row % n) <= 2:
                     expected[j] += share / 5 / 5
-        got = SCORES["contribution"](layer, options={"queries": 32, "pool": 5, "pooling": "avg"})
+        got = SCORES["contribution"].run(layer, **{"queries": 32, "pool": 5, "pooling": "avg"})
         np.testing.assert_allclose(got, np.tile(expected, n_heads), rtol=2e-5)
 
 
@@ -419,7 +443,7 @@ def test_average(rope, log_size):
         layer, fake = layer_of(rng, shapes(rng), merged=case % 2 == 0, ties=case % 5 == 0)
         into = chosen(layer, rng, rng.random())
         part = MERGES["average"]
-        plan = part(layer, None, into, options=options_of(part, rope=rope, log_size=log_size))
+        plan = part.run(layer, None, into, **options_of(part, rope=rope, log_size=log_size))
         keys = fake.undone(layer.k, layer.pos[:]) if rope == "unrotated" else np.float64(layer.k)
         chunk_of, number, alike = [], 0, cosines(keys)
         for row in range(len(into)):
@@ -466,7 +490,7 @@ def test_fold(reach, counts):
         scores = rng.random(len(into)).astype(F32) ** 3
         scores[rng.random(len(into)) < 0.1] = 0
         part = MERGES["fold"]
-        plan = part(layer, scores, into, options={"reach": reach, "counts": counts})
+        plan = part.run(layer, scores, into, **{"reach": reach, "counts": counts})
         members = {}
         for row in range(len(into)):
             if into[row] == row:
@@ -506,7 +530,7 @@ def test_d2o_merges_what_is_alike_enough(weights):
         into = chosen(layer, rng, rng.random())
         layer.threshold = None if case % 2 else float(rng.random())
         part = MERGES["nearest"]
-        plan = part(layer, None, into, options={"weights": weights, "log_size": case % 3 == 0})
+        plan = part.run(layer, None, into, **{"weights": weights, "log_size": case % 3 == 0})
         best, alike = {}, cosines(layer.k)
         for row in range(len(into)):
             stay = [r for r in range(len(into)) if into[r] == r and head_of(layer, r) == head_of(layer, row)]
@@ -583,7 +607,7 @@ def test_cam_passes_values_on(expected):
         into = chosen(layer, rng, rng.random())
         spread = int(rng.integers(1, 9))
         part = MERGES["pass_on"]
-        plan = part(layer, None, into, options={"spread": spread, "expected": expected, "seed": 3})
+        plan = part.run(layer, None, into, **{"spread": spread, "expected": expected, "seed": 3})
         throws = np.random.default_rng((3, layer.index, int(layer.pos.max()))).random(len(into))
         group = len(layer.queries[0].q) // len(layer.lengths)
         attended = np.zeros(len(into))
