@@ -18,7 +18,7 @@ from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.document import Document
-from minillm.engine.admission import cache_bytes, fitting_dtype, require, require_room
+from minillm.engine.admission import cache_bytes, fitting_dtype, in_entries, require, require_room
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
@@ -72,6 +72,7 @@ class LLM:
 
     def compressor_for(self, cache):
         """The Compressor of a CacheConfig and this model."""
+        cache = in_entries(cache, self.model.ops, self.config.head_dim)
         recipe = cache.resolve(self.profile, self.config.name)
         cache = recipe.config
         classes = np.zeros(self.config.vocab_size, np.uint8)

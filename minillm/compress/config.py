@@ -21,6 +21,7 @@ COMMON = {
 }
 DELIMITERS = Option("default", delimiters, "default, exact, or a text of the characters that end a chunk")
 OUTCOMES = ("tau", "threshold", "quality")  # in place of a budget: the kept share is what comes out
+INSTEAD = (*OUTCOMES, "memory")
 TABLES = {"score": SCORES, "allocate": ALLOCATIONS, "merge": MERGES}
 
 
@@ -30,6 +31,8 @@ class CacheConfig:
     method: None: foresight where the model has a profile, else hindsight. budget: a share of the tokens seen (float in
     (0, 1]), a number of entries a head (int), "auto", or "full"; default: the method's, 0.5 or 0.3. quality: the share
     of what the model recalls that is to be left, by its profile's measurements, in place of a budget; "auto" is 0.99.
+    memory: a share of the bytes of a full cache in 16-bit floats, in place of a budget: what entries of the dtype fit
+    in; dtype "auto" then is the one that loses least.
     window, sinks: the newest and the first tokens, which stay (nothing joins them; what `match` fits it fits of them,
     too) and count in the budget (window < 1: a share of it); their defaults are the method's. recompress: during
     generation, what was generated is compressed every so many tokens (0: never) by methods that do that. dtype: of the
@@ -47,6 +50,7 @@ class CacheConfig:
         budget=None,
         *,
         quality=None,
+        memory=None,
         window=None,
         sinks=None,
         recompress=None,
@@ -65,7 +69,7 @@ class CacheConfig:
             named = {part: getattr(self.spec, part) for part in TABLES} | self.chosen
             shown = ", ".join(f"{part} {name}" for part, name in named.items() if isinstance(name, str))
             raise UsageError(f"cache method {method or WITH_PROFILE!r} with {shown} makes no sense: {reason}")
-        self._take_outcome(method, budget, quality)
+        self._take_outcome(method, budget, quality, memory)
         self._frozen = True
 
     def __setattr__(self, name, value):
@@ -109,15 +113,16 @@ class CacheConfig:
             if option.needed and self.options[name] is None:
                 raise UsageError(f"cache method {method!r} needs {name}: {option.meaning}")
 
-    def _take_outcome(self, method, budget, quality):
-        """What says how much is kept: a budget, a quality, or an option that does."""
+    def _take_outcome(self, method, budget, quality, memory):
+        """What says how much is kept: a budget, a quality, a share of memory, or an option that does."""
         if budget == "auto":
             if quality is not None:
                 raise UsageError(f"budget auto is quality {QUALITY}: leave one of them out")
             budget, quality = None, QUALITY
         self.quality = None if quality is None else self._checked("quality", quality, number(0.01, 1))
-        given = self.options | {"budget": budget, "quality": quality}
-        named = [name for name in ("budget", *OUTCOMES) if given.get(name) is not None]
+        self.memory = None if memory is None else self._checked("memory", memory, number(1e-4, 1))
+        given = self.options | {"budget": budget, "quality": quality, "memory": memory}
+        named = [name for name in ("budget", *INSTEAD) if given.get(name) is not None]
         if len(named) > 1:
             raise UsageError(f"a cache {named[0]} and {named[1]} exclude each other: both say what is kept")
         fixed = named and named != ["budget"]
@@ -249,8 +254,9 @@ class CacheConfig:
         """Plain values that say all of it: for session files and reports."""
         budget = None if self.budget is None else self.budget.entries or self.budget.share
         common = {"method": self.method, "budget": budget, "window": self.window, "sinks": self.sinks}
-        if self.quality is not None:
-            common["quality"] = self.quality
+        for name in ("quality", "memory"):
+            if getattr(self, name) is not None:
+                common[name] = getattr(self, name)
         if self.dtype != "auto":
             common["dtype"] = self.dtype
         if self.method == "full":

@@ -7,6 +7,8 @@ from minillm.errors import MinillmError, UsageError
 from minillm.model import MLP_ROWS
 from minillm.ops.pages import PAGE_SIZE, page_format
 
+LEAST_LOST = "int8"  # the dtype in which entries of a share of memory lose least
+
 
 def promise(request):
     """Pages of its own (see KVCache.own_pages) that a request takes at most, on the way and in the end.
@@ -57,8 +59,20 @@ def gib(n):
     return f"{n / (1 << 30):.2f} GiB"
 
 
+def in_entries(cache_config, ops, head_dim):
+    """A CacheConfig whose share of memory has become a dtype and a budget in entries."""
+    if cache_config.memory is None:
+        return cache_config
+    floats, dtype = ops.page_format, cache_config.dtype
+    if dtype == "auto":
+        dtype = LEAST_LOST
+    share = cache_config.memory * floats.entry_bytes(head_dim) / page_format(dtype, ops).entry_bytes(head_dim)
+    return cache_config.replace(memory=None, dtype=dtype, budget=min(1.0, share))
+
+
 def cache_bytes(config, cache_config, ops, n):
     """About the bytes of the pages of n tokens at the budget of a CacheConfig (with tau: of a full cache)."""
+    cache_config = in_entries(cache_config, ops, config.head_dim)
     kept, whole = cache_config.budget.per_head(n) if cache_config.budget else n, 0
     if cache_config.method == "full" and config.reach and n > config.reach:
         kept, whole = config.reach, n  # one layer has all of them for a while

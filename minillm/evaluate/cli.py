@@ -232,6 +232,13 @@ def _command(parser, name):
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
     )
+    add(
+        "--kv-memory",
+        type=_several(cli.share),
+        action="extend",
+        metavar="M,...",
+        help="shares of a full cache's memory instead (0.1, 10%%)",
+    )
     add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
     cli.cache_flags(add, _several)
 
@@ -316,10 +323,11 @@ def _configs(args, profile=None):
             named = {name: value for (name, _), value in zip(settings, values, strict=True) if name in options}
             used |= {*chosen, *named}
             taus = args.tau if args.tau and "tau" in options else []
-            kept = [("kv_budget", budget) for budget in args.kv_budget or ([] if taus else BUDGETS)]
-            for name, value in kept + [("tau", tau) for tau in taus]:
+            others = [("kv_memory", memory) for memory in args.kv_memory or ()] + [("tau", tau) for tau in taus]
+            kept = [("kv_budget", budget) for budget in args.kv_budget or ([] if others else BUDGETS)]
+            for name, value in kept + others:
                 one = copy.copy(args)
-                one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
+                one.kv_method, one.kv_budget, one.kv_memory, one.tau, one.quality = method, None, None, None, None
                 one.kv_dtype = dtype
                 one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
                 setattr(one, name, value)

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from minillm.compress.config import OUTCOMES, unusual
+from minillm.compress.config import INSTEAD, OUTCOMES, unusual
 from minillm.evaluate.statistics import mean_of, mean_of_groups
 
 # The scores of a task that tables show, the first of which decides; those that are better when they are small.
@@ -41,7 +41,7 @@ def label(cache):
     """A configuration's method and what is unusual about it, without its budget; a long value as its digest."""
     values = unusual(cache)
     stored = [values.pop("dtype")] if "dtype" in values else []
-    named = (f"{name}={_short(value)}" for name, value in values.items() if name not in OUTCOMES)
+    named = (f"{name}={_short(value)}" for name, value in values.items() if name not in INSTEAD)
     return " ".join([cache["method"], *stored, *named])
 
 
@@ -53,6 +53,8 @@ def asked(cache):
     """What a configuration was asked to keep: a share, entries a head, tau, or all."""
     if cache["method"] == "full":
         return "all"
+    if cache.get("memory") is not None:
+        return f"{100 * cache['memory']:g} % of memory"
     if cache["budget"] is None:
         return next(f"{name} {cache[name]:g}" for name in OUTCOMES if cache.get(name) is not None)
     return f"{100 * cache['budget']:g} %" if isinstance(cache["budget"], float) else str(cache["budget"])
@@ -65,6 +67,8 @@ def share(rows, of):
 
 
 def budget_order(cache):
+    if cache.get("memory") is not None:
+        return (3, -cache["memory"])
     if cache["budget"] is None:
         return (2, -(cache.get("tau") or 0))
     return (0, -cache["budget"]) if isinstance(cache["budget"], float) else (1, -cache["budget"])

@@ -31,6 +31,8 @@ from minillm.programs.run import guarded
 from minillm.programs.terminal import count, size
 from minillm.text.tokenizer import Tokenizer
 
+KEPT = ("kv_budget", "kv_memory", "tau")  # flags that say how much is kept
+
 DESCRIPTION = """\
 Measure how fast prompts are read and tokens generated, for each model and each way to keep the key-value cache.
 
@@ -118,6 +120,13 @@ def _parser():
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024), full; default full,0.5",
     )
+    add(
+        "--kv-memory",
+        type=_several(cli.share),
+        action="extend",
+        metavar="M,...",
+        help="shares of a full cache's memory (0.1, 10%%), a row each",
+    )
     add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds, a row each")
     cli.cache_flags(add)
     add = parser.add_argument_group("output").add_argument
@@ -143,14 +152,15 @@ def _count(text):
 
 def _caches(args):
     """label -> keywords of a CacheConfig, for each method with each budget and tau."""
-    kept = [("kv_budget", budget) for budget in args.kv_budget or ()] + [("tau", tau) for tau in args.tau or ()]
+    kept = [(name, value) for name in KEPT for value in getattr(args, name) or ()]
     kept = kept or [("kv_budget", "full"), ("kv_budget", None)]  # None: the method's default
     caches = {}
     for method in args.kv_method or [None]:
         for name, value in kept:
             one = copy.copy(args)
-            one.kv_method, one.kv_budget, one.tau, one.quality = method, None, None, None
-            setattr(one, name, value)
+            one.kv_method, one.quality = method, None
+            for other in KEPT:
+                setattr(one, other, value if other == name else None)
             config = cli.cache_config(one)
             full = {"method": "full", "dtype": config.dtype}
             caches[_label(config)] = full if config.method == "full" else config.as_dict()

@@ -110,8 +110,9 @@ def _parser():
         "--kv-budget",
         type=budget,
         metavar="B",
-        help="share kept (0.2), entries a head (1024), auto or full; default 0.3",
+        help="share of the entries kept (0.2, 20%%), entries a head (1024), auto or full; default 0.3",
     )
+    add("--kv-memory", type=share, metavar="M", help="share of a full cache's memory instead (0.1, 10%%)")
     add("--quality", type=float, metavar="Q", help="share of recall to be left instead (foresight; auto is 0.99)")
     add("--tau", type=float, help="a fixed threshold instead (semanticache): what is kept is then the outcome")
     add("--profile", metavar="FILE", help="of python -m minillm.profile (default: found by itself)")
@@ -202,16 +203,21 @@ def kv_dtype(text):
     return text
 
 
+def share(text):
+    """A share: 0.1 or 10%."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
 def budget(text):
     if text in ("full", "auto"):
         return text
     if text == "1":
         raise argparse.ArgumentTypeError("1 could be a share or an entry: write full, or at least 2 entries a head")
     try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+        return int(text) if text.lstrip("+-").isdecimal() else share(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a share such as 0.2, nor entries a head such as 1024, nor auto, nor full"
+            f"{text!r} is neither a share such as 0.2 or 20%, nor entries a head such as 1024, nor auto, nor full"
         ) from None
 
 
@@ -261,6 +267,7 @@ def cache_config(args):
         options["tau"] = args.tau
     common = {
         "quality": args.quality,
+        "memory": args.kv_memory,
         "dtype": args.kv_dtype,
         "window": args.kv_window,
         "sinks": args.kv_sinks,
