@@ -68,7 +68,14 @@ def config_of(method, args):
         return CacheConfig("full")
     options = CacheConfig.option_table(method)
     settings = [text for text in args.kv_set if text.partition("=")[0] in options]
-    named = {"kv_method": method, "kv_budget": args.entries, "kv_set": settings, "tau": None, "quality": None}
+    named = {
+        "kv_method": method,
+        "kv_budget": args.entries,
+        "kv_set": settings,
+        "tau": None,
+        "quality": None,
+        "kv_memory": None,
+    }
     return cli.cache_config(argparse.Namespace(**vars(args) | named))
 
 

@@ -94,11 +94,10 @@ class Compression:
         queries = [some for some in queries if self.compressor.asked or not some.asks]
         layer = self._layer(index, labels, *self._rows(index, k, v), queries=queries, hidden=hidden)
         layer.history, layer.predicted = self._history(index, labels), self._take_predicted(index, labels)
-        if (n := self.config.options.get("match")) and queries and not self.cache.settled_tokens:
+        later = queries if self.reads == "again" else [some for some in queries if some.asks]
+        if (n := self.config.options.get("match")) and later and not self.cache.settled_tokens:
             model = self.compressor.model
-            self.matching[index] = ask(
-                queries, n, k, v, self.cache.layer(index), model.scale, model.blocks[index].window
-            )
+            self.matching[index] = ask(later, n, k, v, self.cache.layer(index), model.scale, model.blocks[index].window)
         self._put(layer, self.recipe.scores(layer), k, v)
 
     def _put(self, layer, scores, k, v):

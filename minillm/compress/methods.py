@@ -51,7 +51,7 @@ METHODS = {
         settles=True,
     ),
     "hindsight": Method(
-        "what a second reading of the text attends to, one cut through all layers and heads; the rest joins neighbours",
+        "what a second reading of a text and questions about it attend to, cut once; the rest joins neighbours",
         "minillm",
         "reread",
         "global",
@@ -59,7 +59,7 @@ METHODS = {
         defaults=LOSSLESS | {"worth": True, "asked": True, "match": 256},
     ),
     "foresight": Method(
-        "what hindsight would keep, predicted from each token's hidden state as it is read (needs a profile)",
+        "the same, predicted from each token's hidden state as it is read; questions are read (needs a profile)",
         "minillm",
         "predicted",
         "global",

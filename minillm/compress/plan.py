@@ -23,13 +23,12 @@ class Queries:
     """Queries of one layer whose attention says what matters.
 
     lse: the log of each one's sum of exponentials, where the attention was computed: over all that it saw, the rows
-    and, in a second reading of the text, what it had read of that. None: over the rows. asks: whether they are of
-    questions about the text, not of the text itself."""
+    and, in a second reading of the text, what it had read of that. None: over the rows."""
 
     q: np.ndarray  # (Hq, m, d) rotated
     pos: np.ndarray  # (m,)
     lse: np.ndarray | None = None  # (Hq, m)
-    asks: bool = False
+    asks: bool = False  # of questions about the text, not of the text itself
 
 
 @dataclass(kw_only=True)
@@ -103,6 +102,11 @@ class Layer(Rows):
     scale: float = 1.0  # of the logits
     attention_window: int | None = None  # the model's sliding window
     computed: dict = field(default_factory=dict)  # what was computed of k, v and queries, by what it was computed from
+
+    @property
+    def is_asked(self):
+        """Whether some of the queries are of questions about the text."""
+        return any(some.asks for some in self.queries)
 
     @property
     def classes(self):

@@ -55,7 +55,7 @@ def reread(layer, group, worth, asked):
     the group's query heads; hindsight: their mean, plus the same of questions about the text, times what an entry of
     the head is worth where that is known."""
     largest = layer.column_scores("max")
-    if asked and any(queries.asks for queries in layer.queries):
+    if asked and layer.is_asked:
         largest = largest + layer.column_scores("max", asks=True)
     scores = largest.max(axis=0) if group == "max" else largest.mean(axis=0)
     return largest_so_far(layer, worth_of_heads(layer, scores) if worth else scores)
@@ -74,7 +74,7 @@ def largest_so_far(layer, scores):
 def predicted(layer, asked):
     """foresight: what `reread` would give, predicted from the hidden state of each token when that was read. asked: to
     what was read last comes ASKED_COUNTS times the most that any query of questions about the text gives to it."""
-    if not (asked and layer.queries):
+    if not (asked and layer.is_asked):
         return layer.predicted
     given = np.float32(ASKED_COUNTS) * worth_of_heads(layer, layer.column_scores("max", asks=True).mean(axis=0))
     return layer.predicted + (given if layer.history is None else np.where(layer.history > 0, np.float32(0), given))
