@@ -69,7 +69,8 @@ class _Part:
             compressor.begin(cache, token_ids, coming) if compressor else None
             for cache, compressor in zip(caches, compressors, strict=True)
         ]
-        self.asked = next((one.asked for one in compressors if one and one.asked), [])
+        compressing = [one for one, what in zip(compressors, self.compressions, strict=True) if what]
+        self.asked = next((one.asked for one in compressing if one.asked), [])
         self.noting = [cache for cache in caches if cache.left.predicted is not None]
         self.x = model.embed(token_ids)
 
