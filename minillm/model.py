@@ -3,7 +3,7 @@
 `layers` carries many tokens of one sequence through the blocks, a step at a time: whoever drives it stores their keys
 and values. `decode` reads one token of each of several sequences and leaves its entries in their caches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,13 @@ class Step:
     scores: object  # (H, n) predicted, on the host or the device; may be None where nobody wants scores
     mixed: object  # (n, Hq * d) the attention's output before W_O
     share: float = 0.0  # of a reading (compress.reading.read), what is done
+
+    def first(self, n):
+        """The Step of the first n tokens, as far as it can be stored."""
+        k, v = self.k[:, :n].copy(), self.v[:, :n].copy()
+        q, lse, scores = (None if part is None else part[:, :n] for part in (self.q, self.lse, self.scores))
+        hidden = None if self.hidden is None else self.hidden[:n]
+        return replace(self, pos=self.pos[:n], hidden=hidden, q=q, lse=lse, k=k, v=v, scores=scores, mixed=None)
 
     def release(self):
         """Give everything but x back: a block's worth of memory. -> mixed"""
@@ -108,14 +115,15 @@ class Model:
         for block, w, b in zip(self.blocks, weight, bias, strict=True):
             block.w_score, block.b_score = self.ops.prepare(Weight.floats(w)), b
 
-    def layers(self, parts, past, wants=(), first=0):
+    def layers(self, parts, past, wants=(), first=0, beyond=0):
         """Carry tokens through the blocks from `first` on: yields a Step between the halves of every (block, part).
 
         parts: list of (x (n, dim) float32 hidden states, position of the first token); x is updated in place. past:
         index of a block -> PagedLayer of the entries that the tokens attend to beside one another. wants: any of
-        "hidden", "queries" and "scores". Raises MinillmError where what a block makes is not finite."""
+        "hidden", "queries" and "scores". beyond: so many of the last tokens of each part will be no part of the
+        sequence. Raises MinillmError where what a block makes is not finite."""
         positions = [np.arange(position, position + len(x)) for x, position in parts]
-        rotations = [self.rotations(pos, parts[i][1] + len(pos)) for i, pos in enumerate(positions)]
+        rotations = [self.rotations(pos, parts[i][1] + len(pos) - beyond) for i, pos in enumerate(positions)]
         temperatures = [self.temperatures(pos) for pos in positions]
         for index in range(first, len(self.blocks)):
             for (x, _), pos, turns, warmth in zip(parts, positions, rotations, temperatures, strict=True):

@@ -40,7 +40,8 @@ def read(model, token_ids, caches, compressors, wants=()):
     A generator: it yields the Step of every (part of the text, block of the model) once that is stored, and returns
     hidden states (n, dim) before the last norm. One that is left at any yield, or raises, leaves the caches as they
     were. Only one block's keys and values exist in full; where the compressor can tell at once what to keep, only those
-    of a part. wants: what a Step is to have beside what compression asks for, see Model.layers."""
+    of a part. wants: what a Step is to have beside what compression asks for, see Model.layers; where questions are
+    asked, their rows come after those of the text."""
     if len(caches) > 1 and any(cache.seen for cache in caches):
         raise ValueError("caches that are read into together must be empty: what they attend to must be the same")
     model.check_ids(token_ids)
@@ -69,10 +70,15 @@ class _Part:
             compressor.begin(cache, token_ids, coming) if compressor else None
             for cache, compressor in zip(caches, compressors, strict=True)
         ]
+        self.noting = [cache for cache in caches if cache.left.predicted is not None]
         compressing = [one for one, what in zip(compressors, self.compressions, strict=True) if what]
         self.asked = next((one.asked for one in compressing if one.asked), [])
-        self.noting = [cache for cache in caches if cache.left.predicted is not None]
-        self.x = model.embed(token_ids)
+        self.rows = model.embed([*token_ids, *self.asked])  # questions after the text, which nothing is stored of
+
+    @property
+    def x(self):
+        """(n, dim) the tokens' hidden states."""
+        return self.rows[: len(self.token_ids)]
 
     def steps(self, wants):
         """Read and store the tokens. Yields each Step when it is stored."""
@@ -80,21 +86,24 @@ class _Part:
         reads = {compression.reads for compression in self.compressions if compression}
         asked = {"new": "queries", "hidden": "hidden"}
         wants = {*wants, *(asked[name] for name in reads & asked.keys()), *(["scores"] if self.noting else [])}
-        repeats = "again" in reads
-        again = Rereading(model, self.token_ids, first, repeats, self.asked) if repeats or self.asked else None
-        with closing(again) if again else nullcontext():
-            for step in model.layers([(self.x, first.position)], first.layer, wants):
+        wants |= {"queries"} if self.asked else set()
+        with closing(Rereading(model, self.token_ids, first)) if "again" in reads else nullcontext() as again:
+            for step in model.layers([(self.rows, first.position)], first.layer, wants, beyond=len(self.asked)):
                 self._store(step, again)
                 yield step
         for cache, compression in zip(self.caches, self.compressions, strict=True):
             compression.finish() if compression else cache.advance(self.token_ids)
 
     def _store(self, step, again):
+        asking = []
+        if self.asked:
+            n = len(self.token_ids)
+            asking = [Queries(step.q[:, n:], step.pos[n:], step.lse[:, n:], asks=True)]
+            step = step.first(n)
         for cache in self.noting:
             cache.left.predicted[step.index].append(step.scores)
-        later = again.layer(step) if again else []
-        queries = {"new": [Queries(step.q, step.pos, step.lse)], "again": later}
-        queries["predicted"] = [some for some in later if some.asks]
+        queries = {"new": [Queries(step.q, step.pos, step.lse)], "predicted": asking}
+        queries["again"] = again and again.layer(step) + asking
         for cache, compression in zip(self.caches, self.compressions, strict=True):
             if compression:
                 compression.store(step.index, step.k, step.v, queries.get(compression.reads) or (), step.hidden)
@@ -116,22 +125,19 @@ def recompress(model, cache, compressor):
 
 class Rereading:
     """A second reading of the new tokens, carried through the blocks of the model beside the first: in parts, each of
-    which sees the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight). asked:
-    token ids that come after the text and are a part of their own; repeats: whether there are others.
+    which sees the text and itself. What it attends to says what the text needs (KVzip, KVCompose, hindsight).
 
     Beside what the first reading takes, it takes a hidden state a token and one layer's keys and values once more."""
 
     PART = 2048  # tokens
 
-    def __init__(self, model, token_ids, cache, repeats=True, asked=()):
+    def __init__(self, model, token_ids, cache):
         self.cache, n = cache, len(token_ids)
         self.position = cache.position + n  # of the second reading's first token
         self.text = KVCache(cache.pool, 1, model.config.n_kv_heads)  # one layer of it, whole
-        x = model.embed(token_ids) if repeats else ()
-        parts = [x[lo : lo + self.PART] for lo in range(0, len(x), self.PART)]
-        self.asks = [False] * len(parts) + [True] * bool(asked)  # of each part
-        parts += [model.embed(asked)] if asked else []
-        self.steps = model.layers([(part, self.position) for part in parts], self._past, {"queries"})
+        x, parts = model.embed(token_ids), [slice(lo, min(lo + self.PART, n)) for lo in range(0, n, self.PART)]
+        self.n_parts = len(parts)
+        self.steps = model.layers([(x[rows], self.position) for rows in parts], self._past, {"queries"})
 
     def close(self):
         """Give the pages of the text back."""
@@ -148,5 +154,5 @@ class Rereading:
         if self.cache.seen:
             text.write(0, self.cache.read(step.index))
         text.append(0, step.k, step.v, step.pos)
-        again = ((next(self.steps), asks) for asks in self.asks)
-        return [Queries(part.q, part.pos, part.lse, asks) for part, asks in again]
+        again = (next(self.steps) for _ in range(self.n_parts))
+        return [Queries(part.q, part.pos, part.lse) for part in again]

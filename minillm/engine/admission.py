@@ -45,11 +45,9 @@ def _predicted(request, after, prompt):
         return float("inf")
     budget = config.budget.after(cache.settled)
     kept = max(budget.total(after, heads), int((cache.lengths - cache.settled).sum()))
-    kv_heads = request.model.config.n_kv_heads
-    block = kv_heads * min(BLOCK_TOKENS, len(request.unread))
+    block = request.model.config.n_kv_heads * min(BLOCK_TOKENS, len(request.unread))
     short = heads * SHORT  # that are left whole
-    again = kv_heads * (prompt + size) if compressor.asked else 0  # one layer, for the questions
-    way = 2 * (kept + short) + block + again + cache.pool.slab_entries
+    way = 2 * (kept + short) + block + cache.pool.slab_entries
     window = config.protect(after, budget)[1]
     end = 2 * (kept + short + heads * (config.recompress + window))
     return pages(max(way, end), size) + 3 * heads if config.recompress else float("inf")
