@@ -168,7 +168,7 @@ static Page page_at(const Paged *past, int64_t page, int64_t d)
 {
     const Slab *slab = &past->slabs[page / past->slab_pages];
     const int64_t at = page % past->slab_pages * past->page_size;
-    return (Page){slab, at, row_of(past->format, slab, 0, at, d), row_of(past->format, slab, 1, at, d)};
+    return (Page){slab, at, row_of(past->keys, slab, 0, at, d), row_of(past->keys, slab, 1, at, d)};
 }
 
 static void stretch(void *context, int64_t task, int thread)
@@ -203,12 +203,12 @@ static void stretch(void *context, int64_t task, int thread)
             float log_size = page.slab->log_size[page.at + e];
             known.bias[e] = page.slab->pos[page.at + e] <= hidden ? -INFINITY : log_size;
         }
-        for (int64_t e = 0; scaled(past->format) && e < n; e++) {
-            known.k_scale[e] = row_scale(past->format, page.slab, 0, page.at + e);
-            known.v_scale[e] = row_scale(past->format, page.slab, 1, page.at + e);
+        for (int64_t e = 0; scaled(past->keys) && e < n; e++) {
+            known.k_scale[e] = row_scale(past->keys, page.slab, 0, page.at + e);
+            known.v_scale[e] = row_scale(past->keys, page.slab, 1, page.at + e);
         }
         for (int64_t h = 0; h < group; h += MAX_GROUP)
-            BY_FORMAT(past->format, PAGE_OF_HEADS)
+            BY_FORMAT(past->keys, PAGE_OF_HEADS)
     }
 }
 

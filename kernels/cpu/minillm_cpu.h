@@ -72,7 +72,7 @@ typedef struct {
     const int32_t *pages;
     const int64_t *lengths;
     int64_t capacity, seen;
-    int32_t slab_pages, page_size, format, unused; /* format: of rows.h */
+    int32_t slab_pages, page_size, keys, values; /* whose rows are of which RowFormat */
 } Paged;
 
 /* n queries of one layer over a past and m new tokens at the positions from past.seen on: q (Hq, n, d), k and v (H, m, d), out (n, Hq d).

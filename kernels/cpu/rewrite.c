@@ -39,7 +39,7 @@ static void field(void *context, int64_t task, int thread)
     float *sums = scratch(thread, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
     const float *weight = (values ? w->value_weight : w->key_weight) + row;
     memset(sums, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
-    BY_FORMAT(w->within.format, SUM_PAGES)
+    BY_FORMAT(w->within.keys, SUM_PAGES)
     for (int64_t i = start, n; i < start + w->lengths[head]; i += n) {
         const Slab *slab;
         const int64_t at = entry_of(&w->within, head, i, &slab), entry = first + i - start;

@@ -6,19 +6,19 @@
 #include "minillm_cpu.h"
 #include "simd.h"
 
-enum PageFormat { PAGE_F32, PAGE_BF16, PAGE_I8 };
+enum RowFormat { ROW_F32, ROW_BF16, ROW_I8 };
 
 /* call(format), where it is a constant, of any: what says `const int format` below is straight code then. */
 #define BY_FORMAT(format, call)               \
     switch (format) {                         \
-    case PAGE_F32: call(PAGE_F32); break;     \
-    case PAGE_BF16: call(PAGE_BF16); break;   \
-    default: call(PAGE_I8); break;            \
+    case ROW_F32: call(ROW_F32); break;     \
+    case ROW_BF16: call(ROW_BF16); break;   \
+    default: call(ROW_I8); break;            \
     }
 
-INLINE int64_t row_bytes(const int format, int64_t d) { return d * (format == PAGE_F32 ? 4 : format == PAGE_BF16 ? 2 : 1); }
+INLINE int64_t row_bytes(const int format, int64_t d) { return d * (format == ROW_F32 ? 4 : format == ROW_BF16 ? 2 : 1); }
 
-INLINE int scaled(const int format) { return format == PAGE_I8; }
+INLINE int scaled(const int format) { return format == ROW_I8; }
 
 /* Row `at` of K, or of V. */
 INLINE char *row_of(const int format, const Slab *slab, int values, int64_t at, int64_t d) { return slab->rows[values] + at * row_bytes(format, d); }
@@ -31,23 +31,23 @@ INLINE float row_scale(const int format, const Slab *slab, int values, int64_t a
 /* Numbers i .. i + VW - 1 of a row. */
 INLINE vf load_row(const int format, const void *row, int64_t i)
 {
-    return format == PAGE_F32    ? load((const float *)row + i)
-           : format == PAGE_BF16 ? load_bf16((const uint16_t *)row + i)
+    return format == ROW_F32    ? load((const float *)row + i)
+           : format == ROW_BF16 ? load_bf16((const uint16_t *)row + i)
                                  : load_i8((const int8_t *)row + i);
 }
 
 /* And one of them. */
 INLINE float load_row_one(const int format, const void *row, int64_t i)
 {
-    return format == PAGE_F32    ? ((const float *)row)[i]
-           : format == PAGE_BF16 ? bf16_to_float(((const uint16_t *)row)[i])
+    return format == ROW_F32    ? ((const float *)row)[i]
+           : format == ROW_BF16 ? bf16_to_float(((const uint16_t *)row)[i])
                                  : ((const int8_t *)row)[i];
 }
 
 INLINE const float *widen(const int format, const Slab *slab, int values, int64_t at, int64_t d, float *room)
 {
     const char *row = row_of(format, slab, values, at, d);
-    if (format == PAGE_F32)
+    if (format == ROW_F32)
         return (const float *)row;
     const float scale = row_scale(format, slab, values, at);
     int64_t i = 0;
@@ -63,11 +63,11 @@ INLINE const float *widen(const int format, const Slab *slab, int values, int64_
 INLINE const float *widened(int format, const Slab *slab, int values, int64_t at, int64_t d, float *room) { BY_FORMAT(format, WIDEN) }
 
 /* A row as mm.h takes it: of which Kind, and row `at`, where it lies or widened. Of any format. */
-INLINE int operand_kind(int format) { return format == PAGE_BF16 ? BF16 : F32; }
+INLINE int operand_kind(int format) { return format == ROW_BF16 ? BF16 : F32; }
 
 INLINE const void *operand(int format, const Slab *slab, int values, int64_t at, int64_t d, float *room)
 {
-    return format == PAGE_BF16 ? row_of(format, slab, values, at, d) : (const void *)widened(format, slab, values, at, d, room);
+    return format == ROW_BF16 ? row_of(format, slab, values, at, d) : (const void *)widened(format, slab, values, at, d, room);
 }
 
 /* A row in 8 bits: q (d,) = x / scale to nearest, ties to even; scale is a bf16 word of max|x| / 127. */
@@ -99,9 +99,9 @@ static inline uint16_t to_i8(const float *x, int64_t d, int8_t *q)
 INLINE void pack_rows(const int format, const float *rows, int64_t n, int64_t d, const Slab *slab, int values, int64_t at)
 {
     char *to = row_of(format, slab, values, at, d);
-    if (format == PAGE_F32)
+    if (format == ROW_F32)
         memcpy(to, rows, sizeof(float) * (size_t)(n * d));
-    else if (format == PAGE_BF16)
+    else if (format == ROW_BF16)
         kernels->bf16_from(rows, n * d, (uint16_t *)to);
     else
         for (int64_t i = 0; i < n; i++)

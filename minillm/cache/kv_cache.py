@@ -60,7 +60,8 @@ class PagedLayer:
         format, runs = self.pool.format, []
         for run in self.runs(head, start):
             run = {name: self.pool.ops.host(field) for name, field in run.items()}
-            runs.append((format.rows("k", run), format.rows("v", run), run["log_size"], run["pos"]))
+            k, v = (format.rows(field, run, self.pool.head_dim) for field in "kv")
+            runs.append((k, v, run["log_size"], run["pos"]))
         if not runs:
             empty = np.zeros((0, self.pool.head_dim), np.float32)
             return empty, empty, np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -34,7 +34,7 @@ def restore(cache, arrays):
     for layer, end in enumerate(ends):
         here = slice(end - lengths[layer].sum(), end)
         stored = {name: arrays[name][here] for name in format.layout(cache.pool.head_dim)}
-        k, v = format.rows("k", stored), format.rows("v", stored)
+        k, v = (format.rows(field, stored, cache.pool.head_dim) for field in "kv")
         cache.write(layer, Entries(k, v, stored["log_size"], stored["pos"], lengths[layer]))
     cache.advance(arrays["token_ids"].tolist())
     cache.settled, cache.settled_tokens = arrays["settled"].copy(), int(arrays["settled_tokens"])
@@ -72,7 +72,7 @@ def _shaped(cache, arrays):
 def _possible(cache, arrays):
     lengths, settled, pos = arrays["lengths"], arrays["settled"], arrays["pos"]
     seen, settled_tokens = len(arrays["token_ids"]), int(arrays["settled_tokens"])
-    finite = (arrays["log_size"], *(cache.pool.format.rows(field, arrays) for field in "kv"))
+    finite = (arrays["log_size"], *(cache.pool.format.rows(field, arrays, cache.pool.head_dim) for field in "kv"))
     return (
         all(np.isfinite(values).all() for values in finite)
         and bool(((settled >= 0) & (settled <= lengths)).all() and (arrays["token_ids"] >= 0).all())

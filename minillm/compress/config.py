@@ -58,7 +58,8 @@ class CacheConfig:
         **options,
     ):
         if dtype not in DTYPES:
-            raise UsageError(f"a cache's dtype is {' or '.join(DTYPES)}, not {dtype!r}")
+            *names, last = DTYPES
+            raise UsageError(f"a cache's dtype is {', '.join(names)} or {last}, not {dtype!r}")
         self.dtype = dtype
         self.method = method if budget != "full" else "full"
         self.spec = find_method(method or WITH_PROFILE)  # whose options WITHOUT has, too

@@ -94,6 +94,10 @@ class Pages:
 
     page_format = FLOAT32  # of K and V where none is asked for
 
+    def holds(self, format: PageFormat) -> bool:
+        """Whether there are kernels for pages of this format."""
+        return True
+
     def new_slab(self, n_pages: int, page_size: int, head_dim: int, format: PageFormat) -> Any:
         """A Slab, whose memory goes back with the last reference to it."""
         raise NotImplementedError

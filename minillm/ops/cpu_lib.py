@@ -61,7 +61,7 @@ class Paged(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("slabs", "pages", "lengths")),
         *((name, c_int64) for name in ("capacity", "seen")),
-        *((name, c_int32) for name in ("slab_pages", "page_size", "format", "unused")),
+        *((name, c_int32) for name in ("slab_pages", "page_size", "keys", "values")),
     ]
 
 
@@ -318,7 +318,8 @@ def paged(layer, slabs):
         seen=layer.seen,
         slab_pages=pool.slab_pages,
         page_size=pool.page_size,
-        format=pool.format.kind,
+        keys=pool.format.k.kind,
+        values=pool.format.v.kind,
     )
 
 

@@ -115,6 +115,9 @@ class CpuOps(NumpyOps):
 
     # pages
 
+    def holds(self, format):
+        return format.k.kind is not None and format.v.kind is not None
+
     def write_entries(self, layer, start, entries):
         k, v, log_size = (floats(a) for a in (entries.k, entries.v, entries.log_size))
         pos, slabs = np.ascontiguousarray(entries.pos, np.int32), slab_table(layer.pool)

@@ -134,6 +134,9 @@ class CudaOps(CudaPlanning):
 
     # pages
 
+    def holds(self, format):
+        return format.k.cuda is not None and format.v.cuda is not None
+
     def new_slab(self, n_pages, page_size, head_dim, format):
         assert page_size == PAGE_SIZE
         memory = self.device.new_slab_memory((n_pages * page_size * format.entry_bytes(head_dim),), np.uint8)
@@ -218,7 +221,7 @@ class CudaOps(CudaPlanning):
         launch.read_entries(self.device, self.paged(layer), first, start, layer.pool.head_dim, self.real16, **out)
 
     def stored_rows(self, stored):
-        return stored if stored.dtype == np.float32 else self.page_format.floats(stored)
+        return stored if stored.dtype == np.float32 else self.page_format.k.floats(stored)
 
     # the device
 

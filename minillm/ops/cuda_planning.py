@@ -177,9 +177,9 @@ class CudaPlanning(Backend):
 
     def _rows(self, rows):
         if not self.device.owns(rows):
-            return self.device.upload(self.page_format.words(rows))
+            return self.device.upload(self.page_format.k.words(rows))
         if rows.dtype == np.float32:
-            return self.page_format.words(rows)
+            return self.page_format.k.words(rows)
         if rows.flags.c_contiguous:
             return rows
         together = self.device.empty(rows.shape, rows.dtype)

@@ -26,7 +26,7 @@ class CudaWeight:
         becomes 16-bit words of the type real16."""
         kept, scales = weight.format.device, None
         if kept is None or kept.real16 != real16:
-            words, kept = FLOATS[real16].words(weight.rows(0, weight.shape[0])), WORDS[real16]
+            words, kept = FLOATS[real16].k.words(weight.rows(0, weight.shape[0])), WORDS[real16]
         elif kept.apart:
             words, scales = weight.format.apart(weight.data)
         else:

@@ -149,7 +149,7 @@ class NumpyOps(Backend):
             return rows
         parts, format = [], rows.past.pool.format
         for head, start in enumerate(rows.start.tolist()):
-            parts += [format.rows(rows.field, run) for run in rows.past.runs(head, start)]
+            parts += [format.rows(rows.field, run, rows.shape[1]) for run in rows.past.runs(head, start)]
             parts += [] if rows.new is None else [rows.new[head]]
         return np.concatenate(parts) if parts else np.zeros(rows.shape, np.float32)
 

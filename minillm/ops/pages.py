@@ -1,8 +1,14 @@
-"""What a slab of pages holds: the formats of K and V, an object each, and the fields they lie in.
+"""What a slab of pages holds: the formats of rows of K and V, an object each, and the fields they lie in.
 
 In int8 a row x (d,), an entry's key or value, is d whole numbers q and a scale s in bf16: s = max|x| / 127 rounded, q =
 x / s rounded, and q s is what is read. That is stored as the same words again, for 127 s has no more than 15 bits:
-entries that stay when a layer is compressed once more stay as they are."""
+entries that stay when a layer is compressed once more stay as they are.
+
+In q4 (k5v4: keys in 5 bits, values in 4) a row is y = H x, H the Hadamard transform, which spreads any row over elements
+that are about Gaussian; u = y / max|y| 127; c, the nearest of 16 (32) levels of each u; and the scale s = max|y| / 127
+(u.c) / (c.c), which makes |y - s c| least, in bf16. H s c is what is read: as H is its own inverse and transpose, a query q
+meets c as s (H q).c, and sums of values are transformed once, not row by row. One element of c is always the last level,
+127: so H s c, whose transform's largest is 127 s, is stored as the same words again."""
 
 import mmap
 from collections.abc import Callable
@@ -10,18 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.errors import MinillmError
+
 PAGE_SIZE = 32  # entries a page, as in pages.cuh, where nothing else is said
 LARGEST = 127  # of a row in 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageFormat:
-    """How pages store K and V. Rows (n, d) are float32. Stored, the field "k" or "v" is one array or several."""
+class RowFormat:
+    """How pages store rows (n, d) float32: keys, or values. Stored, they are one array or several."""
 
-    name: str  # in flags and session files
-    kind: int | None = None  # of enum PageFormat in kernels/cpu/rows.h; None: not there
+    kind: int | None = None  # of enum RowFormat in kernels/cpu/rows.h; None: not there
     cuda: str | None = None  # the struct in CUDA, of kernels/cuda/page_formats.cuh
-    note: str = ""  # what it does for who asks for it
     exact = False  # whether rows are floats that every kernel can read as they lie: a backend's own format is
 
     def parts(self, head_dim):
@@ -32,38 +38,18 @@ class PageFormat:
         """rows (n, d) -> the parts of n rows, in their order."""
         raise NotImplementedError
 
-    def unpack(self, *parts):
+    def unpack(self, parts, head_dim):
         """The other way."""
         raise NotImplementedError
 
-    def layout(self, head_dim):
-        """name -> (shape of an entry's, type), in the order in which the fields lie in a slab."""
-        rows = {field + part: each for part, each in self.parts(head_dim).items() for field in "kv"}
-        return rows | {"log_size": ((), np.float32), "pos": ((), np.int32)}
-
-    def entry_bytes(self, head_dim):
-        """Bytes of an entry in all its fields."""
-        return sum(int(np.prod(shape)) * np.dtype(word).itemsize for shape, word in self.layout(head_dim).values())
-
     def row_bytes(self, head_dim):
-        """Bytes of a key, and of a value, without its scale."""
+        """Bytes of a row without its scale."""
         shape, word = self.parts(head_dim)[""]
         return int(np.prod(shape)) * np.dtype(word).itemsize
 
-    def stored(self, entries):
-        """Entries of the host, k and v float32 -> name -> array of what is stored of them."""
-        arrays = {"log_size": entries.log_size, "pos": entries.pos}
-        for field, rows in (("k", entries.k), ("v", entries.v)):
-            arrays |= {field + part: array for part, array in zip(self.parts(1), self.pack(rows), strict=True)}
-        return arrays
-
-    def rows(self, field, arrays):
-        """The keys ("k") or values ("v") among stored arrays by name: (n, d) float32, a view where that is stored."""
-        return self.unpack(*(arrays[field + part] for part in self.parts(1)))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Floats(PageFormat):
+class Floats(RowFormat):
     """A word for each element. words, floats: of float32 values of any backend, to nearest, ties to even, and back."""
 
     word: type
@@ -77,12 +63,13 @@ class Floats(PageFormat):
     def pack(self, rows):
         return (self.words(rows),)
 
-    def unpack(self, words):
+    def unpack(self, parts, head_dim):
+        (words,) = parts
         return self.floats(words)
 
 
-class Int8(PageFormat):
-    """Whole numbers and a scale a row."""
+class Whole(RowFormat):
+    """Whole numbers of 8 bits and a scale a row."""
 
     def parts(self, head_dim):
         return {"": ((head_dim,), np.int8), "_scale": ((), np.uint16)}
@@ -93,8 +80,110 @@ class Int8(PageFormat):
         units = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
         return np.clip(np.rint(units), -LARGEST, LARGEST).astype(np.int8), words
 
-    def unpack(self, numbers, words):
+    def unpack(self, parts, head_dim):
+        numbers, words = parts
         return numbers * from_bf16(words)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels(RowFormat):
+    """Which of 2^bits levels each element of the row's Hadamard transform is at, and a scale a row.
+
+    Levels are whole numbers, those above zero in `upper`: 127 over the last of the best ones of a Gaussian (Lloyd 1982,
+    Max 1960) times each, rounded. In blocks of 32 elements: of element i, i + 16 the 4 low bits in byte i, low and high half; of 5
+    bits, the fifth ones of all blocks follow, bit i of 4 bytes of element i. What lies beyond d is 0."""
+
+    bits: int
+    upper: tuple
+
+    @property
+    def levels(self):
+        """(2^bits,) float32, ascending."""
+        upper = np.array(self.upper, np.float32)
+        return np.append(-upper[::-1], upper)
+
+    def parts(self, head_dim):
+        return {"": ((-(-head_dim // 32) * 4 * self.bits,), np.uint8), "_scale": ((), np.uint16)}
+
+    def pack(self, rows):
+        turned, levels = hadamard(rows), self.levels
+        unit = np.abs(turned).max(axis=1, keepdims=True) / np.float32(LARGEST)
+        units = np.divide(turned, unit, out=np.zeros_like(turned), where=unit > 0)
+        codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, units)
+        at = levels[codes]
+        scale = np.einsum("rd,rd->r", units, at) / np.einsum("rd,rd->r", at, at) * unit[:, 0]
+        return self._packed(codes), bf16_words(scale)
+
+    def _packed(self, codes):
+        """codes (n, d) -> (n, bytes)."""
+        (n, d), blocks = codes.shape, -(-codes.shape[1] // 32)
+        padded = np.zeros((n, blocks * 32), np.uint8)
+        padded[:, :d] = codes
+        padded = padded.reshape(n, blocks, 32)
+        low = (padded[:, :, :16] & 15 | padded[:, :, 16:] << 4).reshape(n, blocks * 16)
+        if self.bits == 4:
+            return low
+        high = np.packbits(padded >> 4, axis=2, bitorder="little").reshape(n, blocks * 4)
+        return np.append(low, high, axis=1)
+
+    def unpack(self, parts, head_dim):
+        (stored, words), blocks = parts, -(-head_dim // 32)
+        low = stored[:, : blocks * 16].reshape(-1, blocks, 16)
+        codes = np.concatenate([low & 15, low >> 4], axis=2)
+        if self.bits == 5:
+            high = stored[:, blocks * 16 :].reshape(-1, blocks, 4)
+            codes |= np.unpackbits(high, axis=2, bitorder="little") << 4
+        codes = codes.reshape(-1, blocks * 32)[:, :head_dim]
+        return hadamard(self.levels[codes] * from_bf16(words)[:, None])
+
+
+def hadamard(rows):
+    """rows (n, d) times the normalised Hadamard matrix of each block of the largest power of two that divides d (which
+    is its own inverse), by differences and sums (Yates 1937)."""
+    (n, d), step = rows.shape, 1
+    block = d & -d
+    while step < block:
+        pair = rows.reshape(n, d // (2 * step), 2, step)
+        rows = np.stack([pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]], axis=2)
+        step *= 2
+    return rows.reshape(n, d) * np.float32(block**-0.5)
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """How pages store K and V."""
+
+    name: str  # in flags and session files
+    k: RowFormat
+    v: RowFormat
+    note: str = ""  # what it does for who asks for it
+
+    @property
+    def exact(self):
+        return self.k.exact and self.v.exact
+
+    def layout(self, head_dim):
+        """name -> (shape of an entry's, type), in the order in which the fields lie in a slab."""
+        parts = {field + part: each for field in "kv" for part, each in getattr(self, field).parts(head_dim).items()}
+        rows = {name: parts[name] for name in sorted(parts, key=len)}  # the scales after both
+        return rows | {"log_size": ((), np.float32), "pos": ((), np.int32)}
+
+    def entry_bytes(self, head_dim):
+        """Bytes of an entry in all its fields."""
+        return sum(int(np.prod(shape)) * np.dtype(word).itemsize for shape, word in self.layout(head_dim).values())
+
+    def stored(self, entries):
+        """Entries of the host, k and v float32 -> name -> array of what is stored of them."""
+        arrays = {"log_size": entries.log_size, "pos": entries.pos}
+        for field, rows in (("k", entries.k), ("v", entries.v)):
+            format = getattr(self, field)
+            arrays |= {field + part: array for part, array in zip(format.parts(1), format.pack(rows), strict=True)}
+        return arrays
+
+    def rows(self, field, arrays, head_dim):
+        """The keys ("k") or values ("v") among stored arrays by name: (n, d) float32, a view where that is stored."""
+        format = getattr(self, field)
+        return format.unpack([arrays[field + part] for part in format.parts(head_dim)], head_dim)
 
 
 def bf16_words(x):
@@ -112,17 +201,25 @@ def _same(x):
     return x
 
 
-FLOAT32 = Floats(name="float32", word=np.float32, words=_same, floats=_same, kind=0)
-BFLOAT16 = Floats(name="bfloat16", word=np.uint16, words=bf16_words, floats=from_bf16, kind=1, cuda="Words")
-FLOAT16 = Floats(
-    name="float16",
+F32_ROWS = Floats(word=np.float32, words=_same, floats=_same, kind=0)
+BF16_ROWS = Floats(word=np.uint16, words=bf16_words, floats=from_bf16, kind=1, cuda="Words")
+F16_ROWS = Floats(
     word=np.uint16,
     words=lambda x: x.astype(np.float16).view(np.uint16),
     floats=lambda words: words.view(np.float16).astype(np.float32),
     cuda="Words",
 )
-INT8 = Int8(name="int8", kind=2, cuda="Int8", note="about half of their bytes")
-PAGE_FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16, INT8)}
+INT8_ROWS = Whole(kind=2, cuda="Int8")
+Q4_ROWS = Levels(bits=4, upper=(6, 18, 31, 44, 58, 75, 96, 127))
+Q5_ROWS = Levels(bits=5, upper=(3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127))
+
+FLOAT32 = PageFormat("float32", F32_ROWS, F32_ROWS)
+BFLOAT16 = PageFormat("bfloat16", BF16_ROWS, BF16_ROWS)
+FLOAT16 = PageFormat("float16", F16_ROWS, F16_ROWS)
+INT8 = PageFormat("int8", INT8_ROWS, INT8_ROWS, "about half of their bytes")
+K5V4 = PageFormat("k5v4", Q5_ROWS, Q4_ROWS, "about a third: keys of 5 bits, values of 4")
+Q4 = PageFormat("q4", Q4_ROWS, Q4_ROWS, "less than a third: keys and values of 4 bits")
+PAGE_FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16, INT8, K5V4, Q4)}
 DTYPES = {  # what may be asked for, and what it gives
     "auto": "16-bit floats",
     **{name: format.note for name, format in PAGE_FORMATS.items() if not format.exact},
@@ -130,8 +227,11 @@ DTYPES = {  # what may be asked for, and what it gives
 
 
 def page_format(dtype, ops):
-    """The PageFormat of a name; auto is the backend's own."""
-    return ops.page_format if dtype == "auto" else PAGE_FORMATS[dtype]
+    """The PageFormat of a name; auto is the backend's own. MinillmError where the backend has none such."""
+    format = ops.page_format if dtype == "auto" else PAGE_FORMATS[dtype]
+    if not ops.holds(format):
+        raise MinillmError(f"there are no kernels for a cache of {dtype} on {ops.name}: use auto or int8")
+    return format
 
 
 @dataclass

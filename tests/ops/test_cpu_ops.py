@@ -214,7 +214,7 @@ def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.
             for field in "kv":
                 values = normal(rng, n, d) * np.float32(scale)
                 if pool.format is INT8:
-                    run[field][:], run[f"{field}_scale"][:] = INT8.pack(values)
+                    run[field][:], run[f"{field}_scale"][:] = INT8.k.pack(values)
                 else:
                     run[field][:] = values if pool.format is FLOAT32 else values.view(np.uint32) >> 16
             run["log_size"][:] = np.log(rng.integers(1, 50, n)) if merged else 0
@@ -530,7 +530,7 @@ def test_bf16_pages_round_to_nearest_even(path):
     layer = PagedLayer(pool, np.array([[1]], np.int32), np.array([3]), 3)
     cpu_ops.write_entries(layer, np.array([0]), Entries(rows, rows, np.zeros(3), np.arange(3), np.array([3])))
     expected = np.float32([[1, 1 + 2**-6], [-1, 1 + 2**-7], [np.inf, -0.0]])
-    np.testing.assert_array_equal(BFLOAT16.floats(slab.fields["k"][1, :3]), expected)
+    np.testing.assert_array_equal(BFLOAT16.k.floats(slab.fields["k"][1, :3]), expected)
     assert sum(field.nbytes for field in slab.fields.values()) == len(slab.memory) == 2 * 4 * BFLOAT16.entry_bytes(2)
 
 

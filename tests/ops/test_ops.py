@@ -354,10 +354,10 @@ def test_the_nearest_of_a_segment(n_keys, n, m, d, monkeypatch):
 @pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
 def test_all_words_of_16_bits_come_back(dtype, largest):
     words = np.arange(1 << 16, dtype=np.uint16)
-    values = PAGE_FORMATS[dtype].floats(words)
+    values = PAGE_FORMATS[dtype].k.floats(words)
     finite = np.isfinite(values)
     assert values.dtype == np.float32 and values[finite].max() == largest and values[words == 0] == 0
-    np.testing.assert_array_equal(PAGE_FORMATS[dtype].words(values[finite]), words[finite])
+    np.testing.assert_array_equal(PAGE_FORMATS[dtype].k.words(values[finite]), words[finite])
 
 
 def test_the_choice_of_a_backend():

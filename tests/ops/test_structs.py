@@ -43,12 +43,12 @@ def test_fields(name):
 def test_page_formats_are_those_of_the_kernels():
     """Each has its number in rows.h and its struct in page_formats.cuh, and the kernels have no others."""
     c, cuda = ((folder() / file).read_text(encoding="utf-8") for file in ("cpu/rows.h", "cuda/page_formats.cuh"))
-    short = {"float32": "PAGE_F32", "bfloat16": "PAGE_BF16", "int8": "PAGE_I8"}
-    kinds = {short[name]: format.kind for name, format in PAGE_FORMATS.items() if format.kind is not None}
-    assert re.search(r"enum PageFormat \{ (.+?) \};", c)[1].split(", ") == sorted(kinds, key=kinds.get)
+    short = {"float32": "ROW_F32", "bfloat16": "ROW_BF16", "int8": "ROW_I8", "q4": "ROW_Q4", "k5v4": "ROW_Q5"}
+    kinds = {short[name]: format.k.kind for name, format in PAGE_FORMATS.items() if format.k.kind is not None}
+    assert re.search(r"enum RowFormat \{ (.+?) \};", c)[1].split(", ") == sorted(kinds, key=kinds.get)
     assert sorted(kinds.values()) == list(range(len(kinds)))
     structs = set(re.findall(r"^struct (\w+) \{", cuda, re.MULTILINE))
-    assert structs == {format.cuda for format in PAGE_FORMATS.values()} - {None}
+    assert structs == {format.k.cuda for format in PAGE_FORMATS.values()} - {None}
 
 
 def test_all_structs_that_python_fills_are_there():

@@ -27,7 +27,8 @@ def decode_space(device, items, group, head_dim, format):
 
 
 def _decode_warp_bytes(head_dim, format):
-    return 16 * 2 * head_dim + 2 * 2 * PAGE_SIZE * format.row_bytes(head_dim)  # q, and two pages of K and of V
+    rows = format.k.row_bytes(head_dim) + format.v.row_bytes(head_dim)
+    return 16 * 2 * head_dim + 2 * PAGE_SIZE * rows  # q, and two pages of K and of V
 
 
 def decode_plan(device, lengths, starts):

@@ -1,4 +1,4 @@
-"""A cache of 8 bits, whole models and sessions: what is stored, how far that is from floats, and what it takes."""
+"""A cache of 8 bits and fewer, whole models and sessions: what is stored, how far that is from floats, and what it takes."""
 
 import json
 
@@ -18,7 +18,12 @@ from minillm.ops import cpu_lib
 from minillm.ops.pages import FLOAT32
 from minillm.programs.run import main as run
 
-CLOSE = 0.03  # of the root mean square of logits: a tiny random model makes much of a rounding
+CLOSE = {
+    "int8": 0.03,
+    "k5v4": 0.3,
+    "q4": 0.4,
+}  # of the root mean square of logits: a tiny random model makes much of it
+EACH = pytest.mark.parametrize("dtype", CLOSE)
 SETTINGS = {
     "full": (None, {}),
     "semanticache": (0.3, {}),
@@ -29,7 +34,7 @@ SETTINGS = {
 }
 
 
-def new_cache(model, dtype="int8"):
+def new_cache(model, dtype):
     c = model.config
     pool = PagePool(model.ops, c.head_dim, 4, 5 * 4 * FLOAT32.entry_bytes(c.head_dim), dtype)
     return KVCache(pool, c.n_layers, c.n_kv_heads)
@@ -44,26 +49,28 @@ def words(cache, layer, head):
     return found
 
 
+@EACH
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_turn_reads_what_is_stored(method):
+def test_a_turn_reads_what_is_stored(method, dtype):
     """Its logits are those of attention in float64 over exactly the rounded rows that the turn before left."""
     budget, options = SETTINGS[method]
     model = model_of(config_of())
-    cache, compressor = new_cache(model), compressor_of(model, method, budget, **options)
+    cache, compressor = new_cache(model, dtype), compressor_of(model, method, budget, **options)
     for turn, n in enumerate((150, 9, 12)):
         expected = literal_extend(model, ids_of(n, turn), cache) if turn else None
         logits = model.logits(extend(model, ids_of(n, turn), cache, compressor))
         if turn:
             same(logits, expected)
             assert (cache.kept < 0.9) == (method != "full")
-    assert all(run_["k"].dtype == np.int8 for run_ in cache.layer(0).runs(0))
+    assert all(run_["k"].dtype == (np.int8 if dtype == "int8" else np.uint8) for run_ in cache.layer(0).runs(0))
 
 
+@EACH
 @pytest.mark.parametrize("method", ["streaming", "snapkv", "foresight"])
-def test_entries_that_stay_are_the_same_words(method):
+def test_entries_that_stay_are_the_same_words(method, dtype):
     """However often their layer is compressed again."""
     model = model_of(config_of())
-    cache, compressor = new_cache(model), compressor_of(model, method, 60, merge="drop", recompress=20)
+    cache, compressor = new_cache(model, dtype), compressor_of(model, method, 60, merge="drop", recompress=20)
     extend(model, ids_of(150), cache, compressor)
     before = [[words(cache, layer, head) for head in range(2)] for layer in range(2)]
     for token in ids_of(45, 1):
@@ -80,41 +87,45 @@ def test_entries_that_stay_are_the_same_words(method):
     assert n > 20
 
 
+@EACH
 @pytest.mark.parametrize("path", ["numpy", *cpu_lib.available_paths()])
-def test_logits_are_near_those_of_floats(path, tiny_models, monkeypatch):
+def test_logits_are_near_those_of_floats(path, dtype, tiny_models, monkeypatch):
     """Prompt, turn and generation, on every path."""
     monkeypatch.setenv("MINILLM_CPU", path)
     logits = {}
-    for dtype in ("auto", "int8"):
-        with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype=dtype)) as llm:
+    for one in ("auto", dtype):
+        with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype=one)) as llm:
             session = llm.session()
             rows = []
             for ids in (list(range(5, 60)), list(range(3, 20))):
                 session.feed(ids)
                 rows.append(session.read())
             rows += [llm.model.decode([token], [session.cache])[0] for token in range(30)]
-            logits[dtype] = np.array(rows)
-    difference = logits["int8"] - logits["auto"]
-    assert 0 < np.sqrt((difference**2).mean()) <= CLOSE * np.sqrt((logits["auto"] ** 2).mean())
+            logits[one] = np.array(rows)
+    difference = logits[dtype] - logits["auto"]
+    assert 0 < np.sqrt((difference**2).mean()) <= CLOSE[dtype] * np.sqrt((logits["auto"] ** 2).mean())
 
 
-def test_bytes(tiny_models):
+@EACH
+def test_bytes(tiny_models, dtype):
     """Of an entry d numbers twice, two scales, log s and its position; what is promised is what is held."""
-    with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype="int8")) as llm:
+    with LLM.load(tiny_models["tied-head"], cache=CacheConfig("full", dtype=dtype)) as llm:
         d, heads = llm.config.head_dim, llm.config.n_layers * llm.config.n_kv_heads
         session = llm.session()
         session.feed(list(range(64)))
         session.read()
         cache = session.cache
-        assert cache.bytes_in_use == 64 * heads * (2 * d + 2 * 2 + 4 + 4)
+        blocks = -(-d // 32)
+        rows = {"int8": 2 * d, "k5v4": blocks * (20 + 16), "q4": blocks * (16 + 16)}[dtype]
+        assert cache.bytes_in_use == 64 * heads * (rows + 2 * 2 + 4 + 4)
         assert cache.full_bytes == heads * 2 * 32 * llm.model.ops.page_format.entry_bytes(d) > 1.3 * cache.bytes_in_use
         promised = cache_bytes(llm.config, llm.cache_config, llm.model.ops, 64)
-        assert cache.bytes_in_use <= promised < cache.full_bytes
+        assert cache.bytes_in_use <= promised < cache_bytes(llm.config, CacheConfig("full"), llm.model.ops, 64)
         assert llm.pool.bytes_in_use == cache.bytes_in_use
     assert llm.pool.bytes_held == 0
 
 
-@pytest.mark.parametrize("dtype, other_dtype", [("int8", "auto"), ("auto", "int8")])
+@pytest.mark.parametrize("dtype, other_dtype", [("int8", "auto"), ("auto", "int8"), ("q4", "int8"), ("k5v4", "q4")])
 def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
     """A file of the bytes of its entries; the same words, the same next logits; a file of the other kind is refused."""
     tiny = tiny_chat.make(tmp_path / "tiny")
@@ -138,10 +149,11 @@ def test_a_session_is_saved_and_restored(dtype, other_dtype, tmp_path):
             llm.session().restore(tmp_path / "session")
 
 
-def test_one_model_has_caches_of_both_kinds(tmp_path):
+@EACH
+def test_one_model_has_caches_of_both_kinds(tmp_path, dtype):
     with LLM.load(tiny_chat.make(tmp_path / "tiny")) as llm:
         one = llm.session()
-        llm.set_cache(CacheConfig("full", dtype="int8"))
+        llm.set_cache(CacheConfig("full", dtype=dtype))
         other = llm.session()
         for session in (one, other):
             session.feed(list(range(40)))
@@ -155,23 +167,24 @@ def test_one_model_has_caches_of_both_kinds(tmp_path):
 
 
 def test_what_cannot_be_asked_for():
-    with pytest.raises(UsageError, match="a cache's dtype is auto or int8, not 'int4'"):
+    with pytest.raises(UsageError, match="a cache's dtype is auto, int8, k5v4 or q4, not 'int4'"):
         CacheConfig("foresight", 0.2, dtype="int4")
     assert CacheConfig("foresight", 0.2).as_dict() == CacheConfig("foresight", 0.2, dtype="auto").as_dict()
 
 
-def test_the_command_line(tmp_path, capsys):
+@EACH
+def test_the_command_line(tmp_path, capsys, dtype):
     tiny = str(tiny_chat.make(tmp_path / "tiny"))
     shared = ["-m", tiny, "-n", "3", "-p", "what is it? " * 90, "--json"]
     found = {}
-    for dtype in ("auto", "int8"):
-        assert run([*shared, "--kv-method", "streaming", "--kv-budget", "0.5", "--kv-dtype", dtype]) == 0
-        found[dtype] = json.loads(capsys.readouterr().out)["cache"]
-    assert found["int8"]["entries"] == found["auto"]["entries"]
-    assert found["int8"]["full_bytes"] == found["auto"]["full_bytes"]
-    assert found["int8"]["bytes"] < 0.8 * found["auto"]["bytes"]
+    for one in ("auto", dtype):
+        assert run([*shared, "--kv-method", "streaming", "--kv-budget", "0.5", "--kv-dtype", one]) == 0
+        found[one] = json.loads(capsys.readouterr().out)["cache"]
+    assert found[dtype]["entries"] == found["auto"]["entries"]
+    assert found[dtype]["full_bytes"] == found["auto"]["full_bytes"]
+    assert found[dtype]["bytes"] < 0.8 * found["auto"]["bytes"]
     assert run([*shared, "--kv-dtype", "int4"]) == 2
-    assert "'int4' is not one of auto, int8" in capsys.readouterr().err
+    assert "'int4' is not one of auto, int8, k5v4, q4" in capsys.readouterr().err
 
 
 def test_an_evaluation_has_both(tmp_path, capsys):
