@@ -143,8 +143,30 @@ static void weights(float *s, int64_t s_stride, int64_t g, int64_t n, const Know
     case 3: call(3); break;    \
     default: call(4); break;   \
     }
-#define DOTS(g) dots(format, g, q, k, k_ahead, n, d, s, s_stride)
-#define WEIGH(g) weigh(format, g, s, s_stride, v, v_ahead, n, d, partial, d + 2)
+#define DOTS(g) dots(format, g, q, k->rows, k->ahead, n, d, s, s_stride)
+#define WEIGH(g) weigh(format, g, p, p_stride, v->rows, v->ahead, n, d, out, d + 2)
+
+/* K or V of a page: numbers that lie one by one, of which format, and the bytes from them to those of the next page. */
+typedef struct {
+    int format;
+    const char *rows;
+    int64_t ahead;
+} Numbers;
+
+INLINE void dots_of_heads(const int format, int64_t g, const float *q, const Numbers *k, int64_t n, int64_t d, float *s, int64_t s_stride) { FOR_GROUP(DOTS) }
+#define DOTS_OF_HEADS(format) dots_of_heads(format, g, q, k, n, d, s, s_stride)
+
+INLINE void weigh_for_heads(const int format, int64_t g, const float *p, int64_t p_stride, const Numbers *v, int64_t n, int64_t d, float *out) { FOR_GROUP(WEIGH) }
+#define WEIGH_FOR_HEADS(format) weigh_for_heads(format, g, s, s_stride, v, n, d, partial)
+
+/* One page of n entries for g query heads. */
+static void page_of_heads(int64_t g, const float *q, const Numbers *k, const Numbers *v, const Known *known, int64_t n, int64_t d, float *s, int64_t s_stride,
+                          float *partial)
+{
+    BY_NUMBERS(k->format, DOTS_OF_HEADS)
+    weights(s, s_stride, g, n, known, partial, d);
+    BY_NUMBERS(v->format, WEIGH_FOR_HEADS)
+}
 
 typedef struct {
     const Slab *slab;
@@ -152,23 +174,20 @@ typedef struct {
     const char *k, *v;
 } Page;
 
-/* One page of n entries for g query heads. */
-INLINE void page_of_heads(const int format, int64_t g, const float *q, const Page *page, const Page *next, const Known *known, int64_t n, int64_t d,
-                          float *s, int64_t s_stride, float *partial)
+/* The Numbers of n rows of a page, `next` those of the next page; in room (n, d) where they do not lie one by one. */
+static Numbers numbers(int format, const char *rows, const char *next, int64_t n, int64_t d, int8_t *room)
 {
-    const char *k = page->k, *v = page->v;
-    const int64_t k_ahead = next->k - k, v_ahead = next->v - v;
-    FOR_GROUP(DOTS)
-    weights(s, s_stride, g, n, known, partial, d);
-    FOR_GROUP(WEIGH)
+    if (!turned(format))
+        return (Numbers){format, rows, next - rows};
+    fetch(next, n * row_bytes(format, d));
+    return (Numbers){one_by_one(format), numbers_of_any(format, rows, n, d, room), 0};
 }
-#define PAGE_OF_HEADS(format) page_of_heads(format, least(MAX_GROUP, group - h), q + h * d, &page, &next, &known, n, d, s, s_stride, partial + h * (d + 2))
 
 static Page page_at(const Paged *past, int64_t page, int64_t d)
 {
     const Slab *slab = &past->slabs[page / past->slab_pages];
     const int64_t at = page % past->slab_pages * past->page_size;
-    return (Page){slab, at, row_of(past->keys, slab, 0, at, d), row_of(past->keys, slab, 1, at, d)};
+    return (Page){slab, at, row_of(past->keys, slab, 0, at, d), row_of(past->values, slab, 1, at, d)};
 }
 
 static void stretch(void *context, int64_t task, int thread)
@@ -181,6 +200,7 @@ static void stretch(void *context, int64_t task, int thread)
     const int32_t hidden = a->window ? (int32_t)(past->seen - a->window) : INT32_MIN; /* positions up to it are out of sight */
     float *q = scratch(thread, 2, sizeof(float) * (size_t)(group * d));
     float *s = scratch(thread, 3, sizeof(float) * (size_t)((MAX_GROUP + 3) * s_stride)), *beside = s + MAX_GROUP * s_stride;
+    int8_t *room = scratch(thread, 4, (size_t)(2 * (size * d + 32)));
     const Known known = {beside, beside + s_stride, beside + 2 * s_stride};
     for (int64_t i = 0; i < 3 * s_stride; i++)
         beside[i] = 1; /* the scales, where there are none */
@@ -190,6 +210,8 @@ static void stretch(void *context, int64_t task, int thread)
             q[h * d + i] = a->q[((int64_t)t->batch * a->n_heads + t->head * group + h) * d + i] * a->scale;
             partial[h * (d + 2) + i] = 0;
         }
+        if (turned(past->keys))
+            hadamard(q + h * d, d);
         partial[h * (d + 2) + d] = -FLT_MAX;
         partial[h * (d + 2) + d + 1] = 0;
     }
@@ -203,12 +225,13 @@ static void stretch(void *context, int64_t task, int thread)
             float log_size = page.slab->log_size[page.at + e];
             known.bias[e] = page.slab->pos[page.at + e] <= hidden ? -INFINITY : log_size;
         }
-        for (int64_t e = 0; scaled(past->keys) && e < n; e++) {
+        for (int64_t e = 0; scaled(past->keys) && e < n; e++)
             known.k_scale[e] = row_scale(past->keys, page.slab, 0, page.at + e);
-            known.v_scale[e] = row_scale(past->keys, page.slab, 1, page.at + e);
-        }
+        for (int64_t e = 0; scaled(past->values) && e < n; e++)
+            known.v_scale[e] = row_scale(past->values, page.slab, 1, page.at + e);
+        const Numbers k = numbers(past->keys, page.k, next.k, n, d, room), v = numbers(past->values, page.v, next.v, n, d, room + size * d + 32);
         for (int64_t h = 0; h < group; h += MAX_GROUP)
-            BY_FORMAT(past->keys, PAGE_OF_HEADS)
+            page_of_heads(least(MAX_GROUP, group - h), q + h * d, &k, &v, &known, n, d, s, s_stride, partial + h * (d + 2));
     }
 }
 
@@ -250,6 +273,8 @@ void FN(decode_attention)(const DecodeAttention *a)
             }
             for (int64_t j = 0; j < d; j++)
                 out[j] /= total;
+            if (turned(a->past[stretches[first].batch].values))
+                hadamard(out, d);
         }
     }
 }

@@ -5,7 +5,7 @@
 
 void FN(store_rows)(const float *rows, int64_t n, int64_t d, const Paged *to, const Slab *slab, int values, int64_t at)
 {
-    BY_FORMAT(to->keys, PACK_ROWS)
+    BY_FORMAT(values ? to->values : to->keys, PACK_ROWS)
 }
 
 static int64_t pages_of(const Entries *e, int64_t head)

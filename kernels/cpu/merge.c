@@ -20,7 +20,7 @@ INLINE const float *row_at(const StoredRows *rows, int64_t head, int64_t i, int6
         return rows->fresh + (head * rows->n + i - stored) * d;
     const Slab *slab;
     const int64_t at = entry_of(&rows->past, head, rows->start[head] + i, &slab);
-    return widened(rows->past.keys, slab, (int)rows->values, at, d, room);
+    return widened(rows->values ? rows->past.values : rows->past.keys, slab, (int)rows->values, at, d, room);
 }
 
 INLINE void add(float *out, const float *row, float weight, int64_t d)

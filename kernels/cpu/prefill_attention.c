@@ -39,7 +39,7 @@ static void pack(void *context, int64_t block, int thread)
     int32_t newest = INT32_MIN;
     for (int64_t lo = block * KEYS; lo < (block + 1) * KEYS; lo += 32) {
         const void *k[32], *v[32];
-        int old = lo < c->past, kind = old ? operand_kind(past->keys) : F32;
+        const int old = lo < c->past, k_kind = old ? operand_kind(past->keys) : F32, v_kind = old ? operand_kind(past->values) : F32;
         for (int64_t i = 0; i < 32; i++) {
             int64_t key = lo + i;
             k[i] = v[i] = NULL;
@@ -51,7 +51,7 @@ static void pack(void *context, int64_t block, int thread)
                 const Slab *slab;
                 int64_t entry = entry_of(past, c->head, key, &slab);
                 k[i] = operand(past->keys, slab, 0, entry, d, room + i * d);
-                v[i] = operand(past->keys, slab, 1, entry, d, room + (32 + i) * d);
+                v[i] = operand(past->values, slab, 1, entry, d, room + (32 + i) * d);
                 c->bias[key] = slab->log_size[entry] * LOG2E;
                 c->pos[key] = slab->pos[entry];
                 newest = (int32_t)most(newest, slab->pos[entry]);
@@ -62,8 +62,8 @@ static void pack(void *context, int64_t block, int thread)
             }
         }
         for (int64_t i = 0; i < 32; i++)
-            FN(mm_left_row)(kind, k[i], k[i] ? d : 0, c->keys, c->d_k, lo + i);
-        FN(mm_left_columns)(kind, v, d, c->values + block * KEYS * c->v_rows, KEYS, lo % KEYS);
+            FN(mm_left_row)(k_kind, k[i], k[i] ? d : 0, c->keys, c->d_k, lo + i);
+        FN(mm_left_columns)(v_kind, v, d, c->values + block * KEYS * c->v_rows, KEYS, lo % KEYS);
     }
     c->newest[block] = newest;
 }

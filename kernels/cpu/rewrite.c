@@ -3,7 +3,7 @@
  * A task is K or V of a head. What it reads and what it writes are the same pages: it writes when all is read and summed. */
 #include "rows.h"
 
-INLINE void sum_pages(const int format, const Rewrite *w, int64_t head, int values, const int64_t *dest, const float *weight, int64_t first, float *sums)
+static void sum_pages(const Rewrite *w, int64_t head, int values, const int64_t *dest, const float *weight, int64_t first, float *sums, float *room)
 {
     const int64_t d = w->d, size = w->within.page_size, end = w->within.lengths[head];
     for (int64_t i = w->start[head], n; i < end; i += n, dest += n, weight += n) {
@@ -13,19 +13,16 @@ INLINE void sum_pages(const int format, const Rewrite *w, int64_t head, int valu
         for (int64_t j = 0; j < n; j++) {
             if (dest[j] < 0 || weight[j] == 0)
                 continue;
-            const char *row = row_of(format, slab, values, at + j, d);
-            const float scale = row_scale(format, slab, values, at + j);
+            const float *row = widened(values ? w->within.values : w->within.keys, slab, values, at + j, d, room);
             float *sum = sums + (dest[j] - first) * d;
             int64_t k = 0;
             for (; k + VW <= d; k += VW)
-                store(sum + k, load(sum + k) + splat(weight[j]) * (load_row(format, row, k) * splat(scale)));
+                store(sum + k, load(sum + k) + splat(weight[j]) * load(row + k));
             for (; k < d; k++)
-                sum[k] += weight[j] * (load_row_one(format, row, k) * scale);
+                sum[k] += weight[j] * row[k];
         }
     }
 }
-
-#define SUM_PAGES(format) sum_pages(format, w, head, (int)values, w->dest + row, weight, first, sums)
 
 static void field(void *context, int64_t task, int thread)
 {
@@ -39,7 +36,7 @@ static void field(void *context, int64_t task, int thread)
     float *sums = scratch(thread, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
     const float *weight = (values ? w->value_weight : w->key_weight) + row;
     memset(sums, 0, sizeof(float) * (size_t)(w->lengths[head] * d));
-    BY_FORMAT(w->within.keys, SUM_PAGES)
+    sum_pages(w, head, (int)values, w->dest + row, weight, first, sums, scratch(thread, 1, sizeof(float) * (size_t)d));
     for (int64_t i = start, n; i < start + w->lengths[head]; i += n) {
         const Slab *slab;
         const int64_t at = entry_of(&w->within, head, i, &slab), entry = first + i - start;

@@ -1,24 +1,43 @@
-/* K or V of an entry in pages, in each format of minillm.ops.pages: what C knows of a format stands here and nowhere else. A row is
- * numbers, which arithmetic takes as they are, and a scale for all of them, 1 where the format has none. */
+/* K or V of an entry in pages, in each RowFormat of minillm.ops.pages: what C knows of a format stands here and in levels.h and nowhere
+ * else. A row is numbers, which arithmetic takes as they are, and a scale for all of them, 1 where the format has none; where it is
+ * `turned`, they are of its Hadamard transform. */
 #ifndef MINILLM_ROWS_H
 #define MINILLM_ROWS_H
 
+#include "levels.h"
 #include "minillm_cpu.h"
 #include "simd.h"
 
-enum RowFormat { ROW_F32, ROW_BF16, ROW_I8 };
+enum RowFormat { ROW_F32, ROW_BF16, ROW_I8, ROW_Q4, ROW_Q5 };
 
 /* call(format), where it is a constant, of any: what says `const int format` below is straight code then. */
 #define BY_FORMAT(format, call)               \
     switch (format) {                         \
     case ROW_F32: call(ROW_F32); break;     \
     case ROW_BF16: call(ROW_BF16); break;   \
-    default: call(ROW_I8); break;            \
+    case ROW_I8: call(ROW_I8); break;         \
+    case ROW_Q4: call(ROW_Q4); break;         \
+    default: call(ROW_Q5); break;             \
     }
 
-INLINE int64_t row_bytes(const int format, int64_t d) { return d * (format == ROW_F32 ? 4 : format == ROW_BF16 ? 2 : 1); }
+INLINE int turned(const int format) { return format >= ROW_Q4; }
 
-INLINE int scaled(const int format) { return format == ROW_I8; }
+INLINE int scaled(const int format) { return format >= ROW_I8; }
+
+INLINE int bits_of(const int format) { return format == ROW_Q4 ? 4 : 5; }
+
+/* The same of a format whose numbers lie one by one. */
+#define BY_NUMBERS(format, call)              \
+    switch (format) {                         \
+    case ROW_F32: call(ROW_F32); break;       \
+    case ROW_BF16: call(ROW_BF16); break;     \
+    default: call(ROW_I8); break;             \
+    }
+
+INLINE int64_t row_bytes(const int format, int64_t d)
+{
+    return turned(format) ? level_bytes(bits_of(format), d) : d * (format == ROW_F32 ? 4 : format == ROW_BF16 ? 2 : 1);
+}
 
 /* Row `at` of K, or of V. */
 INLINE char *row_of(const int format, const Slab *slab, int values, int64_t at, int64_t d) { return slab->rows[values] + at * row_bytes(format, d); }
@@ -28,7 +47,7 @@ INLINE float row_scale(const int format, const Slab *slab, int values, int64_t a
     return scaled(format) ? bf16_to_float(slab->scales[values][at]) : 1;
 }
 
-/* Numbers i .. i + VW - 1 of a row. */
+/* Numbers i .. i + VW - 1 of a row whose numbers lie one by one. */
 INLINE vf load_row(const int format, const void *row, int64_t i)
 {
     return format == ROW_F32    ? load((const float *)row + i)
@@ -44,17 +63,40 @@ INLINE float load_row_one(const int format, const void *row, int64_t i)
                                  : ((const int8_t *)row)[i];
 }
 
+/* The format of numbers_of. */
+INLINE int one_by_one(const int format) { return turned(format) ? ROW_I8 : format; }
+
+/* The numbers of n rows that follow one another, each d one by one: where they are, or in `room` (n d, and what makes the last row whole
+ * blocks of 32). */
+INLINE const char *numbers_of(const int format, const char *rows, int64_t n, int64_t d, int8_t *room)
+{
+    if (!turned(format))
+        return rows;
+    for (int64_t e = 0; e < n; e++)
+        from_levels(bits_of(format), (const uint8_t *)rows + e * row_bytes(format, d), d, room + e * d);
+    return (const char *)room;
+}
+#define NUMBERS_OF(format) return numbers_of(format, rows, n, d, room)
+
+/* The same of any format. */
+INLINE const char *numbers_of_any(int format, const char *rows, int64_t n, int64_t d, int8_t *room) { BY_FORMAT(format, NUMBERS_OF) }
+
 INLINE const float *widen(const int format, const Slab *slab, int values, int64_t at, int64_t d, float *room)
 {
     const char *row = row_of(format, slab, values, at, d);
     if (format == ROW_F32)
         return (const float *)row;
+    const int stored = one_by_one(format);
     const float scale = row_scale(format, slab, values, at);
+    int8_t numbers[round_up(d, 32)];
+    row = numbers_of(format, row, 1, d, numbers);
     int64_t i = 0;
     for (; i + VW <= d; i += VW)
-        store(room + i, load_row(format, row, i) * splat(scale));
+        store(room + i, load_row(stored, row, i) * splat(scale));
     for (; i < d; i++)
-        room[i] = load_row_one(format, row, i) * scale;
+        room[i] = load_row_one(stored, row, i) * scale;
+    if (turned(format))
+        hadamard(room, d);
     return room;
 }
 #define WIDEN(format) return widen(format, slab, values, at, d, room)
@@ -103,9 +145,16 @@ INLINE void pack_rows(const int format, const float *rows, int64_t n, int64_t d,
         memcpy(to, rows, sizeof(float) * (size_t)(n * d));
     else if (format == ROW_BF16)
         kernels->bf16_from(rows, n * d, (uint16_t *)to);
-    else
+    else if (format == ROW_I8)
         for (int64_t i = 0; i < n; i++)
             slab->scales[values][at + i] = to_i8(rows + i * d, d, (int8_t *)to + i * d);
+    else
+        for (int64_t i = 0; i < n; i++) {
+            float x[d];
+            memcpy(x, rows + i * d, sizeof x);
+            hadamard(x, d);
+            slab->scales[values][at + i] = to_levels(bits_of(format), x, d, (uint8_t *)to + i * row_bytes(format, d));
+        }
 }
 
 #endif

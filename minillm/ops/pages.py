@@ -210,8 +210,8 @@ F16_ROWS = Floats(
     cuda="Words",
 )
 INT8_ROWS = Whole(kind=2, cuda="Int8")
-Q4_ROWS = Levels(bits=4, upper=(6, 18, 31, 44, 58, 75, 96, 127))
-Q5_ROWS = Levels(bits=5, upper=(3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127))
+Q4_ROWS = Levels(bits=4, upper=(6, 18, 31, 44, 58, 75, 96, 127), kind=3)
+Q5_ROWS = Levels(bits=5, upper=(3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127), kind=4)
 
 FLOAT32 = PageFormat("float32", F32_ROWS, F32_ROWS)
 BFLOAT16 = PageFormat("bfloat16", BF16_ROWS, BF16_ROWS)

@@ -157,7 +157,7 @@ def stored(pool, lengths, seed=0):
     return cache
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "k5v4", "q4"])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention(ops, rng, window, dtype):
     """Of a prompt, of queries anywhere, and of a token each of two sequences."""
@@ -180,7 +180,7 @@ def test_attention(ops, rng, window, dtype):
 # pages
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "k5v4", "q4"])
 def test_entries_and_their_rows(ops, rng, dtype):
     """Stored, read, gathered with new rows, and made into sums of themselves."""
     start = np.array([3, 32])

@@ -25,7 +25,7 @@ from minillm.files.weights import Weight
 from minillm.ops import cpu_lib
 from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import BFLOAT16, FLOAT32, INT8, StoredRows
+from minillm.ops.pages import BFLOAT16, FLOAT32, StoredRows
 
 KINDS = [*(format.name for format in FLOATS), *BLOCKS]
 
@@ -189,6 +189,8 @@ STORES = {
     "f32": (numpy_ops, "auto"),
     "bf16": (cpu_ops, "auto"),
     "int8": (cpu_ops, "int8"),
+    "k5v4": (cpu_ops, "k5v4"),
+    "q4": (cpu_ops, "q4"),
 }  # backend and dtype of pages
 
 
@@ -213,10 +215,9 @@ def paged(rng, store, lengths, d, page_size=32, seen=None, merged=True, scale=1.
             n = len(run["pos"])
             for field in "kv":
                 values = normal(rng, n, d) * np.float32(scale)
-                if pool.format is INT8:
-                    run[field][:], run[f"{field}_scale"][:] = INT8.k.pack(values)
-                else:
-                    run[field][:] = values if pool.format is FLOAT32 else values.view(np.uint32) >> 16
+                format = getattr(pool.format, field)
+                for part, stored in zip(format.parts(d), format.pack(values), strict=True):
+                    run[field + part][:] = stored
             run["log_size"][:] = np.log(rng.integers(1, 50, n)) if merged else 0
             run["pos"][:] = positions[done : done + n]
             done += n
@@ -338,6 +339,7 @@ def test_merge(path, rng, n, d, n_entries):
 
 
 WRITERS = [(numpy_ops, "f32"), (numpy_ops, "int8"), (cpu_ops, "f32"), (cpu_ops, "bf16"), (cpu_ops, "int8")]
+ANY_ROWS = [*WRITERS, (numpy_ops, "q4"), (cpu_ops, "q4"), (cpu_ops, "k5v4")]
 ROWS = [
     ((70, 0, 33), (0, 0, 0), 5),
     ((70, 1, 32), (40, 1, 0), None),
@@ -347,7 +349,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("ops, store", WRITERS)
+@pytest.mark.parametrize("ops, store", ANY_ROWS)
 @pytest.mark.parametrize("lengths, start, n", ROWS)
 def test_rows_are_merged_where_they_lie(path, rng, ops, store, lengths, start, n):
     """Stored after the first `start` of each head, and then n new ones: as when they are one array."""
@@ -390,7 +392,7 @@ def test_entries_into_pages_and_out_of_them(path, rng, ops, store, lengths, star
             np.testing.assert_array_equal(got, np.concatenate([old[: start[head]], new]))
 
 
-@pytest.mark.parametrize("ops, store", WRITERS)
+@pytest.mark.parametrize("ops, store", ANY_ROWS)
 @pytest.mark.parametrize(
     "lengths, start, left", [((70, 0, 33), (0, 0, 0), (20, 0, 33)), ((9, 64, 70), (9, 3, 40), (0, 40, 7))]
 )
@@ -416,7 +418,8 @@ def test_entries_become_sums_of_themselves(path, rng, ops, store, lengths, start
                 if to >= 0:
                     sums[to - lo] += np.float64(w[own][r]) * before[head][i][start[head] + r]
             np.testing.assert_array_equal(got[i][: start[head]], before[head][i][: start[head]])
-            close(got[i][start[head] :], sums, {"f32": 1e-6, "bf16": 4e-3, "int8": 1e-2}[store])
+            error = {"f32": 1e-6, "bf16": 4e-3, "int8": 1e-2, "k5v4": 0.25, "q4": 0.25}[store]
+            close(got[i][start[head] :], sums, error)
         for i, label in ((2, entries.log_size), (3, entries.pos)):
             np.testing.assert_array_equal(got[i][start[head] :], label[lo : lo + m])
 

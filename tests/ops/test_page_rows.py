@@ -9,7 +9,7 @@ from minillm.ops import cpu_lib
 from minillm.ops.cpu_ops import CpuOps
 from minillm.ops.numpy_ops import NUMPY
 
-BACKENDS = {"numpy": NUMPY}
+BACKENDS = {"numpy": NUMPY} | {path: CpuOps(path) for path in cpu_lib.available_paths()}
 UPPER = {  # levels of a Gaussian of variance 1 (Max 1960, table I), those above zero
     4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
     5: [
