@@ -23,7 +23,8 @@
 
 #define ROWS 16  // query heads in a tile
 
-typedef FORMAT::Word Word;
+typedef FORMAT::K K;
+typedef FORMAT::V V;
 
 // The list of pages, shared out to warps: each has one at least.
 struct Shares {
@@ -61,7 +62,7 @@ struct Fetched {
 };
 
 // Begin to fetch a page of the list, which belongs to `item` or a later one, into the tiles k and v.
-__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, Word* k, Word* v) {
+__device__ __forceinline__ Fetched fetch(const Items& items, int page, int item, K::Word* k, V::Word* v) {
     const int lane = threadIdx.x & 31;
     while (page >= items.starts[item + 1]) ++item;
     const int index = page - items.starts[item], entries = items.lengths[item] - index * PAGE_SIZE;
@@ -71,19 +72,19 @@ __device__ __forceinline__ Fetched fetch(const Items& items, int page, int item,
     if (sees && items.window) sees = from.pos[lane] > items.seen[item / items.n_kv_heads] - items.window;
     const bool visible = __any_sync(FULL_MASK, sees);
     if (visible) {
-        copy_rows<PAGE_SIZE, 32, FORMAT::ROW>(k, from.k, entries, lane);
-        copy_rows<PAGE_SIZE, 32, FORMAT::ROW>(v, from.v, entries, lane);
+        K::fetch(k, from.k, entries, lane);
+        V::fetch(v, from.v, entries, lane);
     }
     auto word = [&](const bf16* scales) {
-        return FORMAT::SCALED && sees ? reinterpret_cast<const unsigned short*>(scales)[lane] : (unsigned short)0;
+        return K::SCALED && sees ? reinterpret_cast<const unsigned short*>(scales)[lane] : (unsigned short)0;
     };
     return {item, visible, sees ? from.log_size[lane] : NEG_INF, word(from.k_scale), word(from.v_scale)};
 }
 
 // q (B, Hq, d); pages (B, H, capacity), lengths (B, H), seen (B): the position of the token; starts: of this layer.
 // partial_out (W + items, G, d) and partial_lse (W + items, G), natural log.
-// Grid: (any number of blocks, tiles of query heads) x any number of warps, each with 16 rows of q and 2 x 2 x 32 of pages
-// in dynamic shared memory.
+// Grid: (any number of blocks, tiles of query heads) x any number of warps, each with 16 rows of q, 2 x 2 x 32 of pages and
+// room for 32 of numbers in dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(256)
 decode_attention(const real16* q, const unsigned long long* slabs, int slab_pages, const int* pages, int capacity,
                  const int* lengths, const int* seen, const int* starts, float* partial_out, float* partial_lse,
@@ -96,12 +97,15 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
     const int first = shares.first_page(warp), last = shares.first_page(warp + 1);
 
     const Items items = {slabs, pages, lengths, starts, seen, slab_pages, capacity, n_kv_heads, window};
-    constexpr int Q_BYTES = ROWS * HEAD_DIM * sizeof(real16), TILE = PAGE_SIZE * FORMAT::ROW;
-    unsigned char* mine = shared + threadIdx.x / 32 * (Q_BYTES + 4 * TILE * sizeof(Word));
+    constexpr int Q_BYTES = ROWS * HEAD_DIM * sizeof(real16);
+    constexpr int K_BYTES = PAGE_SIZE * K::ROW * sizeof(K::Word), BYTES = K_BYTES + PAGE_SIZE * V::ROW * sizeof(V::Word);
+    constexpr int ROOM = K::TURNED ? PAGE_SIZE * HEAD_DIM : 0;  // for a tile of whole numbers
+    unsigned char* mine = shared + threadIdx.x / 32 * (Q_BYTES + 2 * BYTES + ROOM);
     real16* q_tile = reinterpret_cast<real16*>(mine);
-    Word* tiles = reinterpret_cast<Word*>(mine + Q_BYTES);
-    auto k_tile = [&](int page) { return tiles + ((page - first) & 1) * 2 * TILE; };
-    auto v_tile = [&](int page) { return k_tile(page) + TILE; };
+    int8* room = reinterpret_cast<int8*>(mine + Q_BYTES + 2 * BYTES);
+    auto tiles = [&](int page) { return mine + Q_BYTES + ((page - first) & 1) * BYTES; };
+    auto k_tile = [&](int page) { return reinterpret_cast<K::Word*>(tiles(page)); };
+    auto v_tile = [&](int page) { return reinterpret_cast<V::Word*>(tiles(page) + K_BYTES); };
 
     const int row0 = blockIdx.y * ROWS;
     Rows<1> rows;
@@ -109,7 +113,8 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
     Fetched next = fetch(items, first, item_of(first, starts, n_items), k_tile(first), v_tile(first));
     for (int page = first; page < last; ++page) {
         const Fetched now = next;
-        if (now.item != item) {
+        const bool other = now.item != item;
+        if (other) {
             item = now.item;
             rows.clear();
             copy_rows<ROWS, 32>(q_tile, q + ((size_t)item * group + row0) * HEAD_DIM, group - row0, lane);
@@ -119,9 +124,12 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
         cp_async_commit();
         cp_async_wait<1>();
         __syncwarp();
+        if (K::TURNED && other) hadamard_tile(q_tile);
+        __syncwarp();
         if (now.visible) {
             float s[1][PAGE_SIZE / 8][4], v_scale[PAGE_SIZE / 8][2];
-            FORMAT::dot_products(s, q_tile, k_tile(page));
+            K::Numbers::dot_products(s, q_tile, K::spread(k_tile(page), room));
+            __syncwarp();  // before V is spread
 #pragma unroll
             for (int n = 0; n < PAGE_SIZE / 8; ++n)
 #pragma unroll
@@ -130,17 +138,17 @@ decode_attention(const real16* q, const unsigned long long* slabs, int slab_page
                     const float bias = __shfl_sync(FULL_MASK, now.bias, entry);
                     float k_scale = scale;
                     v_scale[n][i] = 1.f;
-                    if (FORMAT::SCALED) {
+                    if (K::SCALED) {
                         const int scales = __shfl_sync(FULL_MASK, now.v_scale << 16 | now.k_scale, entry);
-                        k_scale *= FORMAT::UNITS * __int_as_float(scales << 16);
-                        v_scale[n][i] = FORMAT::UNITS * __int_as_float(scales & 0xffff0000);
+                        k_scale *= K::Numbers::UNITS * __int_as_float(scales << 16);
+                        v_scale[n][i] = V::Numbers::UNITS * __int_as_float(scales & 0xffff0000);
                     }
                     s[0][n][i] = s[0][n][i] * k_scale + bias;
                     s[0][n][2 + i] = s[0][n][2 + i] * k_scale + bias;
                 }
             unsigned p[PAGE_SIZE / 16][1][4];
             rows.softmax(s, p, LOG2_E, [&](int n, int i) { return v_scale[n][i]; });
-            FORMAT::accumulate(rows, p, v_tile(page));
+            V::Numbers::accumulate(rows, p, V::spread(v_tile(page), room));
         }
         __syncwarp();  // before the page after the next is fetched into these tiles
         if (page + 1 == last || next.item != item)
@@ -192,6 +200,7 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
     for (int j = 0; j < HEAD_DIM / 32; ++j) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) sums[warp][HEAD_DIM] = total;
     __syncthreads();
+    __shared__ float turned[2][HEAD_DIM];
     for (int c = threadIdx.x; c < HEAD_DIM; c += blockDim.x) {
         float numerator = 0.f, denominator = 0.f;
         for (int i = 0; i < COMBINE_WARPS; ++i) {
@@ -199,6 +208,17 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
             denominator += sums[i][HEAD_DIM];
         }
         const float x = denominator > 0.f ? numerator / denominator : 0.f;
-        out[((size_t)item * group + row) * HEAD_DIM + FORMAT::feature(c)] = from_float<real16>(x);
+        turned[0][V::Numbers::feature(c)] = x;
+    }
+    int now = 0;
+    for (int step = 1; V::TURNED && step < HEAD_DIM; step *= 2, now ^= 1) {
+        __syncthreads();
+        for (int c = threadIdx.x; c < HEAD_DIM; c += blockDim.x)
+            turned[now ^ 1][c] = c & step ? turned[now][c - step] - turned[now][c] : turned[now][c] + turned[now][c + step];
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < HEAD_DIM; c += blockDim.x) {
+        const float norm = !V::TURNED ? 1.f : HEAD_DIM == 64 ? 0.125f : 0.08838834764831845f;
+        out[((size_t)item * group + row) * HEAD_DIM + c] = from_float<real16>(turned[now][c] * norm);
     }
 }

@@ -22,10 +22,10 @@ write_entries(const real16* k, const real16* v, const float* log_size, const int
     if (row >= n_rows) return;
     const auto page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
     real16 x[8];
-    Words::load(x, k + (size_t)row * D, nullptr, i);
-    FORMAT::store<1>(page.k + at * FORMAT::ROW, page.k_scale + at, i, x);
-    Words::load(x, v + (size_t)row * D, nullptr, i);
-    FORMAT::store<1>(page.v + at * FORMAT::ROW, page.v_scale + at, i, x);
+    WordRows::load(x, k + (size_t)row * D, nullptr, i);
+    FORMAT::K::store<1>(page.k + at * FORMAT::K::ROW, page.k_scale + at, i, x);
+    WordRows::load(x, v + (size_t)row * D, nullptr, i);
+    FORMAT::V::store<1>(page.v + at * FORMAT::V::ROW, page.v_scale + at, i, x);
     if (i == 0) {
         page.log_size[at] = log_size[row];
         page.pos[at] = pos[row];
@@ -40,12 +40,12 @@ read_entries(real16* k, real16* v, float* log_size, int* pos, const unsigned lon
     const auto page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
     real16 x[8];
     if (k) {
-        FORMAT::load(x, page.k + at * FORMAT::ROW, page.k_scale + at, i);
-        Words::store<1>(k + (size_t)row * D, nullptr, i, x);
+        FORMAT::K::load(x, page.k + at * FORMAT::K::ROW, page.k_scale + at, i);
+        WordRows::store<1>(k + (size_t)row * D, nullptr, i, x);
     }
     if (v) {
-        FORMAT::load(x, page.v + at * FORMAT::ROW, page.v_scale + at, i);
-        Words::store<1>(v + (size_t)row * D, nullptr, i, x);
+        FORMAT::V::load(x, page.v + at * FORMAT::V::ROW, page.v_scale + at, i);
+        WordRows::store<1>(v + (size_t)row * D, nullptr, i, x);
     }
     if (i == 0 && log_size) log_size[row] = page.log_size[at];
     if (i == 0 && pos) pos[row] = page.pos[at];

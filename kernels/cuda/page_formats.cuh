@@ -1,8 +1,11 @@
-// The formats of K and V in pages, a struct each, which FORMAT names: what CUDA knows of one stands here and nowhere else.
+// The formats of rows in pages, a struct each, and of pages, which FORMAT names: what CUDA knows of one stands here and in
+// levels.cuh and nowhere else.
 //
-// A row is ROW words of type Word, and if it is SCALED, a scale in bf16. `store` and `load`: a thread's share of a row, N of
+// A row is ROW words of type Word, and if it is SCALED, a scale in bf16; where it is TURNED, of its Hadamard transform. `store` and `load`: a thread's share of a row, N of
 // its elements x, in real16; all HEAD_DIM / N threads of the row, which follow one another, do theirs at once. The share is
-// PARTS runs of elements, HEAD_DIM / PARTS apart, the first at `i`. `dot_products` and `accumulate`: rows in tiles of shared
+// PARTS runs of elements, HEAD_DIM / PARTS apart, the first at `i`. `fetch`: a warp begins to copy the rows of a page into a tile
+// of shared memory. `Numbers`: the format whose tile it meets queries and weights in; `spread` makes such a tile of one
+// fetched, in `room`, where it is another. `dot_products` and `accumulate`: rows in tiles of shared
 // memory meet queries and weights without their scales and over UNITS; column c of the sums over V is of `feature(c)`.
 #pragma once
 #include "attention.cuh"
@@ -19,12 +22,17 @@ __device__ __forceinline__ void store_parts(T* row, int i, const T (&x)[N]) {
     }
 }
 
-struct Words {  // real16
+struct WordRows {  // real16
     typedef real16 Word;
     static const int ROW = HEAD_DIM;
-    static const bool SCALED = false;
+    static const bool SCALED = false, TURNED = false;
+    typedef WordRows Numbers;
     static constexpr float UNITS = 1.f;
 
+    static __device__ __forceinline__ void fetch(Word* tile, const Word* rows, int n_there, int lane) {
+        copy_rows<PAGE_SIZE, 32, ROW>(tile, rows, n_there, lane);
+    }
+    static __device__ __forceinline__ Word* spread(Word* tile, int8*) { return tile; }
     template <int PARTS, int N>
     static __device__ __forceinline__ void store(Word* row, bf16*, int i, const real16 (&x)[N]) {
         store_parts<PARTS>(row, i, x);
@@ -46,7 +54,7 @@ struct Words {  // real16
     static __device__ __forceinline__ int feature(int column) { return column; }
 };
 
-// Bytes 0 and 2 of a word, int8, as two 16-bit floats in one word: exact, over Int8::UNITS, so that a weight times UNITS
+// Bytes 0 and 2 of a word, int8, as two 16-bit floats in one word: exact, over Int8Rows::UNITS, so that a weight times UNITS
 // times a row's scale, which is about half the row's largest element, neither overflows half nor vanishes.
 // The lowest 7 bits and 128 times the sign stand in the mantissas of two numbers; the difference is left. ONE: of half
 // 16, of bf16 2, where the lowest bit of the mantissa is 1 / UNITS.
@@ -64,12 +72,17 @@ DEFINE_WIDENED(half, __half2, 0x4c004c00)
 DEFINE_WIDENED(bf16, __nv_bfloat162, 0x40004000)
 #undef DEFINE_WIDENED
 
-struct Int8 {  // whole numbers; the scale is max|x| / 127
+struct Int8Rows {  // whole numbers; the scale is max|x| / 127
     typedef int8 Word;
     static const int ROW = HEAD_DIM;
-    static const bool SCALED = true;
+    static const bool SCALED = true, TURNED = false;
+    typedef Int8Rows Numbers;
     static constexpr float UNITS = 64.f;
 
+    static __device__ __forceinline__ void fetch(Word* tile, const Word* rows, int n_there, int lane) {
+        copy_rows<PAGE_SIZE, 32, ROW>(tile, rows, n_there, lane);
+    }
+    static __device__ __forceinline__ Word* spread(Word* tile, int8*) { return tile; }
     template <int PARTS, int N>
     static __device__ __forceinline__ void store(Word* row, bf16* scale, int i, const real16 (&x)[N]) {
         constexpr int LANES = HEAD_DIM / N;
@@ -152,3 +165,10 @@ struct Int8 {  // whole numbers; the scale is max|x| / 127
         return column / 16 * 16 + column % 8 * 2 + column / 8 % 2;
     }
 };
+
+#include "levels.cuh"
+
+struct Words { typedef WordRows K, V; };
+struct Int8 { typedef Int8Rows K, V; };
+struct K5V4 { typedef LevelRows<5> K; typedef LevelRows<4> V; };
+struct Q4 { typedef LevelRows<4> K, V; };

@@ -23,10 +23,13 @@ rope_append(const real16* qkv, const float* bias, const float* q_norm, const flo
         x[j] = from_float<real16>(low[j]);
         x[2 + j] = from_float<real16>(high[j]);
     }
-    if (head < n_heads) return Words::store<2>(q + ((size_t)b * n_heads + head) * D, nullptr, i, x);
+    if (head < n_heads) return WordRows::store<2>(q + ((size_t)b * n_heads + head) * D, nullptr, i, x);
     int row = b * n_kv_heads + (head - n_heads) % n_kv_heads, entry = lengths[row] - 1, at = entry % PAGE_SIZE;
     const auto page = page_at<FORMAT>(slabs, slab_pages, pages[(size_t)row * capacity + entry / PAGE_SIZE]);
-    FORMAT::store<2>((is_v ? page.v : page.k) + at * FORMAT::ROW, (is_v ? page.v_scale : page.k_scale) + at, i, x);
+    if (is_v)
+        FORMAT::V::store<2>(page.v + at * FORMAT::V::ROW, page.v_scale + at, i, x);
+    else
+        FORMAT::K::store<2>(page.k + at * FORMAT::K::ROW, page.k_scale + at, i, x);
     if (is_v && i == 0) {
         page.log_size[at] = 0.f;
         page.pos[at] = seen[b];

@@ -135,7 +135,7 @@ class CudaOps(CudaPlanning):
     # pages
 
     def holds(self, format):
-        return format.k.cuda is not None and format.v.cuda is not None
+        return format.cuda is not None
 
     def new_slab(self, n_pages, page_size, head_dim, format):
         assert page_size == PAGE_SIZE

@@ -4,11 +4,11 @@ In int8 a row x (d,), an entry's key or value, is d whole numbers q and a scale 
 x / s rounded, and q s is what is read. That is stored as the same words again, for 127 s has no more than 15 bits:
 entries that stay when a layer is compressed once more stay as they are.
 
-In q4 (k5v4: keys in 5 bits, values in 4) a row is y = H x, H the Hadamard transform, which spreads any row over elements
-that are about Gaussian; u = y / max|y| 127; c, the nearest of 16 (32) levels of each u; and the scale s = max|y| / 127
-(u.c) / (c.c), which makes |y - s c| least, in bf16. H s c is what is read: as H is its own inverse and transpose, a query q
-meets c as s (H q).c, and sums of values are transformed once, not row by row. One element of c is always the last level,
-127: so H s c, whose transform's largest is 127 s, is stored as the same words again."""
+In q4 (k5v4: keys in 5 bits, values in 4) a row is y = H x, H the Hadamard transform, which spreads any row over
+elements that are about Gaussian; u = 127 y / max|y|; c, the nearest of 16 (32) levels of each u; and the scale
+s = max|y| / 127 (u.c) / (c.c), which makes |y - s c| least, in bf16. H s c is what is read: as H is its own inverse and
+transpose, a query q meets c as s (H q).c, and sums of values are transformed once, not row by row. One element of c is
+always at the last level, 127: so H s c, whose transform's largest is 127 s, is stored as the same words again."""
 
 import mmap
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class RowFormat:
     """How pages store rows (n, d) float32: keys, or values. Stored, they are one array or several."""
 
     kind: int | None = None  # of enum RowFormat in kernels/cpu/rows.h; None: not there
-    cuda: str | None = None  # the struct in CUDA, of kernels/cuda/page_formats.cuh
     exact = False  # whether rows are floats that every kernel can read as they lie: a backend's own format is
+    turned = False  # whether what is stored is of the row's Hadamard transform
 
     def parts(self, head_dim):
         """What a row is stored as: suffix of the name -> (shape, type)."""
@@ -89,12 +89,13 @@ class Whole(RowFormat):
 class Levels(RowFormat):
     """Which of 2^bits levels each element of the row's Hadamard transform is at, and a scale a row.
 
-    Levels are whole numbers, those above zero in `upper`: 127 over the last of the best ones of a Gaussian (Lloyd 1982,
-    Max 1960) times each, rounded. In blocks of 32 elements: of element i, i + 16 the 4 low bits in byte i, low and high half; of 5
-    bits, the fifth ones of all blocks follow, bit i of 4 bytes of element i. What lies beyond d is 0."""
+    Levels are whole numbers, those above zero in `upper`: the best ones of a Gaussian (Lloyd 1982, Max 1960), the last
+    one made 127, rounded. Of each 32 elements the 4 low bits of element i and of i + 16 are byte i; of 5 bits, the
+    fifth ones of all elements follow, 8 a byte, the first lowest. What lies beyond d is 0."""
 
     bits: int
     upper: tuple
+    turned = True
 
     @property
     def levels(self):
@@ -156,6 +157,7 @@ class PageFormat:
     name: str  # in flags and session files
     k: RowFormat
     v: RowFormat
+    cuda: str | None = None  # the struct in CUDA, of kernels/cuda/page_formats.cuh
     note: str = ""  # what it does for who asks for it
 
     @property
@@ -202,23 +204,22 @@ def _same(x):
 
 
 F32_ROWS = Floats(word=np.float32, words=_same, floats=_same, kind=0)
-BF16_ROWS = Floats(word=np.uint16, words=bf16_words, floats=from_bf16, kind=1, cuda="Words")
+BF16_ROWS = Floats(word=np.uint16, words=bf16_words, floats=from_bf16, kind=1)
 F16_ROWS = Floats(
     word=np.uint16,
     words=lambda x: x.astype(np.float16).view(np.uint16),
     floats=lambda words: words.view(np.float16).astype(np.float32),
-    cuda="Words",
 )
-INT8_ROWS = Whole(kind=2, cuda="Int8")
+INT8_ROWS = Whole(kind=2)
 Q4_ROWS = Levels(bits=4, upper=(6, 18, 31, 44, 58, 75, 96, 127), kind=3)
 Q5_ROWS = Levels(bits=5, upper=(3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127), kind=4)
 
 FLOAT32 = PageFormat("float32", F32_ROWS, F32_ROWS)
-BFLOAT16 = PageFormat("bfloat16", BF16_ROWS, BF16_ROWS)
-FLOAT16 = PageFormat("float16", F16_ROWS, F16_ROWS)
-INT8 = PageFormat("int8", INT8_ROWS, INT8_ROWS, "about half of their bytes")
-K5V4 = PageFormat("k5v4", Q5_ROWS, Q4_ROWS, "about a third: keys of 5 bits, values of 4")
-Q4 = PageFormat("q4", Q4_ROWS, Q4_ROWS, "less than a third: keys and values of 4 bits")
+BFLOAT16 = PageFormat("bfloat16", BF16_ROWS, BF16_ROWS, "Words")
+FLOAT16 = PageFormat("float16", F16_ROWS, F16_ROWS, "Words")
+INT8 = PageFormat("int8", INT8_ROWS, INT8_ROWS, "Int8", "about half of their bytes")
+K5V4 = PageFormat("k5v4", Q5_ROWS, Q4_ROWS, "K5V4", "about a third: keys of 5 bits, values of 4")
+Q4 = PageFormat("q4", Q4_ROWS, Q4_ROWS, "Q4", "less than a third: keys and values of 4 bits")
 PAGE_FORMATS = {format.name: format for format in (FLOAT32, BFLOAT16, FLOAT16, INT8, K5V4, Q4)}
 DTYPES = {  # what may be asked for, and what it gives
     "auto": "16-bit floats",

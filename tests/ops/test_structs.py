@@ -47,8 +47,8 @@ def test_page_formats_are_those_of_the_kernels():
     kinds = {short[name]: format.k.kind for name, format in PAGE_FORMATS.items() if format.k.kind is not None}
     assert re.search(r"enum RowFormat \{ (.+?) \};", c)[1].split(", ") == sorted(kinds, key=kinds.get)
     assert sorted(kinds.values()) == list(range(len(kinds)))
-    structs = set(re.findall(r"^struct (\w+) \{", cuda, re.MULTILINE))
-    assert structs == {format.k.cuda for format in PAGE_FORMATS.values()} - {None}
+    structs = set(re.findall(r"^struct (\w+) \{ typedef", cuda, re.MULTILINE))
+    assert structs == {format.cuda for format in PAGE_FORMATS.values()} - {None}
 
 
 def test_all_structs_that_python_fills_are_there():

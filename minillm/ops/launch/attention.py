@@ -28,7 +28,8 @@ def decode_space(device, items, group, head_dim, format):
 
 def _decode_warp_bytes(head_dim, format):
     rows = format.k.row_bytes(head_dim) + format.v.row_bytes(head_dim)
-    return 16 * 2 * head_dim + 2 * PAGE_SIZE * rows  # q, and two pages of K and of V
+    room = PAGE_SIZE * head_dim if format.k.turned else 0  # for a tile of numbers
+    return 16 * 2 * head_dim + 2 * PAGE_SIZE * rows + room  # q, and two pages of K and of V
 
 
 def decode_plan(device, lengths, starts):

@@ -8,7 +8,7 @@ from pathlib import Path
 from minillm.ops.pages import PAGE_FORMATS
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
-_NAMED = {"page formats": sorted({format.k.cuda for format in PAGE_FORMATS.values() if format.k.cuda})}
+_NAMED = {"page formats": sorted({format.cuda for format in PAGE_FORMATS.values() if format.cuda})}
 _SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 
 

@@ -78,4 +78,4 @@ def head_defines(d, real16):
 
 def page_defines(d, real16, format):
     """And for one PageFormat."""
-    return head_defines(d, real16) | {"FORMAT": format.k.cuda}
+    return head_defines(d, real16) | {"FORMAT": format.cuda}
