@@ -7,3 +7,15 @@ class MinillmError(Exception):
 
 class UsageError(MinillmError):
     """What was asked for makes no sense: an unknown option, a value out of range."""
+
+
+class MemoryShort(MinillmError):
+    """There is not enough memory now."""
+
+
+class MemoryLimit(MemoryShort):
+    """There is never enough: it takes `needed` bytes of cache and may have `limit`."""
+
+    def __init__(self, message, needed, limit):
+        super().__init__(message)
+        self.needed, self.limit = needed, limit

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minillm import LLM, CacheConfig, SamplingParams, UsageError
 from minillm.compress.methods import METHODS
-from minillm.programs import cli
+from minillm.programs import flags
 
 PROMPT = "Once upon a time, in a village by the sea, there lived an old woman who told stories. " * 10
 QUARTERS = 4
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--entries", type=int, default=512, help="the budget, entries a head")
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("-t", "--threads", type=int)
-    cli.cache_flags(parser.add_argument)
+    flags.cache_flags(parser.add_argument)
     args = parser.parse_args()
     try:
         configs = {method: config_of(method, args) for method in args.methods}
@@ -76,7 +76,7 @@ def config_of(method, args):
         "quality": None,
         "kv_memory": None,
     }
-    return cli.cache_config(argparse.Namespace(**vars(args) | named))
+    return flags.cache_config(argparse.Namespace(**vars(args) | named))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections import deque
 
 import numpy as np
 
-from minillm.errors import MinillmError
+from minillm.errors import MemoryLimit
 from minillm.memory import return_freed_memory
 from minillm.ops.pages import PAGE_SIZE, page_format
 
@@ -89,14 +89,16 @@ class PagePool:
 
     def reserve(self, cache, n):
         """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages
-        in use and what is promised to others, now; MinillmError where they never would."""
+        in use and what is promised to others, now; MemoryLimit where they never would."""
         if self.limit_pages is None:
             return True
         if n > self.limit_pages:
             needed, limit = n * self.page_bytes, self.limit_pages * self.page_bytes
-            raise MinillmError(
+            raise MemoryLimit(
                 f"this may take {needed} bytes of cache and the limit is {limit}: try a shorter prompt, a smaller "
-                "max_tokens or budget, or a higher cache_limit"
+                "max_tokens or budget, or a higher cache_limit",
+                needed,
+                limit,
             )
         self._collect()
         mine = max(n - cache.own_pages, 0)

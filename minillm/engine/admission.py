@@ -3,7 +3,7 @@ promise in pages that a PagePool with a limit keeps."""
 
 from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
-from minillm.errors import MinillmError, UsageError
+from minillm.errors import MemoryShort, UsageError
 from minillm.model import MLP_ROWS
 from minillm.ops.pages import PAGE_SIZE, page_format
 
@@ -86,7 +86,7 @@ def workspace_bytes(config, n):
 
 
 def require(ops, name, n, *, weights=0, cache=0, workspace=0):
-    """Raise MinillmError if these bytes do not fit into the free memory of the backend's device. n: the tokens that
+    """Raise MemoryShort if these bytes do not fit into the free memory of the backend's device. n: the tokens that
     `cache` is for, or 0."""
     free, needed = ops.available_memory(), weights + cache + workspace
     if free is None or needed <= free:
@@ -95,7 +95,7 @@ def require(ops, name, n, *, weights=0, cache=0, workspace=0):
     parts += [f"cache {gib(cache)} at {n} tokens", f"workspace {gib(workspace)}"] if n else []
     fixes = ["a shorter prompt", "-c N", "a smaller --kv-budget"] if n else []
     fixes += ["a smaller or quantised model", "--quantize q4_0 (of 16-bit ones)", "--dtype stored"] if weights else []
-    raise MinillmError(
+    raise MemoryShort(
         f"{name} needs {gib(needed)} ({', '.join(parts)}) and {gib(free)} are free: try {' or '.join(fixes)}"
     )
 

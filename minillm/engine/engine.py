@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 
@@ -32,6 +33,7 @@ class Engine:
         self.line = deque()  # threads (idents) that are to touch model and pages; the first of them does
         self.later = deque()  # work that came up while its own thread had the model: see `between_steps`
         self.thread = None  # that makes the steps of all
+        self.last_turn = 0.0  # when that thread last made a step, or found work after a pause
         self.stopping = self.closed = False
         ENGINES.add(self)
 
@@ -147,6 +149,7 @@ class Engine:
         """Have the thread go on. Called with `turn` held."""
         if self.thread is None and not self.stopping:
             thread = threading.Thread(target=self._steps, name="minillm", daemon=True)
+            self.last_turn = time.monotonic()
             thread.start()
             self.thread = thread
         self.turn.notify_all()
@@ -156,6 +159,7 @@ class Engine:
             while self._go_on():
                 with self.alone():
                     moved = self.scheduler.step()
+                self.last_turn = time.monotonic()
                 for request in moved:
                     if request.wake and request.ready:
                         request.wake()
@@ -165,6 +169,10 @@ class Engine:
                         self.turn.wait_for(functools.partial(_back, moved), LINGER)
                     else:  # memory is promised to those who have not come back
                         self.turn.wait(LINGER)
+
+    def stuck(self, seconds):
+        """Whether its thread has made no step for so long, though there is work."""
+        return self.thread is not None and bool(self.scheduler.wanted()) and time.monotonic() - self.last_turn > seconds
 
     def _go_on(self):
         """Wait for work. -> False: there is none, and the thread is no more."""

@@ -5,7 +5,7 @@ import traceback
 
 from minillm.engine.admission import promise
 from minillm.engine.request import drawn
-from minillm.errors import MinillmError
+from minillm.errors import MemoryShort
 
 PATIENCE = 10.0  # seconds that a request waits for memory while nothing goes on that would free it
 
@@ -71,7 +71,7 @@ class Scheduler:
             if request.cache.pool.reserve(request.cache, promise(request)):
                 request.admit()
             elif self._stalls():
-                raise MinillmError(
+                raise MemoryShort(
                     "the memory for the cache is held by open sessions and by answers that nobody takes: close some, "
                     "or raise cache_limit"
                 )

@@ -18,7 +18,7 @@ from minillm.llm import LLM
 from minillm.profile.curve import REPEATED, STRETCHES, repeat
 from minillm.profile.fit import Equations, rank_correlation, second_reading
 from minillm.profile.worth import log_worth, try_heads
-from minillm.programs import cli
+from minillm.programs import flags
 from minillm.programs.run import guarded
 
 TEXTS = Path(__file__).parent / "texts"
@@ -43,7 +43,7 @@ def main(argv=None):
 def _run(argv):
     args = _parser().parse_args(argv)
     texts = read_texts(args.texts)
-    llm = LLM.load(args.model, cache=CacheConfig("full"), profile=False, progress=True, **cli.machine(args))
+    llm = LLM.load(args.model, cache=CacheConfig("full"), profile=False, progress=True, **flags.machine(args))
     length = min(args.length, llm.context)
     if length < SHORTEST:
         raise UsageError(f"{llm.config.name} has a context of {length} tokens, and a profile takes {SHORTEST} at least")
@@ -64,22 +64,22 @@ def _run(argv):
 
 
 def _parser():
-    parser = cli.Parser(
+    parser = flags.Parser(
         prog="minillm.profile",
         description=DESCRIPTION,
     )
     add = parser.add_argument
-    cli.model_flag(add)
+    flags.model_flag(add)
     add("--texts", type=Path, metavar="FOLDER", help="of .txt files in place of minillm's own: such as yours will be")
     add(
         "--length",
-        type=cli.at_least(SHORTEST),
+        type=flags.at_least(SHORTEST),
         default=LENGTH,
         metavar="N",
         help=f"most tokens of a text (default {LENGTH})",
     )
     add("--out", type=Path, metavar="FILE", help="the profile (default: where it is found, in the user's cache)")
-    cli.machine_flags(add)
+    flags.machine_flags(add)
     add("-v", "--verbose", action="store_true", help="show where an error came from")
     return parser
 

@@ -26,7 +26,7 @@ from minillm.compress.methods import methods_table
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
 from minillm.files.stored_model import n_parameters, open_model
-from minillm.programs import cli
+from minillm.programs import cli, flags
 from minillm.programs.run import guarded
 from minillm.programs.terminal import count, size
 from minillm.text.tokenizer import Tokenizer
@@ -97,38 +97,38 @@ def _run(argv):
 
 
 def _parser():
-    parser = cli.Parser(
+    parser = flags.Parser(
         prog="minillm.bench",
         description=DESCRIPTION,
         epilog=EPILOG,
     )
     add = parser.add_argument_group("model").add_argument
-    cli.model_flag(add, action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
-    cli.machine_flags(add)
+    flags.model_flag(add, action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
+    flags.machine_flags(add)
     add = parser.add_argument_group("what is measured").add_argument
     add("-p", "--n-prompt", type=_several(_count), action="extend", metavar="N,...", help="pp N; 0: none (default 512)")
     add("-n", "--n-gen", type=_several(_count), action="extend", metavar="N,...", help="tg N; 0: none (default 128)")
     add("-d", "--n-depth", type=_several(_count), action="extend", metavar="D,...", help="after D tokens (default 0)")
-    add("-r", "--repetitions", type=cli.positive, default=5, metavar="N", help="after one to warm up (default 5)")
+    add("-r", "--repetitions", type=flags.positive, default=5, metavar="N", help="after one to warm up (default 5)")
     add("-f", "--file", metavar="FILE", help="the text that is read (UTF-8)")
     add = parser.add_argument_group("key-value cache").add_argument
     add("--kv-method", type=_several(str), action="extend", metavar="NAME,...", help="default: the model's; list: all")
     add(
         "--kv-budget",
-        type=_several(cli.budget),
+        type=_several(flags.budget),
         action="extend",
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024), full; default full,0.5",
     )
     add(
         "--kv-memory",
-        type=_several(cli.share),
+        type=_several(flags.share),
         action="extend",
         metavar="M,...",
         help="shares of a full cache's memory (0.1, 10%%), a row each",
     )
     add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds, a row each")
-    cli.cache_flags(add)
+    flags.cache_flags(add)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", choices=("md", "csv", "json"), default="md", help="default: md")
     add("--output-file", metavar="FILE", help="default: stdout")
@@ -161,7 +161,7 @@ def _caches(args):
             one.kv_method, one.quality = method, None
             for other in KEPT:
                 setattr(one, other, value if other == name else None)
-            config = cli.cache_config(one)
+            config = flags.cache_config(one)
             full = {"method": "full", "dtype": config.dtype}
             caches[_label(config)] = full if config.method == "full" else config.as_dict()
     return caches
@@ -203,7 +203,7 @@ def _measure_model(name, args, caches, tests, text, source, out):
             f"{config.name} reads {config.context} tokens, and -d with -p or -n comes to {longest}: lower one"
         )
     ids = _encode(stored, text, longest, source)
-    load = cli.machine(args) | {"offline": True}
+    load = flags.machine(args) | {"offline": True}
     common = {
         "model": config.name,
         "model_n_params": n_parameters(config),

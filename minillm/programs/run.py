@@ -11,7 +11,7 @@ import numpy as np
 from minillm.compress.methods import methods_table
 from minillm.errors import MinillmError, UsageError
 from minillm.llm import LLM
-from minillm.programs import cli
+from minillm.programs import cli, flags
 from minillm.programs.chat import Chat
 from minillm.programs.terminal import Interrupted, Terminal
 
@@ -69,7 +69,7 @@ def _run(args):
         chat_template=args.chat_template,
         profile=args.profile,
         progress=not args.quiet,
-        **cli.machine(args),
+        **flags.machine(args),
     )
     terminal.header(llm)
     if args.cache.method is None and llm.profile is None:

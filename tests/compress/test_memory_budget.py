@@ -9,7 +9,7 @@ from minillm import LLM, CacheConfig, SamplingParams
 from minillm.engine.admission import LEAST_LOST, in_entries
 from minillm.errors import UsageError
 from minillm.evaluate.tables import asked, budget_order, label
-from minillm.programs import cli
+from minillm.programs import flags
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def test_what_makes_no_sense_is_refused(keywords, message):
 
 
 def test_percents_are_understood():
-    assert cli.budget("20%") == cli.budget("0.2") == 0.2 and cli.share("10%") == cli.share("0.1") == 0.1
+    assert flags.budget("20%") == flags.budget("0.2") == 0.2 and flags.share("10%") == flags.share("0.1") == 0.1
     with pytest.raises(argparse.ArgumentTypeError, match="20% nor|20%, nor"):
-        cli.budget("half%")
+        flags.budget("half%")
 
 
 def test_tables_name_it():

@@ -1,0 +1,144 @@
+"""What stands before the questions: routes, keys, origins, sizes, the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+import tiny_chat
+from serving import served
+
+from minillm import LLM, CacheConfig, MinillmError, UsageError
+from minillm.server import cli
+from minillm.server.serve import bound, start_line
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    with LLM.load(tiny_chat.make(tmp_path_factory.mktemp("model") / "tiny"), cache=CacheConfig("full")) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def client(llm):
+    with served(llm, aliases=("small", "tiny-1"), max_body=1000) as (_, client):
+        yield client
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_health_and_models(prefix, client):
+    assert client.get(prefix + "/health").json() == {"status": "ok"} == client.get(prefix + "/livez").json()
+    models = client.get(prefix + "/models").json()
+    (model,) = models["data"]
+    assert models["object"] == "list" and model["object"] == "model" and model["aliases"] == ["small", "tiny-1"]
+    assert model["id"] == "small" and model["meta"]["n_ctx"] == 4096 and model["meta"]["n_vocab"] == 258
+    assert client.get(prefix + "/models/tiny-1").json() == model
+
+
+def error_of(response, status, type):
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == (status, type) and {"message", "param"} <= set(error)
+    return error["message"]
+
+
+def test_what_is_not_there(client):
+    assert "there is no /v1/nothing here" in error_of(client.get("/v1/nothing"), 404, "not_found_error")
+    assert "no model 'gpt-4' here, but 'small'" in error_of(client.get("/v1/models/gpt-4"), 404, "not_found_error")
+    response = client.post("/v1/models")
+    assert "/v1/models does not take POST" in error_of(response, 405, "invalid_request_error")
+    assert "GET" in response.headers["allow"]
+
+
+KEYED = [
+    ({}, 401),
+    ({"Authorization": "Bearer other"}, 401),
+    ({"Authorization": "Bearer"}, 401),
+    ({"X-Api-Key": ""}, 401),
+    ({"Authorization": "Basic two"}, 401),
+    ({"Authorization": "Bearer one"}, 404),
+    ({"authorization": "bearer two"}, 404),
+    ({"X-Api-Key": "two"}, 404),
+]
+
+
+def test_keys(llm):
+    with served(llm, api_keys=("one", "two"), cors_origins=("https://a.example",)) as (_, client):
+        for headers, status in KEYED:
+            assert client.get("/v1/nothing", headers=headers).status_code == status, headers
+        assert "Authorization: Bearer KEY" in error_of(client.get("/v1/nothing"), 401, "authentication_error")
+        for path in ("/health", "/livez", "/v1/models", "/models"):
+            assert client.get(path).status_code == 200
+        here, there = {"Origin": "https://a.example"}, {"Origin": "https://b.example"}
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        assert client.options("/v1/chat/completions", headers=here | asks).status_code == 200
+        assert client.get("/v1/nothing", headers=here).headers["access-control-allow-origin"] == here["Origin"]
+        assert "access-control-allow-origin" not in client.get("/health", headers=there).headers
+
+
+def test_every_origin_and_none(llm, client):
+    origin = {"Origin": "https://a.example"}
+    assert "access-control-allow-origin" not in client.get("/health", headers=origin).headers
+    with served(llm, cors_origins=("*",)) as (_, open_client):
+        assert open_client.get("/health", headers=origin).headers["access-control-allow-origin"] == origin["Origin"]
+
+
+def test_the_command_line(tmp_path):
+    (tmp_path / "keys").write_text("k2\n\nk3\n")
+    environ = {"MINILLM_ARG_PORT": "1", "MINILLM_ARG_QUIET": "1", "MINILLM_ARG_VERBOSE": "0", "OTHER": "x"}
+    args = cli.parse(["--port", "2", "--api-key", "k1", "--api-key-file", str(tmp_path / "keys"), "-np", "3"], environ)
+    assert (args.port, args.quiet, args.verbose) == (2, True, False)
+    assert args.settings.api_keys == ("k1", "k2", "k3") and args.settings.parallel == 3
+    assert args.settings.params.temperature == 0.8 and cli.parse(["--temp", "0"], {}).settings.params.temperature == 0
+    (tmp_path / "keys").write_text("\n")
+    wrong = [
+        (["--api-key-file", str(tmp_path / "keys")], {}, "holds no key"),
+        (["--api-key-file", str(tmp_path / "none")], {}, "cannot be read"),
+        ([], {"MINILLM_ARG_PROT": "1"}, "MINILLM_ARG_PROT is set and there is no such flag"),
+        ([], {"MINILLM_ARG_QUIET": "maybe"}, "write 1 or 0"),
+        ([], {"MINILLM_ARG_PORT": "-1"}, "must be in 0..65535"),
+        (["--timeout", "nan"], {}, "must be more than 0"),
+    ]
+    for argv, environ, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            cli.parse(argv, environ)
+
+
+def test_a_port_that_is_taken():
+    with bound("127.0.0.1", 0) as first:
+        first.listen()
+        with pytest.raises(MinillmError, match=r"cannot be had \(Address already in use\): give another"):
+            bound("127.0.0.1", first.getsockname()[1])
+
+
+def test_the_start_line_counts_documents(llm, monkeypatch):
+    """4,096 tokens are 128 pages of 32 in each of 2 x 2 heads, and cache_bytes adds an open one; a page is 32 x (2 x 8
+    floats, a log size and a position) = 2,304 bytes."""
+    monkeypatch.setattr(llm, "cache_limit", 10 * 129 * 4 * 2304 + 1)
+    line = start_line(llm, "::1", 80)
+    assert line.startswith("http://[::1]:80/v1 serves tiny; ") and line.endswith(": 10 documents of 4,096 tokens")
+
+
+def test_a_server_of_its_own(tmp_path):
+    """The program: its start line says where it is, it answers, and SIGTERM ends it with status 0."""
+    command = [sys.executable, "-m", "minillm.server", "-m", str(tiny_chat.make(tmp_path / "tiny")), "--port", "0"]
+    environ = os.environ | {"MINILLM_ARG_ALIAS": "named"}
+    process = subprocess.Popen([*command, "--kv-memory", "64"], stderr=subprocess.PIPE, text=True, env=environ)
+    try:
+        lines = []
+        while not lines or " serves " not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        assert re.search(r"; 64.00 MiB for caches: \d+ documents of 4,096 tokens", lines[-1])
+        assert "--api-key" not in lines[-1]
+        url = lines[-1].split()[0]
+        assert json.loads(httpx.get(f"{url}/models", timeout=30).content)["data"][0]["id"] == "named"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
