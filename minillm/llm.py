@@ -208,9 +208,10 @@ class LLM:
         """The text of chat messages, by the model's chat template."""
         return self._needs_tokenizer().render_chat(messages)
 
-    def session(self):
-        """A Session: a conversation whose later turns read only their own tokens."""
-        return Session(self)
+    def session(self, compressor=None):
+        """A Session: a conversation whose later turns read only their own tokens. compressor: in place of this LLM's,
+        of `compressor_for`."""
+        return Session(self, compressor)
 
     def read(self, prompt, cache=None, progress=None):
         """A Document: text or chat messages (or token ids) that are compressed now, and asked later. cache: CacheConfig

@@ -1,6 +1,7 @@
 """A server of ours in a thread of this process, on a port that is free, and a client for it."""
 
 import contextlib
+import json
 import threading
 import time
 
@@ -30,3 +31,38 @@ def served(llm, **settings):
         listener.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def user(text):
+    """The messages of one question."""
+    return [{"role": "user", "content": text}]
+
+
+def events(response):
+    """The values of the data lines of a stream that is complete; its last one is "[DONE]"."""
+    found = []
+    for block in response.text.split("\n\n"):
+        assert block == "" or block.startswith(("data: ", ": keepalive")), block
+        if block.startswith("data: "):
+            data = block.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+    return found
+
+
+def nothing_is_held(llm, seconds=1.0):
+    """Wait for so long that requests and pages are gone; -> whether they are."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with llm.engine.alone():
+            if not llm.engine.scheduler.requests and not any(pool.bytes_in_use for pool in llm.pools.values()):
+                return True
+        time.sleep(0.01)
+    return False
+
+
+def error_of(response, status, type):
+    """The message of an error object."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == (status, type) and {"message", "param"} <= set(error)
+    return error["message"]

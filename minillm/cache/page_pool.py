@@ -87,12 +87,9 @@ class PagePool:
         while self.abandoned:
             self.abandoned.popleft().clear()
 
-    def reserve(self, cache, n):
-        """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages
-        in use and what is promised to others, now; MemoryLimit where they never would."""
-        if self.limit_pages is None:
-            return True
-        if n > self.limit_pages:
+    def check(self, n):
+        """Raise MemoryLimit if n pages are more than this pool may ever have."""
+        if self.limit_pages is not None and n > self.limit_pages:
             needed, limit = n * self.page_bytes, self.limit_pages * self.page_bytes
             raise MemoryLimit(
                 f"this may take {needed} bytes of cache and the limit is {limit}: try a shorter prompt, a smaller "
@@ -100,6 +97,13 @@ class PagePool:
                 needed,
                 limit,
             )
+
+    def reserve(self, cache, n):
+        """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages
+        in use and what is promised to others, now; MemoryLimit where they never would."""
+        if self.limit_pages is None:
+            return True
+        self.check(n)
         self._collect()
         mine = max(n - cache.own_pages, 0)
         others = sum(max(n - other.own_pages, 0) for other, n in list(self.promises.items()) if other is not cache)

@@ -33,6 +33,11 @@ def promise(request):
     return min(most, _predicted(request, after, prompt)) if compressor.config.predicts else most
 
 
+def check(request):
+    """Raise MemoryLimit if a request takes more than there ever is."""
+    request.cache.pool.check(promise(request))
+
+
 def pages(n, size):
     return -(-n // size)
 

@@ -107,21 +107,23 @@ class Engine:
             raise
         return request.pop()
 
-    async def arrival(self, request):
-        """Return when a piece, or the end, can be taken."""
+    async def arrival(self, *requests):
+        """Return when a piece, or the end, of one of them can be taken."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
-        request.wake = wake
-        while not request.ready:
+        for request in requests:
+            request.wake = wake
+        while not any(request.ready for request in requests):
             event.clear()
-            request.asked = True
+            for request in requests:
+                request.asked = True
             with self.turn:
                 self._start()
-            if not request.ready:
+            if not any(request.ready for request in requests):
                 await event.wait()
 
     # steps

@@ -59,7 +59,8 @@ class Request:
         self.share = 0.0  # of the reading
         self.timings = Timings(prompt_tokens=len(unread), cached_tokens=cache.seen)
         self._reading = self._draw = None
-        self._start, self._begin = time.perf_counter(), None  # of all of it, and of generating
+        self._start = self._admitted = time.perf_counter()  # of all of it, and of reading
+        self._begin = None  # of generating
 
     @property
     def over(self):
@@ -90,6 +91,7 @@ class Request:
         """It may begin: its memory is promised."""
         if self.check_memory:
             self.check_memory()
+        self._admitted = time.perf_counter()
         self.state = "generating" if self.resumes else "reading"
 
     def read_on(self):
@@ -105,6 +107,7 @@ class Request:
                 self.unread.clear()
         self.timings.kept = self.cache.kept
         if self.params is None:
+            self.timings.prompt_seconds = time.perf_counter() - self._admitted
             self.finish()
             return
         last, self.hidden = self.hidden[-1:], None
@@ -135,7 +138,7 @@ class Request:
         now, timings = time.perf_counter(), self.timings
         self._draw = None
         if self._begin is None:
-            self._begin, timings.prompt_seconds = now, now - self._start
+            self._begin, timings.prompt_seconds = now, now - self._admitted
         if token in self.stop_ids:
             self.stop_reason = "eos"
             if rest := self._rest():

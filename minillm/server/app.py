@@ -1,6 +1,8 @@
 """The application: routes, each also without /v1, and what stands before them."""
 
+import asyncio
 import time
+from functools import cached_property
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -8,8 +10,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from minillm.server.answers import Answers
 from minillm.server.errors import ApiError
 from minillm.server.http import Json, Keys, guarded, http_error
+from minillm.server.places import Places
 
 STUCK = 60.0  # seconds without a step while there is work, after which the engine is thought to be stuck
 
@@ -20,7 +24,22 @@ class Server:
     def __init__(self, llm, settings):
         self.llm, self.settings = llm, settings
         self.created = int(time.time())
-        self.draining = False  # whether the server is about to end
+        self.places = Places(settings.parallel, settings.max_queue)
+        self.answers = Answers(self)
+
+    @cached_property
+    def ending(self):
+        """A Future of the event loop's: done when answers that are still on the way are to end."""
+        return asyncio.get_running_loop().create_future()
+
+    @property
+    def draining(self):
+        """Whether the server is about to end."""
+        return self.places.closed is not None
+
+    def drain(self):
+        """Take nothing more: who waits for a place is told so, and what is being answered goes on."""
+        self.places.close(ApiError(503, "this server is shutting down: ask another one"))
 
     @property
     def model_id(self):
@@ -29,7 +48,7 @@ class Server:
     async def health(self, request):
         """Whether it takes requests."""
         if self.draining:
-            raise ApiError(503, "this server is shutting down: ask another one")
+            raise self.places.closed
         return Json({"status": "ok"})
 
     async def livez(self, request):
@@ -59,6 +78,8 @@ class Server:
         yield "/livez", self.livez, "GET"
         yield "/models", self.models, "GET"
         yield "/models/{name:path}", self.model, "GET"
+        yield "/chat/completions", self.answers.chat, "POST"
+        yield "/completions", self.answers.complete, "POST"
 
 
 def application(server):

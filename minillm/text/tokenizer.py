@@ -143,6 +143,14 @@ class Tokenizer:
         """Ids that are structure, never part of an answer's text."""
         return self.vocabulary.special_ids | self.stop_ids
 
+    @cached_property
+    def control_texts(self) -> frozenset[str]:
+        """Texts that are structure wherever they are recognised: those of special tokens, and of other added tokens
+        that the chat template has."""
+        template = self.vocabulary.chat_template or ""
+        special = {self._added[i] for i in self.special_ids if i in self._added}
+        return frozenset(special | {text for text in self._added.values() if text.strip() and text in template})
+
     def _end_of_turn(self) -> frozenset[int]:
         """The added token that the chat template writes right after an assistant's words, if it writes one.
 

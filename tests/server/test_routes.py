@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 import tiny_chat
-from serving import served
+from serving import error_of, served
 
 from minillm import LLM, CacheConfig, MinillmError, UsageError
 from minillm.server import cli
@@ -37,13 +37,6 @@ def test_health_and_models(prefix, client):
     assert models["object"] == "list" and model["object"] == "model" and model["aliases"] == ["small", "tiny-1"]
     assert model["id"] == "small" and model["meta"]["n_ctx"] == 4096 and model["meta"]["n_vocab"] == 258
     assert client.get(prefix + "/models/tiny-1").json() == model
-
-
-def error_of(response, status, type):
-    assert response.status_code == status
-    error = response.json()["error"]
-    assert (error["code"], error["type"]) == (status, type) and {"message", "param"} <= set(error)
-    return error["message"]
 
 
 def test_what_is_not_there(client):

@@ -1,0 +1,168 @@
+"""The fields of a request: each checked, with an error that names it. null is as good as absent."""
+
+import math
+from dataclasses import dataclass
+
+from minillm.compress.config import OUTCOMES, CacheConfig
+from minillm.errors import UsageError
+from minillm.sampling import SamplingParams
+from minillm.server.errors import bad
+
+MOST_CHOICES = 8
+MOST_STOPS = 16
+
+# Fields that clients know and this server cannot do yet, with the values that ask for nothing. They are refused, and
+# never ignored: an answer that looks right and is not what was asked for is worse than none.
+NOT_YET = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "json_schema": ({},),
+    "grammar": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "n_probs": (0,),
+    "logit_bias": ({}, []),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "modalities": (["text"],),
+    "audio": (),
+    "return_progress": (False,),
+    "timings_per_token": (False,),
+    "return_cache": (False,),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a request is to be answered."""
+
+    params: tuple[SamplingParams, ...]  # of each choice
+    stream: bool
+    include_usage: bool
+    cache: CacheConfig | None  # None: the server's
+
+
+def wanted(body, defaults, cache):
+    """The Wanted of a request's JSON object. defaults: SamplingParams, cache: CacheConfig of the server. Raises
+    ApiError."""
+    refuse_what_is_not_yet(body)
+    options = of_type(body, "stream_options", dict, "an object") or {}
+    n = whole(body, "n", 1)
+    if not 1 <= n <= MOST_CHOICES:
+        raise bad(f"n must be in 1..{MOST_CHOICES}, not {n}", "n")
+    try:
+        params = choices(sampling(body, defaults), n)
+    except UsageError as error:
+        raise bad(str(error)) from None
+    include_usage = truth(options, "include_usage")
+    return Wanted(params, truth(body, "stream"), include_usage, cache_config(body, cache))
+
+
+def refuse_what_is_not_yet(body):
+    for name, harmless in NOT_YET.items():
+        value = body.get(name)
+        if value is not None and not any(value == one and type(value) is type(one) for one in harmless):
+            raise bad(f"this server cannot do {name} yet: leave it out", name)
+
+
+def sampling(body, defaults):
+    """The SamplingParams of the first choice."""
+    penalty = number(body, "repeat_penalty", number(body, "repetition_penalty", defaults.repeat_penalty))
+    seed, top_k = whole(body, "seed", defaults.seed), whole(body, "top_k", defaults.top_k)
+    return SamplingParams(
+        max_tokens=length(body, defaults.max_tokens),
+        temperature=number(body, "temperature", defaults.temperature),
+        top_k=0 if top_k == -1 else top_k,
+        top_p=number(body, "top_p", defaults.top_p),
+        min_p=number(body, "min_p", defaults.min_p),
+        repeat_penalty=penalty,
+        seed=None if seed in (None, -1) else seed % (1 << 64),
+        stop=stops(body),
+        ignore_eos=truth(body, "ignore_eos"),
+    )
+
+
+def choices(params, n):
+    """SamplingParams of n choices: the same, but for the seed of each."""
+    values = {name: getattr(params, name) for name in SamplingParams.names()}
+    seeds = [None if params.seed is None else params.seed + i for i in range(n)]
+    return tuple(SamplingParams(**values | {"seed": seed}) for seed in seeds)
+
+
+def length(body, default):
+    """The least of the names that clients have for it; -1: no limit."""
+    given = [whole(body, name) for name in ("max_tokens", "max_completion_tokens", "n_predict")]
+    given = [one for one in given if one is not None]
+    limits = [one for one in given if one != -1]
+    if any(one < 1 for one in limits):
+        raise bad(f"max_tokens must be at least 1, not {min(limits)}", "max_tokens")
+    return min(limits) if limits else None if given else default
+
+
+def stops(body):
+    stop = body.get("stop")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop) or len(stop) > MOST_STOPS:
+        raise bad(f"stop must be a text or a list of up to {MOST_STOPS} texts that are not empty", "stop")
+    return tuple(stop)
+
+
+def cache_config(body, now):
+    """The CacheConfig of the field `kv`, which changes the server's; None where it says nothing."""
+    kv = of_type(body, "kv", dict, "an object") or {}
+    if unknown := sorted(kv.keys() - {"budget", "method", "dtype"}):
+        raise bad(f"kv has no {unknown[0]!r}, but budget and method", "kv")
+    budget, method = kv.get("budget"), of_type(kv, "method", str, "the name of a method")
+    if kv.get("dtype") not in (None, now.dtype):
+        raise bad(f"kv.dtype is {now.dtype!r} for all requests of this server: they share one memory", "kv.dtype")
+    if budget is None and method is None:
+        return None
+    if budget == 1 and isinstance(budget, int):
+        raise bad('kv.budget 1 could be a share or an entry: write "full", or at least 2 entries a head', "kv.budget")
+    if method in (None, now.method) and now.method != "full":
+        settings = {name: value for name, value in now.as_dict().items() if budget is None or name not in OUTCOMES}
+    else:
+        settings = {"method": method, "dtype": now.dtype}
+    try:
+        return CacheConfig(**settings | ({} if budget is None else {"budget": budget}))
+    except (UsageError, TypeError) as error:
+        raise bad(f"kv: {error}", "kv") from None
+
+
+def of_type(body, name, kind, what, default=None):
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise bad(f"{name} must be {what}, not {shown(value)}", name)
+    return value
+
+
+def truth(body, name, default=False):
+    return of_type(body, name, bool, "true or false", default)
+
+
+def number(body, name, default=None):
+    value = of_type(body, name, int | float, "a number", default)
+    if value is not None and not math.isfinite(value):
+        raise bad(f"{name} must be a finite number", name)
+    return value
+
+
+def whole(body, name, default=None):
+    value = number(body, name, default)
+    if value is not None and value != int(value):
+        raise bad(f"{name} must be a whole number, not {shown(value)}", name)
+    return None if value is None else int(value)
+
+
+def shown(value):
+    """A value in an error: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,83 @@
+"""What answers look like: the objects of chat completions and of text completions, whole and in pieces."""
+
+import secrets
+import time
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class Shape:
+    """The objects of one answer. model: its name; fingerprint: of the model and the settings that answer."""
+
+    prefix = kind = chunk_kind = None
+
+    def __init__(self, model, fingerprint):
+        self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.kind, "created": int(time.time())}
+        self.head |= {"model": model, "system_fingerprint": fingerprint}
+
+    def whole(self, choices, usage, timings):
+        """The object of an answer that is complete. choices: (text, reason) of each."""
+        found = [self.choice(i, *one) for i, one in enumerate(choices)]
+        return self.head | {"choices": found, "usage": usage, "timings": timings}
+
+    def chunk(self, choices, **more):
+        """The object of a piece."""
+        return self.head | {"object": self.chunk_kind, "choices": choices} | more
+
+
+class Chat(Shape):
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index, text, reason):
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def begin(self, index):
+        """What comes before the first piece of a choice, or None."""
+        return self._delta(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index, text):
+        return self._delta(index, {"content": text})
+
+    def end(self, index, reason):
+        return self._delta(index, {}, reason)
+
+    def _delta(self, index, delta, reason=None):
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+class Text(Shape):
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, index, text, reason):
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def begin(self, index):
+        return None
+
+    def piece(self, index, text):
+        return self.choice(index, text, None)
+
+    def end(self, index, reason):
+        return self.choice(index, "", reason)
+
+
+def usage(prompts, answers):
+    """prompts, answers: Timings, of each prompt and of each answer."""
+    read = sum(one.prompt_tokens + one.cached_tokens for one in prompts)
+    cached, made = sum(one.cached_tokens for one in prompts), sum(one.generated_tokens for one in answers)
+    about = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return about | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def timings(one):
+    """Timings as llama.cpp's server has them."""
+    about = {"cache_n": one.cached_tokens}
+    for name, n, seconds in (
+        ("prompt", one.prompt_tokens, one.prompt_seconds),
+        ("predicted", one.generated_tokens, one.generation_seconds),
+    ):
+        about |= {f"{name}_n": n, f"{name}_ms": 1000 * seconds}
+        about[f"{name}_per_token_ms"] = 1000 * seconds / n if n else 0.0
+        about[f"{name}_per_second"] = n / seconds if seconds else 0.0
+    return about
