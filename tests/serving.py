@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,9 +18,8 @@ from minillm.server.settings import Settings
 
 @contextlib.contextmanager
 def served(llm, **settings):
-    """-> (Server, httpx.Client) of an LLM that is served with these Settings."""
-    server, listening = Server(llm, Settings(**settings)), bound("127.0.0.1", 0)
-    listener = Listener(server)
+    """-> (Listener, httpx.Client) of an LLM that is served with these Settings."""
+    listener, listening = Listener(Server(llm, Settings(**settings))), bound("127.0.0.1", 0)
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -26,11 +28,30 @@ def served(llm, **settings):
             time.sleep(0.01)
         port = listening.getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield server, client
+            yield listener, client
     finally:
         listener.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def program(folder, *flags):
+    """-> (process, its lines on stderr so far, httpx.Client) of `python -m minillm.server` with a model's folder."""
+    command = [sys.executable, "-m", "minillm.server", "-m", str(folder), "--port", "0", *flags]
+    environ = os.environ | {"MINILLM_ARG_ALIAS": "named"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+    try:
+        lines = []
+        while not lines or " serves " not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        with httpx.Client(base_url=lines[-1].split("/v1 ")[0], timeout=60) as client:
+            yield process, lines, client
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def user(text):

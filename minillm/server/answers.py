@@ -6,7 +6,7 @@ import hashlib
 from functools import lru_cache
 
 from minillm.server import errors, fields, messages, prompt, shapes
-from minillm.server.errors import bad
+from minillm.server.errors import ApiError, bad
 from minillm.server.http import Json, encoded, json_body
 from minillm.server.places import Gone, until
 from minillm.server.work import Work
@@ -102,7 +102,12 @@ class Answer:
 
     async def _until(self, work, receive):
         left = max(0.0, self.deadline - asyncio.get_running_loop().time())
-        return await until(work, receive, left, self.server.ending)
+        try:
+            return await until(work, receive, left, self.server.ending)
+        except asyncio.TimeoutError:
+            seconds = self.server.settings.timeout
+            message = f"the answer was not there after {seconds:g} seconds: shorten it, or raise --timeout"
+            raise ApiError(504, message) from None
 
     async def _pieces(self):
         """See Work.pieces; also while it waits for a place."""

@@ -67,8 +67,8 @@ class Gone(Exception):
 
 
 async def until(work, receive, seconds, ending):
-    """What the coroutine `work` returns. Raises Gone as soon as the client is, and ApiError after so many seconds or
-    with the Future `ending`; then the work was cancelled, and is over."""
+    """What the coroutine `work` returns. Raises Gone as soon as the client is, asyncio.TimeoutError after so many
+    seconds, and ApiError with the Future `ending`; then the work was cancelled, and is over."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         done, _ = await asyncio.wait({task, gone, ending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -78,7 +78,7 @@ async def until(work, receive, seconds, ending):
             raise Gone
         if ending in done:
             raise ApiError(503, "this server has shut down before the answer was there: ask another one")
-        raise ApiError(504, f"the answer was not there after {seconds:g} seconds: shorten it, or raise --timeout")
+        raise asyncio.TimeoutError
     finally:
         for one in (task, gone):
             one.cancel()

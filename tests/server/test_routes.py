@@ -1,13 +1,5 @@
 """What stands before the questions: routes, keys, origins, sizes, the command line."""
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-
-import httpx
 import pytest
 import tiny_chat
 from serving import error_of, served
@@ -114,24 +106,3 @@ def test_the_start_line_counts_documents(llm, monkeypatch):
     monkeypatch.setattr(llm, "cache_limit", 10 * 129 * 4 * 2304 + 1)
     line = start_line(llm, "::1", 80)
     assert line.startswith("http://[::1]:80/v1 serves tiny; ") and line.endswith(": 10 documents of 4,096 tokens")
-
-
-def test_a_server_of_its_own(tmp_path):
-    """The program: its start line says where it is, it answers, and SIGTERM ends it with status 0."""
-    command = [sys.executable, "-m", "minillm.server", "-m", str(tiny_chat.make(tmp_path / "tiny")), "--port", "0"]
-    environ = os.environ | {"MINILLM_ARG_ALIAS": "named"}
-    process = subprocess.Popen([*command, "--kv-memory", "64"], stderr=subprocess.PIPE, text=True, env=environ)
-    try:
-        lines = []
-        while not lines or " serves " not in lines[-1]:
-            lines.append(process.stderr.readline())
-            assert lines[-1], lines
-        assert re.search(r"; 64.00 MiB for caches: \d+ documents of 4,096 tokens", lines[-1])
-        assert "--api-key" not in lines[-1]
-        url = lines[-1].split()[0]
-        assert json.loads(httpx.get(f"{url}/models", timeout=30).content)["data"][0]["id"] == "named"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.stderr.close()
