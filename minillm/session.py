@@ -79,10 +79,10 @@ class Session:
             self.unread += ids
             self.new_turn = self.new_turn or is_chat(prompt)
 
-    def request(self, params=None, whole=False, result=0, hidden=None):
+    def request(self, params=None, whole=False, result=0, hidden=None, settles=()):
         """A Request that reads what was fed and, with `params`, answers. whole: nothing is compressed; result: bytes
-        that the outcome takes; hidden: (1, dim) state after what was read, where nothing is left to be. Raises
-        MinillmError if what was fed is nothing or does not fit into the context."""
+        that the outcome takes; hidden: (1, dim) state after what was read, where nothing is left to be; settles: see
+        Request. Raises MinillmError if what was fed is nothing or does not fit into the context."""
         llm = self.llm
         if not self.unread and hidden is None:
             raise MinillmError("the prompt is empty: give some text")
@@ -93,7 +93,7 @@ class Session:
             )
         compressor = None if whole else self.compressor
         request = Request(self.compressor.model, compressor, self.cache, self.unread, params, context=llm.context)
-        request.hidden = hidden
+        request.hidden, request.settles = hidden, tuple(settles)
         request.check_memory = functools.partial(self._check_memory, self.seen_soon, len(self.unread), whole, result)
         if params is not None:
             request.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids

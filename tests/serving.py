@@ -71,11 +71,13 @@ def events(response):
 
 
 def nothing_is_held(llm, seconds=1.0):
-    """Wait for so long that requests and pages are gone; -> whether they are."""
+    """Wait for so long that requests are gone, and all pages but those of a server's snapshots; -> whether they are."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with llm.engine.alone():
-            if not llm.engine.scheduler.requests and not any(pool.bytes_in_use for pool in llm.pools.values()):
+            spare = llm.engine.scheduler.spare
+            idle = spare.__self__.bytes_in_use if spare else 0
+            if not llm.engine.scheduler.requests and sum(pool.bytes_in_use for pool in llm.pools.values()) == idle:
                 return True
         time.sleep(0.01)
     return False

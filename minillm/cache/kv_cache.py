@@ -325,11 +325,21 @@ class KVCache:
         try:
             yield
         except BaseException:
-            for name in ("_pages", "lengths", "token_ids", "left", "settled", "settled_tokens"):
-                here, there = getattr(self, name), getattr(before, name)
-                setattr(self, name, there)
-                setattr(before, name, here)
-            self.version = next(VERSIONS)
+            self._swap(before)
             raise
         finally:
             before.clear()
+
+    def take_up(self, other):
+        """Hold what another cache of the same pool and model holds, as a fork of it does, in place of what it held."""
+        fork = other.fork()
+        self._swap(fork)
+        fork.clear()
+
+    def _swap(self, other):
+        """Hold what the other holds, and the other what this one held."""
+        for name in ("_pages", "lengths", "token_ids", "left", "settled", "settled_tokens"):
+            here, there = getattr(self, name), getattr(other, name)
+            setattr(self, name, there)
+            setattr(other, name, here)
+        self.version, other.version = next(VERSIONS), next(VERSIONS)

@@ -1,6 +1,10 @@
 """What memory something will take, computed before it is allocated: the error where there is not so much, and the
 promise in pages that a PagePool with a limit keeps."""
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
 from minillm.errors import MemoryShort, UsageError
@@ -11,26 +15,48 @@ LEAST_LOST = "int8"  # the dtype in which entries of a share of memory lose leas
 
 
 def promise(request):
-    """Pages of its own (see KVCache.own_pages) that a request takes at most, on the way and in the end.
+    """Pages of its own (see KVCache.own_pages) that a request takes at most, on the way and in the end: of each part of
+    its prompt, since what was read before has settled by then, and of the answer after the last.
 
     Of any method: an entry a token in every head, what an undone reading or recompression would go back to beside it,
     and a second reading's one layer. Of scores that a profile predicts, with a budget: twice that budget, and a block
     of the prompt or what is generated between two compressions."""
-    cache, compressor, config = request.cache, request.compressor, request.model.config
-    size, heads = cache.pool.page_size, cache.lengths.size
+    cache, config, params = request.cache, request.model.config, request.params
     room = config.context if request.context is None else request.context
-    params = request.params
     new = 0 if params is None else room if params.max_tokens is None else params.max_tokens
     prompt = cache.seen + len(request.unread)
-    after = min(prompt + new, max(room, prompt)) - cache.settled_tokens
+    answer = min(new, max(room - prompt, 0))
+    first, *later = request.parts
+    held = cache.lengths - cache.settled
+    parts = [_Part(first, cache.seen - cache.settled_tokens, held, True)]
+    parts += [_Part(n, 0, np.zeros_like(held), False) for n in later]
+    parts[-1].answer = answer
+    most = sum(_pages_of(request, part) for part in parts)
+    if request.compressor and request.compressor.config.reads == "again":
+        most += config.n_kv_heads * (pages(prompt, cache.pool.page_size) + 1)
+    return most
+
+
+@dataclass
+class _Part:
+    """A part of a prompt, read after what has settled."""
+
+    n: int  # tokens that are read
+    since: int  # tokens read before them that have not settled
+    held: np.ndarray  # (L, H) entries of those
+    first: bool  # whether what has settled is known already
+    answer: int = 0  # tokens that are generated after it
+
+
+def _pages_of(request, part):
+    """Pages that a part takes at most."""
+    cache, compressor = request.cache, request.compressor
+    size, heads, after = cache.pool.page_size, cache.lengths.size, part.since + part.n + part.answer
     whole = heads * (pages(after, size) + 2)
     if compressor is None or compressor.config.method == "full":
         return whole
-    held = cache.lengths - cache.settled
-    most = whole + (whole if compressor.config.generates else int(held.sum()) // size + heads)
-    if compressor.config.reads == "again":
-        most += config.n_kv_heads * (pages(prompt, size) + 1)
-    return min(most, _predicted(request, after, prompt)) if compressor.config.predicts else most
+    most = whole + (whole if compressor.config.generates else int(part.held.sum()) // size + heads)
+    return min(most, _predicted(request, part, after)) if compressor.config.predicts else most
 
 
 def check(request):
@@ -42,15 +68,16 @@ def pages(n, size):
     return -(-n // size)
 
 
-def _predicted(request, after, prompt):
+def _predicted(request, part, after):
     """The same where scores are predicted and cut once: see OneCut."""
     cache, compressor = request.cache, request.compressor
     size, heads, config = cache.pool.page_size, cache.lengths.size, compressor.config
     if config.budget is None:
         return float("inf")
-    budget = config.budget.after(cache.settled)
-    kept = max(budget.total(after, heads), int((cache.lengths - cache.settled).sum()))
-    block = request.model.config.n_kv_heads * min(BLOCK_TOKENS, len(request.unread))
+    budget = config.budget.after(cache.settled) if part.first else config.budget
+    kept = max(budget.total(after, heads), int(part.held.sum()))
+    kept = kept if part.first else max(kept, heads * SHORT)  # the least that Budget.after leaves
+    block = request.model.config.n_kv_heads * min(BLOCK_TOKENS, part.n)
     short = heads * SHORT  # that are left whole
     way = 2 * (kept + short) + block + cache.pool.slab_entries
     window = config.protect(after, budget)[1]

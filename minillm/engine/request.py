@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from minillm.compress.reading import read, recompress
+from minillm.engine.admission import promise
 from minillm.sampling import PENALTY_WINDOW, Sampler, sample_each
 
 OVER = ("done", "cancelled", "failed")
@@ -45,6 +46,11 @@ class Request:
         self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
         self.params, self.context, self.stop_ids = params, context, stop_ids
         self.sampler, self.decoder = params and Sampler(params), None  # decoder: StreamDecoder, where there is text
+        self.settles = ()  # numbers of tokens: when so many have been read, they settle, see KVCache.settle
+        self.settled = None  # called with the cache each time that is so, by whoever owns the model
+        self.look = (
+            None  # called with this request, before memory is promised and before it begins to read: see take_up
+        )
         self.min_tokens = 0  # that are generated before a stop id may be
         self.resumes = False  # `unread` is a token that was generated: it is decoded, not read
         self.hidden = None  # (n, dim) states of what was read: given where that was done before, or the outcome
@@ -87,6 +93,21 @@ class Request:
 
     # what the scheduler does with it, in the thread that owns the model
 
+    def take_up(self, cache):
+        """Have a beginning of what is unread from a cache that holds that, settled, and not read it."""
+        taken = cache.seen - self.cache.seen
+        del self.unread[:taken]
+        self.cache.take_up(cache)
+        self.timings.prompt_tokens -= taken
+        self.timings.cached_tokens += taken
+
+    @property
+    def parts(self):
+        """Tokens of each part of what is unread: parts end where what was read settles."""
+        start, end = self.cache.seen, self.cache.seen + len(self.unread)
+        ends = [*(at for at in self.settles if start < at < end), end]
+        return [hi - lo for lo, hi in zip([start, *ends], ends, strict=False)]
+
     def admit(self):
         """It may begin: its memory is promised."""
         if self.check_memory:
@@ -98,13 +119,20 @@ class Request:
         """Read on through one block of the model; at the end draw the first token."""
         if self.hidden is None:
             if self._reading is None:
-                self._reading = read(self.model, list(self.unread), [self.cache], [self.compressor])
+                if self.look and not self.share:
+                    self.look(self)
+                    self.cache.pool.reserve(self.cache, promise(self))
+                self._begin_part()
             try:
-                self.share = next(self._reading).share
+                self.share = self._before + self._part * next(self._reading).share
                 return
             except StopIteration as end:
-                self.hidden, self.share = end.value, 1.0
-                self.unread.clear()
+                hidden, self._reading = end.value, None
+            del self.unread[: self._n]
+            if self.unread:
+                self._settle()
+                return
+            self.hidden, self.share = hidden, 1.0
         self.timings.kept = self.cache.kept
         if self.params is None:
             self.timings.prompt_seconds = time.perf_counter() - self._admitted
@@ -113,6 +141,18 @@ class Request:
         last, self.hidden = self.hidden[-1:], None
         self.state = "generating"
         self.take(drawn(lambda draws: self.model.draw(last, draws), [self.draw()])[0])
+
+    def _begin_part(self):
+        self._n = self.parts[0]
+        self._reading = read(self.model, self.unread[: self._n], [self.cache], [self.compressor])
+        self._before, self._part = self.share, (1 - self.share) * self._n / max(len(self.unread), 1)
+
+    def _settle(self):
+        """A part was read, and others follow. It needs no promise any more."""
+        self.cache.settle()
+        self.cache.pool.reserve(self.cache, promise(self))
+        if self.settled:
+            self.settled(self.cache)
 
     def draw(self):
         """The Draw of the token after those read and unread. The same until that token is taken."""

@@ -18,6 +18,7 @@ class Scheduler:
 
     def __init__(self, clock=time.monotonic):
         self.requests, self.clock = [], clock
+        self.spare = None  # called where somebody does not fit: gives idle memory back; -> whether there was any
         self.stalled = None  # since when nobody goes on, and somebody waits for memory
 
     def submit(self, request):
@@ -68,7 +69,9 @@ class Scheduler:
     def _let_in(self, request):
         """-> whether those behind it may be let in."""
         try:
-            if request.cache.pool.reserve(request.cache, promise(request)):
+            if request.look:
+                request.look(request)
+            if self._fits(request):
                 request.admit()
             elif self._stalls():
                 raise MemoryShort(
@@ -80,6 +83,13 @@ class Scheduler:
         except Exception as error:
             self.end(request, "failed", error)
         return True
+
+    def _fits(self, request):
+        """Whether its memory is promised now, if need be that which others can spare."""
+        pool, n = request.cache.pool, promise(request)
+        while not (fits := pool.reserve(request.cache, n)) and self.spare and self.spare():
+            pass
+        return fits
 
     def _stalls(self):
         """Whether for a while nothing has gone on that would give memory back."""

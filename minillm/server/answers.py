@@ -9,6 +9,7 @@ from minillm.server import errors, fields, messages, prompt, shapes
 from minillm.server.errors import ApiError, bad
 from minillm.server.http import Json, encoded, json_body
 from minillm.server.places import Gone, until
+from minillm.server.snapshots import Prefix, boundaries, keys
 from minillm.server.work import Work
 
 MOST_PROMPTS = 128
@@ -66,8 +67,13 @@ class Answers:
             return Json({}, 499)  # nobody reads it
 
     def _work(self, body, wanted, prompts_of):
-        compressor = None if wanted.cache is None else self._compressor(wanted.cache)
-        return Work(self.llm, compressor, prompts_of(body), wanted.params, self.settings.ping_interval)
+        compressor = self.llm.compressor if wanted.cache is None else self._compressor(wanted.cache)
+        prompts = prompts_of(body)
+        for one in prompts:
+            ends = boundaries(one, compressor, wanted.explicit)
+            found = keys(self.llm, compressor, one.ids, ends, wanted.salt)
+            one.prefix = Prefix(self.server.snapshots, ends, found, wanted.cache_prompt)
+        return Work(self.llm, compressor, prompts, wanted.params, self.settings.ping_interval)
 
     @property
     def fingerprint(self):

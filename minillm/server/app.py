@@ -14,6 +14,7 @@ from minillm.server.answers import Answers
 from minillm.server.errors import ApiError
 from minillm.server.http import Json, Keys, guarded, http_error
 from minillm.server.places import Places
+from minillm.server.snapshots import Snapshots
 
 STUCK = 60.0  # seconds without a step while there is work, after which the engine is thought to be stuck
 
@@ -25,6 +26,9 @@ class Server:
         self.llm, self.settings = llm, settings
         self.created = int(time.time())
         self.places = Places(settings.parallel, settings.max_queue)
+        limit = None if llm.cache_limit is None else llm.cache_limit // 2
+        self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram)
+        llm.engine.scheduler.spare = self.snapshots.drop
         self.answers = Answers(self)
 
     @cached_property
@@ -44,6 +48,12 @@ class Server:
     @property
     def model_id(self):
         return self.settings.aliases[0] if self.settings.aliases else self.llm.config.name
+
+    def close(self):
+        """Give the memory of snapshots back."""
+        with self.llm.engine.alone():
+            self.snapshots.clear()
+            self.llm.engine.scheduler.spare = None
 
     async def health(self, request):
         """Whether it takes requests."""

@@ -39,6 +39,7 @@ def parse(argv, environ=os.environ):
         max_queue=args.max_queue,
         timeout=args.timeout,
         drain_timeout=args.drain_timeout,
+        cache_ram=None if args.cache_ram is None else args.cache_ram * MIB,
         max_body=args.max_body * MIB,
         ping_interval=args.sse_ping_interval,
     )
@@ -88,6 +89,7 @@ def _parser():
         metavar="MIB",
         help="for all caches (default: 60 %% of what is free)",
     )
+    add("--cache-ram", type=flags.at_least(0), metavar="MIB", help="of that for prefixes read before (default: half)")
 
     add = parser.add_argument_group("output").add_argument
     add("-v", "--verbose", action="store_true", help="where an error came from")

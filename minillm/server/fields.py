@@ -46,6 +46,9 @@ class Wanted:
     stream: bool
     include_usage: bool
     cache: CacheConfig | None  # None: the server's
+    cache_prompt: bool = True  # whether prefixes are taken from snapshots, and kept as such
+    salt: str = ""  # prefixes are shared by those who have the same
+    explicit: bool = False  # whether only the client says where prefixes end
 
 
 def wanted(body, defaults, cache):
@@ -61,7 +64,7 @@ def wanted(body, defaults, cache):
     except UsageError as error:
         raise bad(str(error)) from None
     include_usage = truth(options, "include_usage")
-    return Wanted(params, truth(body, "stream"), include_usage, cache_config(body, cache))
+    return Wanted(params, truth(body, "stream"), include_usage, cache_config(body, cache), *prefixes(body))
 
 
 def refuse_what_is_not_yet(body):
@@ -133,6 +136,15 @@ def cache_config(body, now):
         return CacheConfig(**settings | ({} if budget is None else {"budget": budget}))
     except (UsageError, TypeError) as error:
         raise bad(f"kv: {error}", "kv") from None
+
+
+def prefixes(body):
+    """(cache_prompt, salt, explicit)"""
+    salts = [of_type(body, name, str, "a text", "") for name in ("cache_salt", "prompt_cache_key")]
+    options = of_type(body, "prompt_cache_options", dict, "an object") or {}
+    if (mode := options.get("mode")) not in (None, "implicit", "explicit"):
+        raise bad(f"prompt_cache_options.mode must be implicit or explicit, not {shown(mode)}", "prompt_cache_options")
+    return truth(body, "cache_prompt", True), "\0".join(salts), mode == "explicit"
 
 
 def of_type(body, name, kind, what, default=None):

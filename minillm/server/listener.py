@@ -28,6 +28,10 @@ class Listener(uvicorn.Server):
         self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
+    async def shutdown(self, sockets=None):
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self.server.close)
+
     def handle_exit(self, sig, frame):
         """A signal came, in whatever thread."""
         if self.loop is None:  # nobody can have asked yet

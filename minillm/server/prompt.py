@@ -17,6 +17,7 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode has the
 class Prompt:
     ids: list[int]
     ends: list[tuple[int, bool]] = field(default_factory=list)  # (tokens, whether a client said so) where a part ends
+    prefix: object = None  # snapshots.Prefix: what it shares with other prompts
     continues: bool = False  # whether the answer goes on where a text ended
 
 

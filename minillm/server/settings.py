@@ -18,5 +18,6 @@ class Settings:
     max_queue: int = 64  # that wait for a place beside them; more are refused
     timeout: float = 600.0  # seconds from a request's arrival to the end of its answer
     drain_timeout: float = 30.0  # seconds that answers on the way may still take when the server is to end
+    cache_ram: int | None = None  # bytes of the snapshots of prefixes; None: half of what caches may take
     max_body: int = 32 * MIB  # bytes of a request
     ping_interval: float = 10.0  # seconds after which a stream without news sends a comment

@@ -23,7 +23,7 @@ class Work:
     is done in threads: `changing` is held by who makes or gives back."""
 
     def __init__(self, llm, compressor, prompts, params, ping=None):
-        """params: SamplingParams of each choice. ping: seconds, see `pieces`."""
+        """prompts: each with its prefix. params: SamplingParams of each choice. ping: seconds, see `pieces`."""
         self.llm, self.engine, self.compressor, self.ping = llm, llm.engine, compressor, ping
         self.choices = [Choice(prompt, one) for prompt in prompts for one in params]
         self.several = len(params)
@@ -47,6 +47,7 @@ class Work:
         one.session.new_turn = not one.prompt.continues
         one.session.feed(one.prompt.ids)
         request = one.session.request(one.params if self.several == 1 else None)
+        one.prompt.prefix.attach(request)
         admission.check(request)
         if self.several == 1:
             one.request = request

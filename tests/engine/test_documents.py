@@ -105,3 +105,41 @@ def test_a_document_in_a_file(cache, llm, tmp_path):
     with llm.document(tmp_path / "a.kv", cache) as document:
         np.testing.assert_array_equal(document.session.cache.settled, settled)
         assert text_of(document.ask("who", PARAMS)) == answer
+
+
+@pytest.mark.parametrize("cache", SETTLING)
+def test_a_prompt_whose_parts_settle(cache, llm):
+    """Read by one request, it has the cache of parts that are read and settled one after another; and so has one that
+    takes up what another has read."""
+    llm.set_cache(cache)
+    ids = llm.encode(TEXT + TEXT)
+    session, parts = llm.session(), llm.session()
+    session.feed(ids)
+    kept = []
+    request = session.request(PARAMS, settles=(400, 700))
+    request.settled = lambda cache: kept.append(cache.fork())
+    session.run(request)
+    for lo, hi in ((0, 400), (400, 700)):
+        parts.feed(ids[lo:hi])
+        parts.settle()
+    parts.feed(ids[700:])
+    other = parts.request(PARAMS)
+    parts.run(other)
+    assert other.text == request.text
+    same(parts.cache, session.cache)
+    for n, fork in zip((400, 700), kept, strict=True):
+        late = llm.session()
+        late.feed(ids)
+        request = late.request(PARAMS, settles=(400, 700))
+        request.look = lambda request, fork=fork: request.take_up(fork) if not request.cache.seen else None
+        late.run(request)
+        assert request.text == other.text
+        assert (request.timings.cached_tokens, request.timings.prompt_tokens) == (n, len(ids) - n)
+        same(late.cache, session.cache)
+
+
+def same(one, other):
+    here, there = cache_state.state(one), cache_state.state(other)
+    assert here.keys() == there.keys()
+    for name in here:
+        np.testing.assert_array_equal(here[name], there[name])

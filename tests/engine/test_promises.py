@@ -55,3 +55,35 @@ def test_a_prediction_with_a_budget_is_promised_less_than_a_full_cache(model):
     compressors = compressor_of(model, "foresight", 0.1), None
     less, whole = (promise(Request(model, c, cache, list(ids), SamplingParams(max_tokens=100))) for c in compressors)
     assert less < 0.7 * whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_that_settle_are_promised_for(method, model, monkeypatch):
+    """A prompt in three parts, each of them kept by a fork: what is its own and what has settled is never more than
+    what was promised at first, and what is left of the promise gets less."""
+    cache, compressor, scheduler = new_cache(model), compressor_of(model, method, **METHODS[method]), Scheduler()
+    pool, most, forks, left = cache.pool, [], [], []
+    alloc = pool.alloc
+
+    def noted(n):
+        pages = alloc(n)
+        most.append(pool.pages_in_use)
+        return pages
+
+    monkeypatch.setattr(pool, "alloc", noted)
+    monkeypatch.setattr(pool, "limit_pages", 100_000)
+    request = Request(model, compressor, cache, ids_of(900), SamplingParams(max_tokens=40))
+    request.settles = (300, 650)
+    promised = promise(request)
+
+    def settled(cache):
+        forks.append(cache.fork())
+        left.append(pool.promises[cache])
+
+    request.settled = settled
+    scheduler.submit(request)
+    while not request.over:
+        scheduler.step()
+    assert request.state == "done" and [fork.seen for fork in forks] == [300, 650] and cache.seen == 939
+    assert cache.settled_tokens == 650 and not pool.promises
+    assert max(most) <= promised and promised > left[0] > left[1]

@@ -99,6 +99,31 @@ def test_who_never_fits_is_told_and_who_waits_in_vain_too():
     assert waits.state == "failed" and isinstance(waits.error, MinillmError)
 
 
+def test_idle_memory_is_given_back_for_who_does_not_fit():
+    model, pool, scheduler = ScriptedModel(), pool_of(60), Scheduler()
+    idle, given = [], []
+    for i in range(3):
+        request = request_of(model, pool, [100 * i] * 8, n=1)
+        scheduler.submit(request)
+        run(scheduler)
+        idle.append(request.cache)
+
+    def spare():
+        if not idle:
+            return False
+        given.append(idle[0].token_ids[0])
+        idle.pop(0).clear()
+        return True
+
+    scheduler.spare = spare
+    scheduler.submit(large := request_of(model, pool, [1] * 10, n=1))
+    scheduler.step()
+    assert large.state == "reading" and given == [0]  # no more than is needed
+    scheduler.submit(larger := request_of(model, pool, [2] * 12, n=1))
+    run(scheduler)
+    assert larger.state == "done" and given == [0, 100, 200]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_any_order_of_arrivals_cancels_and_sizes(seed):
     """First come first served, no promise broken, the limit never passed, every page back."""
