@@ -65,7 +65,8 @@ class Request:
         self.share = 0.0  # of the reading
         self.timings = Timings(prompt_tokens=len(unread), cached_tokens=cache.seen)
         self._reading = self._draw = None
-        self._start = self._admitted = time.perf_counter()  # of all of it, and of reading
+        self.admitted = None  # time.perf_counter() then
+        self._start = time.perf_counter()
         self._begin = None  # of generating
 
     @property
@@ -112,7 +113,7 @@ class Request:
         """It may begin: its memory is promised."""
         if self.check_memory:
             self.check_memory()
-        self._admitted = time.perf_counter()
+        self.admitted = time.perf_counter()
         self.state = "generating" if self.resumes else "reading"
 
     def read_on(self):
@@ -135,7 +136,7 @@ class Request:
             self.hidden, self.share = hidden, 1.0
         self.timings.kept = self.cache.kept
         if self.params is None:
-            self.timings.prompt_seconds = time.perf_counter() - self._admitted
+            self.timings.prompt_seconds = time.perf_counter() - self.admitted
             self.finish()
             return
         last, self.hidden = self.hidden[-1:], None
@@ -178,7 +179,7 @@ class Request:
         now, timings = time.perf_counter(), self.timings
         self._draw = None
         if self._begin is None:
-            self._begin, timings.prompt_seconds = now, now - self._admitted
+            self._begin, timings.prompt_seconds = now, now - self.admitted
         if token in self.stop_ids:
             self.stop_reason = "eos"
             if rest := self._rest():

@@ -8,6 +8,7 @@ from functools import lru_cache
 from minillm.server import errors, fields, messages, prompt, shapes
 from minillm.server.errors import ApiError, bad
 from minillm.server.http import Json, encoded, json_body
+from minillm.server.metrics import Watch
 from minillm.server.places import Gone, until
 from minillm.server.snapshots import Prefix, boundaries, keys
 from minillm.server.work import Work
@@ -42,14 +43,14 @@ class Answers:
     def _text_prompts(self, body):
         """A prompt is a text, token ids, or a list of those."""
         given = body.get("prompt")
-        if isinstance(given, str) or (isinstance(given, list) and given and all(map(_is_id, given))):
+        if isinstance(given, str) or (isinstance(given, list) and given and all(map(fields.is_id, given))):
             given = [given]
         if not isinstance(given, list) or not 1 <= len(given) <= MOST_PROMPTS:
             raise bad(
                 f"prompt must be a text, a list of token ids, or a list of up to {MOST_PROMPTS} of those", "prompt"
             )
         for one in given:
-            if not isinstance(one, str) and not (isinstance(one, list) and all(map(_is_id, one))):
+            if not isinstance(one, str) and not (isinstance(one, list) and all(map(fields.is_id, one))):
                 raise bad(f"a prompt must be a text or a list of token ids, not {fields.shown(one)}", "prompt")
         return [prompt.of_text(self.llm, one) for one in given]
 
@@ -88,7 +89,8 @@ class Answer:
 
     def __init__(self, server, work, shape, wanted):
         self.server, self.work, self.shape, self.wanted = server, work, shape, wanted
-        self.place = None
+        self.place, self.gone = None, False
+        self.watch = Watch(server.metrics)
         self.deadline = asyncio.get_running_loop().time() + server.settings.timeout
 
     async def open(self):
@@ -101,15 +103,25 @@ class Answer:
             raise
 
     async def leave(self):
+        """It is over: give everything back, and tell the metrics."""
         try:
             await self.work.leave()
         finally:
             self.server.places.leave(self.place)
+            readings = self.work.readers
+            for request in readings:
+                if request.settles and request.timings.prompt_seconds:
+                    self.server.snapshots.events["hit" if request.timings.cached_tokens else "miss"] += 1
+            answers = [choice.request.timings for choice in self.work.choices if choice.request]
+            self.watch.end(readings, answers, self.gone)
 
     async def _until(self, work, receive):
         left = max(0.0, self.deadline - asyncio.get_running_loop().time())
         try:
             return await until(work, receive, left, self.server.ending)
+        except Gone:
+            self.gone = True
+            raise
         except asyncio.TimeoutError:
             seconds = self.server.settings.timeout
             message = f"the answer was not there after {seconds:g} seconds: shorten it, or raise --timeout"
@@ -122,6 +134,8 @@ class Answer:
         self.place.result()
         async with contextlib.aclosing(self.work.pieces()) as pieces:
             async for found in pieces:
+                if found and found[1]:
+                    self.watch.token(found[0])
                 yield found
 
     async def whole(self, receive):
@@ -186,7 +200,3 @@ class Answer:
 
 def event(value):
     return b"data: " + encoded(value) + b"\n\n"
-
-
-def _is_id(value):
-    return isinstance(value, int) and not isinstance(value, bool)

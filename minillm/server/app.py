@@ -10,13 +10,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from minillm.server.about import About
 from minillm.server.answers import Answers
 from minillm.server.errors import ApiError
-from minillm.server.http import Json, Keys, guarded, http_error
+from minillm.server.http import Keys, guarded, http_error
+from minillm.server.metrics import Counted, Metrics
 from minillm.server.places import Places
 from minillm.server.snapshots import Snapshots
-
-STUCK = 60.0  # seconds without a step while there is work, after which the engine is thought to be stuck
+from minillm.server.texts import Texts
 
 
 class Server:
@@ -29,7 +30,8 @@ class Server:
         limit = None if llm.cache_limit is None else llm.cache_limit // 2
         self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram)
         llm.engine.scheduler.spare = self.snapshots.drop
-        self.answers = Answers(self)
+        self.metrics = Metrics(self)
+        self.about, self.answers, self.texts = About(self), Answers(self), Texts(self)
 
     @cached_property
     def ending(self):
@@ -55,41 +57,21 @@ class Server:
             self.snapshots.clear()
             self.llm.engine.scheduler.spare = None
 
-    async def health(self, request):
-        """Whether it takes requests."""
-        if self.draining:
-            raise self.places.closed
-        return Json({"status": "ok"})
-
-    async def livez(self, request):
-        """Whether its engine goes on."""
-        if self.llm.engine.stuck(STUCK):
-            raise ApiError(503, f"the engine has made no step for {STUCK:.0f} seconds: restart the server")
-        return Json({"status": "ok"})
-
-    def about_model(self):
-        config = self.llm.config
-        meta = {"n_ctx": self.llm.context, "n_ctx_train": config.context, "n_vocab": config.vocab_size}
-        about = {"id": self.model_id, "object": "model", "created": self.created, "owned_by": "minillm"}
-        return about | {"aliases": list(self.settings.aliases), "meta": meta | {"n_embd": config.dim}}
-
-    async def models(self, request):
-        return Json({"object": "list", "data": [self.about_model()]})
-
-    async def model(self, request):
-        name = request.path_params["name"]
-        if name not in (self.model_id, *self.settings.aliases):
-            raise ApiError(404, f"there is no model {name!r} here, but {self.model_id!r}", param="model")
-        return Json(self.about_model())
-
     def routes(self):
         """(path, endpoint, method)"""
-        yield "/health", self.health, "GET"
-        yield "/livez", self.livez, "GET"
-        yield "/models", self.models, "GET"
-        yield "/models/{name:path}", self.model, "GET"
-        yield "/chat/completions", self.answers.chat, "POST"
-        yield "/completions", self.answers.complete, "POST"
+        about, answers, texts = self.about, self.answers, self.texts
+        yield "/health", about.health, "GET"
+        yield "/livez", about.livez, "GET"
+        yield "/models", about.models, "GET"
+        yield "/models/{name:path}", about.model, "GET"
+        yield "/props", about.props, "GET"
+        yield "/slots", about.slots, "GET"
+        yield "/metrics", about.metrics, "GET"
+        yield "/chat/completions", answers.chat, "POST"
+        yield "/completions", answers.complete, "POST"
+        yield "/tokenize", texts.tokenize, "POST"
+        yield "/detokenize", texts.detokenize, "POST"
+        yield "/apply-template", texts.apply_template, "POST"
 
 
 def application(server):
@@ -101,7 +83,9 @@ def application(server):
     ]
     origins = server.settings.cors_origins
     anybody = {"allow_origin_regex": ".*"} if "*" in origins else {"allow_origins": origins}
+    paths = [path for path, _, _ in server.routes()]
     middleware = [
+        Middleware(Counted, metrics=server.metrics, routes=paths),
         Middleware(CORSMiddleware, **anybody, allow_methods=["*"], allow_headers=["*"]),
         Middleware(Keys, keys=server.settings.api_keys),
     ]

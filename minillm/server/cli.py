@@ -42,6 +42,8 @@ def parse(argv, environ=os.environ):
         cache_ram=None if args.cache_ram is None else args.cache_ram * MIB,
         max_body=args.max_body * MIB,
         ping_interval=args.sse_ping_interval,
+        slots=args.slots,
+        metrics=args.metrics,
     )
     return args
 
@@ -62,6 +64,8 @@ def _parser():
     add("--api-key-file", metavar="FILE", help="... one a line")
     add("--cors-origins", default="", metavar="URL,..", help="whose web pages may ask; * is all (default: none)")
     add("--max-body", type=flags.positive, default=32, metavar="MIB", help="of a request (default 32)")
+    add("--slots", action=argparse.BooleanOptionalAction, default=True, help="/slots shows the sequences (default: on)")
+    add("--metrics", action=argparse.BooleanOptionalAction, default=True, help="/metrics for Prometheus (default: on)")
 
     add = parser.add_argument_group("many users").add_argument
     add("-np", "--parallel", type=flags.positive, default=16, metavar="N", help="answers at a time (default 16)")
@@ -117,6 +121,8 @@ def _from_environment(parser, environ):
             raise UsageError(f"{name} is {value!r}: write 1 or 0")
         elif SWITCHED[value.lower()]:
             found.append(option)
+        elif (off := option.replace("--", "--no-", 1)) in action.option_strings:
+            found.append(off)
     return found
 
 

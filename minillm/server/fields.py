@@ -174,6 +174,11 @@ def whole(body, name, default=None):
     return None if value is None else int(value)
 
 
+def is_id(value):
+    """Whether it may be a token's id: a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def shown(value):
     """A value in an error: its beginning."""
     text = repr(value)

@@ -42,11 +42,8 @@ class Marks:
 
 def of_chat(llm, messages):
     """The Prompt of Messages. Where the last is the assistant's, the answer goes on with it. Raises ApiError."""
-    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
-        raise bad(f"{llm.config.name} has no chat template: ask /v1/completions, or start with --chat-template NAME")
     marks = Marks([message.text for message in messages])
-    prefill = messages[-1].text if messages[-1].role == "assistant" else ""
-    talk = messages[:-1] if messages[-1].role == "assistant" else messages
+    talk, prefill = _talk(llm, messages)
     rendered = _rendered(llm, talk, marks) + _uncontrolled(llm, prefill, marks)
     prompt = Prompt([], continues=bool(prefill))
     for piece, mark in marks.pieces(rendered):
@@ -55,6 +52,36 @@ def of_chat(llm, messages):
         if mark in (marks.end, marks.stop) and mark:
             prompt.ends.append((len(prompt.ids), mark == marks.stop))
     return checked(llm, prompt)
+
+
+def _talk(llm, messages):
+    """(Messages, the beginning of the answer to them). Raises ApiError where there is no chat template."""
+    if not tokenizer(llm).has_chat_template:
+        raise bad(f"{llm.config.name} has no chat template: ask /v1/completions, or start with --chat-template NAME")
+    return (messages[:-1], messages[-1].text) if messages[-1].role == "assistant" else (messages, "")
+
+
+def shown(llm, messages, begins):
+    """The text that Messages become. begins: whether the beginning of an answer is a part of it."""
+    talk, prefill = _talk(llm, messages)
+    if not begins:
+        return render(llm, [(message.role, message.text) for message in messages], add_generation_prompt=False)
+    return render(llm, [(message.role, message.text) for message in talk]) + prefill
+
+
+def tokenizer(llm):
+    """The Tokenizer of a model that has one. Raises ApiError."""
+    if llm.tokenizer is None:
+        raise bad(f"{llm.config.name} has no tokenizer: give /v1/completions token ids")
+    return llm.tokenizer
+
+
+def plain_ids(llm, text, field, bos=True):
+    """Token ids of a text in which control tokens are not recognised."""
+    marks, ids = Marks([text]), []
+    for piece, _ in marks.pieces(_uncontrolled(llm, text, marks)):
+        ids += encoded(llm, piece, field, bos=bos and not ids)
+    return ids
 
 
 def of_text(llm, text):
@@ -93,10 +120,10 @@ def _rendered(llm, messages, marks):
     raise bad("the chat template changes texts that hold control tokens: leave those out", "messages")
 
 
-def render(llm, pairs):
+def render(llm, pairs, **settings):
     """The text of (role, text) pairs. What the template refuses is the client's fault. Raises ApiError."""
     try:
-        return llm.render_chat([{"role": role, "content": text} for role, text in pairs])
+        return llm.tokenizer.render_chat([{"role": role, "content": text} for role, text in pairs], **settings)
     except MinillmError as error:
         raise bad(str(error), "messages") from None
 

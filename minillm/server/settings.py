@@ -21,3 +21,5 @@ class Settings:
     cache_ram: int | None = None  # bytes of the snapshots of prefixes; None: half of what caches may take
     max_body: int = 32 * MIB  # bytes of a request
     ping_interval: float = 10.0  # seconds after which a stream without news sends a comment
+    slots: bool = True  # whether anybody may see what sequences there are
+    metrics: bool = True

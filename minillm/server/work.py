@@ -28,6 +28,7 @@ class Work:
         self.choices = [Choice(prompt, one) for prompt in prompts for one in params]
         self.several = len(params)
         self.readings = {}  # Request that only reads -> the choices that wait for it
+        self.readers = []  # Requests, one of each prompt, that read it
         self.changing, self.left = threading.Lock(), False
 
     async def open(self):
@@ -49,6 +50,7 @@ class Work:
         request = one.session.request(one.params if self.several == 1 else None)
         one.prompt.prefix.attach(request)
         admission.check(request)
+        self.readers.append(request)
         if self.several == 1:
             one.request = request
         else:
