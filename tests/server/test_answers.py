@@ -23,7 +23,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(llm):
-    with served(llm) as (_, client):
+    with served(llm, cache_ram=0) as (_, client):  # other servers of this file have the same memory
         yield client
 
 
