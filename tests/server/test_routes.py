@@ -1,12 +1,18 @@
 """What stands before the questions: routes, keys, origins, sizes, the command line."""
 
+import re
+
 import pytest
 import tiny_chat
+from paths import ROOT
 from serving import error_of, served
 
 from minillm import LLM, CacheConfig, MinillmError, UsageError
 from minillm.server import cli
+from minillm.server.app import Server
+from minillm.server.fields import NOT_YET
 from minillm.server.serve import bound, start_line
+from minillm.server.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,16 @@ def test_the_start_line_counts_documents(llm, monkeypatch):
     monkeypatch.setattr(llm, "cache_limit", 10 * 129 * 4 * 2304 + 1)
     line = start_line(llm, "::1", 80)
     assert line.startswith("http://[::1]:80/v1 serves tiny; ") and line.endswith(": 10 documents of 4,096 tokens")
+
+
+def test_the_page_names_what_there_is(llm):
+    """docs/server.md has every route, every field that is refused, and no others; the core does not know the server."""
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    table = page.partition("## Routes")[2].partition("## Fields")[0]
+    routes = {path.replace("{name:path}", "{id}") for path, _, _ in Server(llm, Settings()).routes()}
+    assert set(re.findall(r"`(?:GET|POST) (?:/v1)?([\w/{}-]+)`", table)) == routes
+    refused = page.partition("Refused with a sentence")[2].partition("parts of other")[0].partition("):")[2]
+    assert re.findall(r"`(\w+)`", refused) == list(NOT_YET)
+    for file in (ROOT / "minillm").rglob("*.py"):
+        if "server" not in file.parts:
+            assert "minillm.server" not in file.read_text(encoding="utf-8"), file
