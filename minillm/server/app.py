@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from minillm.server.about import About
 from minillm.server.answers import Answers
+from minillm.server.disk import Disk
 from minillm.server.errors import ApiError
 from minillm.server.http import Keys, guarded, http_error
 from minillm.server.metrics import Counted, Metrics
@@ -28,7 +29,8 @@ class Server:
         self.created = int(time.time())
         self.places = Places(settings.parallel, settings.max_queue)
         limit = None if llm.cache_limit is None else llm.cache_limit // 2
-        self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram)
+        disk = settings.cache_disk and Disk(settings.cache_disk, settings.cache_disk_limit)
+        self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram, disk)
         llm.engine.scheduler.spare = self.snapshots.drop
         self.metrics = Metrics(self)
         self.about, self.answers, self.texts = About(self), Answers(self), Texts(self)
@@ -52,9 +54,9 @@ class Server:
         return self.settings.aliases[0] if self.settings.aliases else self.llm.config.name
 
     def close(self):
-        """Give the memory of snapshots back."""
+        """Give the memory of snapshots back; they go to the disk, if there is one."""
         with self.llm.engine.alone():
-            self.snapshots.clear()
+            self.snapshots.close()
             self.llm.engine.scheduler.spare = None
 
     def routes(self):

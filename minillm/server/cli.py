@@ -40,6 +40,8 @@ def parse(argv, environ=os.environ):
         timeout=args.timeout,
         drain_timeout=args.drain_timeout,
         cache_ram=None if args.cache_ram is None else args.cache_ram * MIB,
+        cache_disk=args.cache_disk,
+        cache_disk_limit=args.cache_disk_limit * MIB,
         max_body=args.max_body * MIB,
         ping_interval=args.sse_ping_interval,
         slots=args.slots,
@@ -94,6 +96,8 @@ def _parser():
         help="for all caches (default: 60 %% of what is free)",
     )
     add("--cache-ram", type=flags.at_least(0), metavar="MIB", help="of that for prefixes read before (default: half)")
+    add("--cache-disk", metavar="DIR", help="a folder for prefixes that have no room there, also after a restart")
+    add("--cache-disk-limit", type=flags.positive, default=8192, metavar="MIB", help="of its files (default 8192)")
 
     add = parser.add_argument_group("output").add_argument
     add("-v", "--verbose", action="store_true", help="where an error came from")

@@ -6,6 +6,8 @@ from collections import Counter as Count
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from minillm.server.snapshots import EVENTS
+
 PREFIX = "minillm:"
 TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COUNTERS = {
@@ -51,13 +53,13 @@ class Metrics:
                 family.add_metric([state], amount)
             yield family
         events = CounterMetricFamily(PREFIX + "snapshots", "What became of snapshots of prefixes", labels=["event"])
-        for event in ("hit", "miss", "evict"):
+        for event in EVENTS:
             events.add_metric([event], self.server.snapshots.events[event])
         yield events
 
     def _now(self):
         """name -> (text, value, or state -> value)"""
-        llm, places = self.server.llm, self.server.places
+        llm, places, disk = self.server.llm, self.server.places, self.server.snapshots.disk
         states = Count(request.state for request in llm.engine.scheduler.requests)
         caches = [cache for pool in llm.pools.values() for cache in list(pool.caches) if cache.seen]
         in_use, idle = sum(pool.bytes_in_use for pool in llm.pools.values()), self.server.snapshots.bytes_in_use
@@ -70,6 +72,7 @@ class Metrics:
             "kv_bytes_full": ("Bytes that full caches of the same tokens would take", _sum(caches, "full_bytes")),
             "kv_bytes_promised": ("Bytes that requests may come to hold", promised),
             "kv_bytes_limit": ("Bytes that caches may take", llm.cache_limit or float("inf")),
+            "disk_bytes": ("Bytes of snapshots in files", disk.bytes_in_use if disk else 0),
             "kv_entries": ("Entries of all sequences", _sum(caches, "entries")),
             "kv_tokens_seen": ("Tokens that all sequences have read", _sum(caches, "seen")),
         }

@@ -19,6 +19,8 @@ class Settings:
     timeout: float = 600.0  # seconds from a request's arrival to the end of its answer
     drain_timeout: float = 30.0  # seconds that answers on the way may still take when the server is to end
     cache_ram: int | None = None  # bytes of the snapshots of prefixes; None: half of what caches may take
+    cache_disk: str | None = None  # a folder for those that have no room
+    cache_disk_limit: int = 8192 * MIB  # bytes of its files
     max_body: int = 32 * MIB  # bytes of a request
     ping_interval: float = 10.0  # seconds after which a stream without news sends a comment
     slots: bool = True  # whether anybody may see what sequences there are

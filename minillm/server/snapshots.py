@@ -5,6 +5,7 @@ which follow from the request alone. So a request has the same cache whether a s
 
 import hashlib
 import json
+import logging
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -13,6 +14,8 @@ from minillm.errors import MinillmError, UsageError
 from minillm.session import SETTLED_FROM
 
 KEPT = 4  # new snapshots of one request, its last ones
+EVENTS = ("hit", "miss", "evict", "spill", "restore", "corrupt")
+log = logging.getLogger("minillm.server")
 
 
 def boundaries(prompt, compressor, explicit):
@@ -51,10 +54,11 @@ def keys(llm, compressor, ids, ends, salt):
 class Snapshots:
     """Caches by key, the one used last at the end. Touched by whoever owns the engine alone."""
 
-    def __init__(self, limit):
-        """limit: bytes of the pages that they hold, each counted once; None: no limit."""
-        self.limit, self.caches = limit, OrderedDict()
-        self.events = Counter()  # "hit", "miss", "evict"
+    def __init__(self, limit, disk=None):
+        """limit: bytes of the pages that they hold, each counted once; None: no limit. disk: a Disk for those that are
+        too many."""
+        self.limit, self.disk, self.caches = limit, disk, OrderedDict()
+        self.events = Counter()  # of EVENTS
 
     def find(self, keys):
         """The cache of the last key that there is one of, or None."""
@@ -62,6 +66,20 @@ class Snapshots:
             if key in self.caches:
                 self.caches.move_to_end(key)
                 return self.caches[key]
+        return None
+
+    def restore(self, keys, request):
+        """The cache of the last key that there is a file of, for a Request that has the memory; or None."""
+        for key in reversed(keys) if self.disk else ():
+            try:
+                cache = self.disk.get(key, request.cache, request.compressor)
+            except MinillmError as error:
+                log.warning("%s", error)
+                self.events["corrupt"] += 1
+                continue
+            if cache is not None:
+                self.events["restore"] += 1
+                return cache
         return None
 
     def keep(self, key, cache):
@@ -76,14 +94,20 @@ class Snapshots:
         """Give the one that was not used for longest back. -> whether there was any"""
         if not self.caches:
             return False
-        _, cache = self.caches.popitem(last=False)
+        key, cache = self.caches.popitem(last=False)
+        spilt = self.disk is not None and self.disk.put(key, cache)
+        self.events["spill" if spilt else "evict"] += 1
         cache.clear()
-        self.events["evict"] += 1
         return True
 
-    def clear(self):
+    def close(self):
+        """Give all back, to the disk if there is one."""
         while self.caches:
+            if self.disk:
+                self.disk.wait()
             self.drop()
+        if self.disk:
+            self.disk.close()
 
     @property
     def bytes_in_use(self):
@@ -109,9 +133,14 @@ class Prefix:
     def look(self, request):
         """Take the longest prefix that somebody has read, if it is longer than what the request has."""
         seen = request.cache.seen
-        cache = self.snapshots.find([key for end, key in zip(self.ends, self.keys, strict=True) if end > seen])
+        longer = [key for end, key in zip(self.ends, self.keys, strict=True) if end > seen]
+        cache = self.snapshots.find(longer)
         if cache is not None:
             request.take_up(cache)
+        elif request.state == "reading" and (cache := self.snapshots.restore(longer, request)):
+            request.take_up(cache)
+            self.snapshots.keep(self.keys[self.ends.index(cache.seen)], cache)
+            cache.clear()
 
     def settled(self, cache):
         at = self.ends.index(cache.seen)
