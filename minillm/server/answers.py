@@ -38,7 +38,7 @@ class Answers:
         return await self._answer(request, body, shapes.Text, self._text_prompts)
 
     def _chat_prompts(self, body):
-        return [prompt.of_chat(self.llm, messages.checked(body))]
+        return [prompt.of_chat(self.llm, messages.checked(body, self.server.files.text))]
 
     def _text_prompts(self, body):
         """A prompt is a text, token ids, or a list of those."""

@@ -14,6 +14,7 @@ from minillm.server.about import About
 from minillm.server.answers import Answers
 from minillm.server.disk import Disk
 from minillm.server.errors import ApiError
+from minillm.server.files import Files
 from minillm.server.http import Keys, guarded, http_error
 from minillm.server.metrics import Counted, Metrics
 from minillm.server.places import Places
@@ -33,7 +34,7 @@ class Server:
         self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram, disk)
         llm.engine.scheduler.spare = self.snapshots.drop
         self.metrics = Metrics(self)
-        self.about, self.answers, self.texts = About(self), Answers(self), Texts(self)
+        self.about, self.answers, self.texts, self.files = About(self), Answers(self), Texts(self), Files(self)
 
     @cached_property
     def ending(self):
@@ -61,7 +62,7 @@ class Server:
 
     def routes(self):
         """(path, endpoint, method)"""
-        about, answers, texts = self.about, self.answers, self.texts
+        about, answers, texts, files = self.about, self.answers, self.texts, self.files
         yield "/health", about.health, "GET"
         yield "/livez", about.livez, "GET"
         yield "/models", about.models, "GET"
@@ -71,6 +72,12 @@ class Server:
         yield "/metrics", about.metrics, "GET"
         yield "/chat/completions", answers.chat, "POST"
         yield "/completions", answers.complete, "POST"
+        yield "/files", files.upload, "POST"
+        yield "/files", files.list, "GET"
+        yield "/files/{id}", files.get, "GET"
+        yield "/files/{id}", files.delete, "DELETE"
+        yield "/files/{id}/content", files.content, "GET"
+        yield "/cache/{id}", files.cache, "GET"
         yield "/tokenize", texts.tokenize, "POST"
         yield "/detokenize", texts.detokenize, "POST"
         yield "/apply-template", texts.apply_template, "POST"

@@ -101,6 +101,10 @@ class Disk:
             os.utime(path)
         return cache
 
+    def delete(self, key):
+        self.wait()  # it may be about to be written
+        self.path(key).unlink(missing_ok=True)
+
     def wait(self):
         """Wait for what is being written."""
         self.writer.submit(int).result()

@@ -3,6 +3,8 @@
 import logging
 import re
 
+from starlette.exceptions import HTTPException
+
 from minillm.errors import MemoryLimit, MemoryShort, MinillmError, UsageError
 
 log = logging.getLogger("minillm.server")
@@ -47,6 +49,8 @@ def of(error):
     """The ApiError of any exception. A bug's traceback goes to the log, and not to the client."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, HTTPException):  # a form that is none
+        return ApiError(error.status_code, str(error.detail))
     if isinstance(error, UsageError):
         return bad(str(error))
     if isinstance(error, MemoryLimit):

@@ -144,7 +144,7 @@ def prefixes(body):
     options = of_type(body, "prompt_cache_options", dict, "an object") or {}
     if (mode := options.get("mode")) not in (None, "implicit", "explicit"):
         raise bad(f"prompt_cache_options.mode must be implicit or explicit, not {shown(mode)}", "prompt_cache_options")
-    return truth(body, "cache_prompt", True), "\0".join(salts), mode == "explicit"
+    return truth(body, "cache_prompt", True), "\0".join(filter(None, salts)), mode == "explicit"
 
 
 def of_type(body, name, kind, what, default=None):

@@ -3,6 +3,7 @@
 import hmac
 import json
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from minillm.server import errors
@@ -54,16 +55,27 @@ async def http_error(request, error):
     return error_response(ApiError(error.status_code, str(error.detail)))
 
 
-async def json_body(request, limit):
-    """The JSON object of a request of at most `limit` bytes. Raises ApiError."""
+def limited(request, limit):
+    """The same Request; reading its body raises ApiError where that has more than `limit` bytes."""
     too_large = ApiError(413, f"the request has more than {limit} bytes: shorten it, or raise --max-body")
     if int(request.headers.get("content-length") or 0) > limit:
         raise too_large
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
+    seen = 0
+
+    async def receive():
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
             raise too_large
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def json_body(request, limit):
+    """The JSON object of a request of at most `limit` bytes. Raises ApiError."""
+    data = await limited(request, limit).body()
     try:
         body = json.loads(data)
     except RecursionError:

@@ -30,6 +30,7 @@ class Listener(uvicorn.Server):
 
     async def shutdown(self, sockets=None):
         await super().shutdown(sockets)
+        await self.server.files.stop()
         await asyncio.to_thread(self.server.close)
 
     def handle_exit(self, sig, frame):

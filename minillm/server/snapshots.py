@@ -100,6 +100,13 @@ class Snapshots:
         cache.clear()
         return True
 
+    def forget(self, key):
+        """Have neither a cache nor a file of it any more."""
+        if cache := self.caches.pop(key, None):
+            cache.clear()
+        if self.disk:
+            self.disk.delete(key)
+
     def close(self):
         """Give all back, to the disk if there is one."""
         while self.caches:

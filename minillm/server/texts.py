@@ -55,6 +55,6 @@ class Texts:
     async def apply_template(self, request):
         """{"messages", "add_generation_prompt"} -> {"prompt"}"""
         body = await self._body(request)
-        talk = messages.checked(body)
+        talk = messages.checked(body, self.server.files.text)
         begins = fields.truth(body, "add_generation_prompt", True)
         return Json({"prompt": await asyncio.to_thread(prompt.shown, self.llm, talk, begins)})

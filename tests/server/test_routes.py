@@ -119,7 +119,7 @@ def test_the_page_names_what_there_is(llm):
     page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
     table = page.partition("## Routes")[2].partition("## Fields")[0]
     routes = {path.replace("{name:path}", "{id}") for path, _, _ in Server(llm, Settings()).routes()}
-    assert set(re.findall(r"`(?:GET|POST) (?:/v1)?([\w/{}-]+)`", table)) == routes
+    assert set(re.findall(r"`(?:GET|POST|DELETE) (?:/v1)?([\w/{}-]+)`", table)) == routes
     refused = page.partition("Refused with a sentence")[2].partition("parts of other")[0].partition("):")[2]
     assert re.findall(r"`(\w+)`", refused) == list(NOT_YET)
     for file in (ROOT / "minillm").rglob("*.py"):
