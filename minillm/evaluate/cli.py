@@ -19,7 +19,7 @@ from minillm.evaluate.evaluator import Job, Setup, identify, ready_methods
 from minillm.evaluate.prompt import PROTOCOLS
 from minillm.evaluate.store import KEY, Store, read_rows
 from minillm.evaluate.workers import here, on_ray, processes
-from minillm.programs import cli
+from minillm.programs import flags
 from minillm.programs.bench import n_cores
 from minillm.programs.run import guarded
 
@@ -140,7 +140,7 @@ def _rows(path):
 
 
 def _parser():
-    parser = cli.Parser(
+    parser = flags.Parser(
         prog="minillm.evaluate",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -171,7 +171,7 @@ def _command(parser, name):
             help=f"of {', '.join(several)}; default {', '.join(default) if default != several else 'all'}",
         )
     if name != "suite":
-        add("--length", type=_several(cli.positive), action="extend", metavar="N,...", help=LENGTHS[name])
+        add("--length", type=_several(flags.positive), action="extend", metavar="N,...", help=LENGTHS[name])
     if name == "needle":
         add(
             "--depth",
@@ -182,15 +182,15 @@ def _command(parser, name):
         )
     if name in FOLLOWING:
         n = FOLLOWING[name]
-        add("--following", type=cli.positive, default=n, metavar="N", help=f"tokens that are scored (default {n})")
+        add("--following", type=flags.positive, default=n, metavar="N", help=f"tokens that are scored (default {n})")
     if name == "efficiency":
-        add("-r", "--repetitions", type=cli.positive, default=3, metavar="N", help="each after a warm-up (default 3)")
+        add("-r", "--repetitions", type=flags.positive, default=3, metavar="N", help="each after a warm-up (default 3)")
     else:
         default = SUITE_SAMPLES if name == "suite" else {"longbench": None}.get(name, 24)
         add(
             "-n",
             "--samples",
-            type=cli.positive,
+            type=flags.positive,
             default=default,
             metavar="N",
             help=f"in every cell of a table (default {default or 'all'})",
@@ -214,8 +214,8 @@ def _command(parser, name):
         add("--data", metavar="FILE", help="LongBench's data.zip, or the folder it was unpacked to (default: the Hub)")
 
     add = parser.add_argument_group("model").add_argument
-    cli.model_flag(add)
-    cli.machine_flags(add)
+    flags.model_flag(add)
+    flags.machine_flags(add)
 
     add = parser.add_argument_group("key-value cache (the full one is always there to compare with)").add_argument
     add(
@@ -227,7 +227,7 @@ def _command(parser, name):
     )
     add(
         "--kv-budget",
-        type=_several(cli.budget),
+        type=_several(flags.budget),
         action="extend",
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
@@ -240,19 +240,19 @@ def _command(parser, name):
         help="shares of a full cache's memory instead (0.1, 10%%)",
     )
     add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
-    cli.cache_flags(add, _several)
+    flags.cache_flags(add, _several)
 
     add = parser.add_argument_group("work").add_argument
     add("--out", default=FILE, metavar="FILE", help=f"the results, one JSON object a line (default {FILE})")
     if name != "efficiency":
         add(
             "--workers",
-            type=cli.positive,
+            type=flags.positive,
             metavar="N",
             help=f"processes, each with a model of its own (default {'one a core' if name == 'suite' else 1})",
         )
         add("--ray", metavar="ADDRESS", help="spread the work over a Ray cluster; local: one on this machine")
-        add("--worker-cpus", type=cli.positive, default=1, metavar="N", help="of a worker on Ray (default 1)")
+        add("--worker-cpus", type=flags.positive, default=1, metavar="N", help="of a worker on Ray (default 1)")
         add("--worker-gpus", type=float, default=0, metavar="X", help="of a worker on Ray (default 0)")
     add("-v", "--verbose", action="store_true", help="show where an error came from")
 
@@ -331,7 +331,7 @@ def _configs(args, profile=None):
                 one.kv_dtype = dtype
                 one.kv_set = [f"{option}={value}" for option, value in (chosen | named).items()]
                 setattr(one, name, value)
-                config = cli.cache_config(one)
+                config = flags.cache_config(one)
                 if config.method != "full":  # --kv-budget full: it is there
                     configs[repr(config)] = config
     if unused := [name for name, _ in settings if name not in used]:

@@ -13,7 +13,7 @@ from minillm.server.places import Gone, until
 from minillm.server.snapshots import Prefix, boundaries, keys
 from minillm.server.work import Work
 
-MOST_PROMPTS = 128
+MOST_ANSWERS = 128  # of one request: prompts, each n times
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -45,9 +45,9 @@ class Answers:
         given = body.get("prompt")
         if isinstance(given, str) or (isinstance(given, list) and given and all(map(fields.is_id, given))):
             given = [given]
-        if not isinstance(given, list) or not 1 <= len(given) <= MOST_PROMPTS:
+        if not isinstance(given, list) or not 1 <= len(given) <= MOST_ANSWERS:
             raise bad(
-                f"prompt must be a text, a list of token ids, or a list of up to {MOST_PROMPTS} of those", "prompt"
+                f"prompt must be a text, a list of token ids, or a list of up to {MOST_ANSWERS} of those", "prompt"
             )
         for one in given:
             if not isinstance(one, str) and not (isinstance(one, list) and all(map(fields.is_id, one))):
@@ -70,6 +70,8 @@ class Answers:
     def _work(self, body, wanted, prompts_of):
         compressor = self.llm.compressor if wanted.cache is None else self._compressor(wanted.cache)
         prompts = prompts_of(body)
+        if len(prompts) * len(wanted.params) > MOST_ANSWERS:
+            raise bad(f"a request has up to {MOST_ANSWERS} answers: ask for fewer prompts, or a smaller n", "n")
         for one in prompts:
             ends = boundaries(one, compressor, wanted.explicit)
             found = keys(self.llm, compressor, one.ids, ends, wanted.salt)

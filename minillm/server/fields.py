@@ -1,6 +1,5 @@
 """The fields of a request: each checked, with an error that names it. null is as good as absent."""
 
-import math
 from dataclasses import dataclass
 
 from minillm.compress.config import OUTCOMES, CacheConfig
@@ -10,6 +9,7 @@ from minillm.server.errors import bad
 
 MOST_CHOICES = 8
 MOST_STOPS = 16
+LARGEST = 1e20  # of all numbers in a request
 
 # Fields that clients know and this server cannot do yet, with the values that ask for nothing. They are refused, and
 # never ignored: an answer that looks right and is not what was asked for is worse than none.
@@ -162,8 +162,8 @@ def truth(body, name, default=False):
 
 def number(body, name, default=None):
     value = of_type(body, name, int | float, "a number", default)
-    if value is not None and not math.isfinite(value):
-        raise bad(f"{name} must be a finite number", name)
+    if value is not None and not abs(value) < LARGEST:  # nor NaN
+        raise bad(f"{name} must be a number of less than {LARGEST:.0e}", name)
     return value
 
 

@@ -227,6 +227,9 @@ MORE = [
     ("kv", {"dtype": "int8"}),
     ("logprobs", 0),
     ("temperature", 1e999),
+    ("temperature", float("nan")),
+    ("max_tokens", 10**400),
+    ("seed", -(10**30)),
     ("n", 0),
     ("stop", ["x"] * 17),
 ]
@@ -271,6 +274,11 @@ def test_a_prompt_that_is_too_long(client, llm, stream):
 @pytest.mark.parametrize("prompt", [None, "", [], [[]], 5, [1.5], [[True]], [999], ["x", 1], {"a": 1}])
 def test_prompts_that_are_none(client, prompt):
     error_of(client.post("/v1/completions", json={"prompt": prompt}), 400, "invalid_request_error")
+
+
+def test_too_many_answers(client):
+    for body in ({"prompt": ["x"] * 65, "n": 2}, {"prompt": ["x"] * 129}):
+        assert "up to 128" in error_of(client.post("/v1/completions", json=body), 400, "invalid_request_error")
 
 
 def test_the_context_ends_an_answer(client):
