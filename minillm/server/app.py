@@ -54,9 +54,11 @@ class Server:
     def model_id(self):
         return self.settings.aliases[0] if self.settings.aliases else self.llm.config.name
 
-    def close(self):
-        """Give the memory of snapshots back; they go to the disk, if there is one."""
+    def close(self, write=True):
+        """Give the memory of snapshots back. write: to the disk, if there is one."""
         with self.llm.engine.alone():
+            if not write:
+                self.snapshots.disk = None
             self.snapshots.close()
             self.llm.engine.scheduler.spare = None
 

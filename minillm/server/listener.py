@@ -31,7 +31,7 @@ class Listener(uvicorn.Server):
     async def shutdown(self, sockets=None):
         await super().shutdown(sockets)
         await self.server.files.stop()
-        await asyncio.to_thread(self.server.close)
+        await asyncio.to_thread(self.server.close, not self.force_exit)
 
     def handle_exit(self, sig, frame):
         """A signal came, in whatever thread."""

@@ -2,6 +2,7 @@
 others."""
 
 import concurrent.futures
+import contextlib
 import re
 import signal
 import socket
@@ -89,7 +90,9 @@ def test_an_answer_that_takes_too_long(llm):
 def test_the_program_ends_when_its_answers_have(folder, llm):
     """Its start line says where it is. After SIGTERM it takes nothing more, who waits is told so, and what is being
     answered goes on; then it ends with status 0."""
-    with program(folder, "--kv-memory", "64", "-np", "1", "--sse-ping-interval", "0.05") as (process, lines, client):
+    flags = ["--kv-memory", "64", "-np", "1", "--sse-ping-interval", "0.05", "--host", "0.0.0.0"]
+    with program(folder, *flags) as (process, lines, client):
+        assert "warning: whoever reaches this address may ask" in process.stderr.readline()
         assert re.search(r"; 64.00 MiB for caches: \d+ documents of 4,096 tokens", lines[-1])
         assert client.get("/v1/models").json()["data"][0]["id"] == "named"
         with Hanging(client, max_tokens=600) as running, Hanging(client) as queued:
@@ -108,6 +111,19 @@ def test_an_answer_that_outlasts_the_end(llm):
         rest = b"".join(running.blocks)
         assert b"this server has shut down" in rest and b"[DONE]" not in rest
     assert nothing_is_held(llm)
+
+
+def test_a_second_signal_ends_it_at_once(llm, tmp_path):
+    """Nothing is waited for and nothing is written; every page is back all the same."""
+    long = user("the cat sat on the mat, and the dog ran. " * 12)
+    with served(llm, drain_timeout=60, cache_disk=str(tmp_path)) as (listener, client):
+        with Hanging(client, messages=long) as running:
+            assert listener.server.snapshots.caches
+            for _ in range(2):
+                listener.handle_exit(signal.SIGTERM, None)
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                assert b"[DONE]" not in b"".join(running.blocks)
+    assert nothing_is_held(llm) and not list(tmp_path.iterdir())
 
 
 def test_a_request_that_fails_fails_alone(llm, monkeypatch):

@@ -1,6 +1,7 @@
 """What stands before the questions: routes, keys, origins, sizes, the command line."""
 
 import re
+import sys
 
 import pytest
 import tiny_chat
@@ -8,7 +9,7 @@ from paths import ROOT
 from serving import error_of, served
 
 from minillm import LLM, CacheConfig, MinillmError, UsageError
-from minillm.server import cli
+from minillm.server import cli, serve
 from minillm.server.app import Server
 from minillm.server.fields import NOT_YET
 from minillm.server.serve import bound, start_line
@@ -125,3 +126,11 @@ def test_the_page_names_what_there_is(llm):
     for file in (ROOT / "minillm").rglob("*.py"):
         if "server" not in file.parts:
             assert "minillm.server" not in file.read_text(encoding="utf-8"), file
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert serve.main(["--port", "0", "--offline"]) == 1
+    assert capsys.readouterr().err == (
+        'minillm: error: the server needs more packages: pip install "minillm-engine[server]"\n'
+    )
