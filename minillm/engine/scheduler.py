@@ -22,7 +22,14 @@ class Scheduler:
         self.stalled = None  # since when nobody goes on, and somebody waits for memory
 
     def submit(self, request):
-        self.requests.append(request)
+        """It waits for its turn; who goes on after what was read already goes before those that have nothing to give
+        back, and may wait for just that memory."""
+        at = len(self.requests) if request.hidden is None else self._first_waiting()
+        self.requests.insert(at, request)
+
+    def _first_waiting(self):
+        waits = (i for i, one in enumerate(self.requests) if one.state == "waiting" and one.hidden is None)
+        return next(waits, len(self.requests))
 
     def wanted(self):
         """Requests that are to go on now."""

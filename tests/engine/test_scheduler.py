@@ -124,6 +124,30 @@ def test_idle_memory_is_given_back_for_who_does_not_fit():
     assert larger.state == "done" and given == [0, 100, 200]
 
 
+def test_who_has_read_goes_before_who_waits_for_its_memory():
+    """Two answers to one prompt, and a request between that fits only once they are over."""
+    model, pool, scheduler = ScriptedModel(), pool_of(90), Scheduler()
+    read = request_of(model, pool, [7] * 8)
+    read.params = None
+    scheduler.submit(read)
+    run(scheduler)
+    scheduler.submit(large := request_of(model, pool, [1] * 46, n=1))
+    scheduler.step()
+    assert large.state == "waiting"
+    answers = []
+    for cache in (read.cache, read.cache.fork()):
+        answers.append(request_of(model, pool, [], n=3))
+        answers[-1].cache, answers[-1].hidden = cache, read.hidden[-1:]
+        scheduler.submit(answers[-1])
+    while not all(one.over for one in answers):
+        scheduler.step()
+    assert large.state == "waiting" and [one.token_ids for one in answers] == [[8, 9, 10]] * 2
+    for one in answers:
+        one.cache.clear()
+    run(scheduler)
+    assert large.state == "done"
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_any_order_of_arrivals_cancels_and_sizes(seed):
     """First come first served, no promise broken, the limit never passed, every page back."""
