@@ -9,9 +9,9 @@ from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
 from minillm.errors import MemoryShort, UsageError
 from minillm.model import MLP_ROWS
-from minillm.ops.pages import PAGE_SIZE, page_format
+from minillm.ops.pages import PAGE_FORMATS, PAGE_SIZE, page_format
 
-LEAST_LOST = "int8"  # the dtype in which entries of a share of memory lose least
+LEAST_LOST = ("k5v4", "int8")  # the dtypes in which entries of a share of memory lose least, the first that there is
 
 
 def promise(request):
@@ -95,7 +95,7 @@ def in_entries(cache_config, ops, head_dim):
         return cache_config
     floats, dtype = ops.page_format, cache_config.dtype
     if dtype == "auto":
-        dtype = LEAST_LOST
+        dtype = next(name for name in LEAST_LOST if ops.holds(PAGE_FORMATS[name]))
     share = cache_config.memory * floats.entry_bytes(head_dim) / page_format(dtype, ops).entry_bytes(head_dim)
     return cache_config.replace(memory=None, dtype=dtype, budget=min(1.0, share))
 

@@ -234,7 +234,7 @@ def _command(parser, name):
     )
     add(
         "--kv-memory",
-        type=_several(cli.share),
+        type=_several(flags.share),
         action="extend",
         metavar="M,...",
         help="shares of a full cache's memory instead (0.1, 10%%)",

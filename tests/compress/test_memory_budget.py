@@ -18,12 +18,12 @@ def llm(tmp_path_factory):
         yield llm
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "q4"])
 @pytest.mark.parametrize("memory", [0.1, 0.3])
 def test_entries_take_the_memory_that_was_asked_for(llm, memory, dtype):
     config, ops = CacheConfig("random", memory=memory, dtype=dtype), llm.model.ops
     found = in_entries(config, ops, llm.config.head_dim)
-    assert found.memory is None and found.dtype == (LEAST_LOST if dtype == "auto" else dtype)
+    assert found.memory is None and found.dtype == (LEAST_LOST[0] if dtype == "auto" else dtype)
     llm.set_cache(config)
     assert llm.cache_config.as_dict() == found.as_dict()
     session = llm.session()
