@@ -57,8 +57,7 @@ __device__ __forceinline__ void hadamard_tile(real16* tile) {
     }
 }
 
-// The best levels of a Gaussian (Lloyd 1982, Max 1960) in whole numbers, four a word, ascending. `word` is a constant where
-// it is called: no array in memory.
+// The best levels of a Gaussian (Lloyd 1982, Max 1960) in whole numbers, four a word, ascending: no array in memory.
 template <int BITS>
 __device__ __forceinline__ constexpr unsigned levels(int word) {
     return BITS == 4   ? (word < 2 ? (word ? 0xfaeee1d4 : 0xc6b5a081) : word == 2 ? 0x2c1f1206 : 0x7f604b3a)
@@ -92,20 +91,27 @@ struct LevelRows {
 #pragma unroll
         for (int offset = LANES / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(mask, top, offset));
         const float unit = top / 127.f;
-        unsigned codes[N];
+        unsigned codes[N] = {};
+        float at[N], last = level<BITS>(0);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            const float u = unit > 0.f ? y[j] / unit : 0.f;
-            float at = level<BITS>(0);
-            codes[j] = 0;
+            y[j] = unit > 0.f ? y[j] / unit : 0.f;
+            at[j] = last;
+        }
+#pragma unroll 1
+        for (int code = 1; code < 1 << BITS; ++code) {
+            const float next = level<BITS>(code), middle = (last + next) * 0.5f;
 #pragma unroll
-            for (int code = 1; code < 1 << BITS; ++code) {
-                const bool above = u > (level<BITS>(code - 1) + level<BITS>(code)) * 0.5f;
-                codes[j] += above;
-                at = above ? level<BITS>(code) : at;
+            for (int j = 0; j < N; ++j) {
+                codes[j] += y[j] > middle;
+                at[j] = y[j] > middle ? next : at[j];
             }
-            product += u * at;
-            square += at * at;
+            last = next;
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            product += y[j] * at[j];
+            square += at[j] * at[j];
         }
 #pragma unroll
         for (int offset = LANES / 2; offset; offset >>= 1) {

@@ -43,7 +43,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "pooled": 32,
     "prefill_attention": 255,
     "random_words": 40,
-    "read_entries": 32,
+    "read_entries": 40,
     "rms_norm": 24,
     "rope_append": 40,
     "rope_split": 40,
@@ -60,7 +60,7 @@ LIMITS = {  # registers a thread, of the variant and architecture that needs mos
     "unit_rows": 24,
     "unrotate": 32,
     "window_scores": 128,
-    "write_entries": 40,
+    "write_entries": 54,
 }
 VARIANTS = [
     (file, tuple(defines.items()), arch)
