@@ -298,6 +298,7 @@ class Session:
 
     def _give_back(self):
         self.cache.clear()
+        self.cache.pool.unreserve(self.cache)  # what answers in forks would have counted on
         self.cache.pool.trim()
 
     def save(self, path):

@@ -20,10 +20,14 @@ def promise(request):
 
     Of any method: an entry a token in every head, what an undone reading or recompression would go back to beside it,
     and a second reading's one layer. Of scores that a profile predicts, with a budget: twice that budget, and a block
-    of the prompt or what is generated between two compressions."""
-    cache, config, params = request.cache, request.model.config, request.params
+    of the prompt or what is generated between two compressions.
+
+    Where several answers follow in forks, one of them after the other may take what it does after the last part, beside
+    what was read of that."""
+    cache, config = request.cache, request.model.config
     room = config.context if request.context is None else request.context
-    new = 0 if params is None else room if params.max_tokens is None else params.max_tokens
+    lengths = [params.max_tokens for params in (request.params, *request.answers) if params is not None]
+    new = max((room if n is None else n for n in lengths), default=0)
     prompt = cache.seen + len(request.unread)
     answer = min(new, max(room - prompt, 0))
     first, *later = request.parts
@@ -31,8 +35,9 @@ def promise(request):
     parts = [_Part(first, cache.seen - cache.settled_tokens, held, True)]
     parts += [_Part(n, 0, np.zeros_like(held), False) for n in later]
     parts[-1].answer = answer
-    most = sum(_pages_of(request, part) for part in parts)
-    if request.compressor and request.compressor.config.reads == "again":
+    *before, last = (_pages_of(request, part) for part in parts)
+    most = sum(before) + last * (2 if request.answers else 1)
+    if request.hidden is None and request.compressor and request.compressor.config.reads == "again":
         most += config.n_kv_heads * (pages(prompt, cache.pool.page_size) + 1)
     return most
 

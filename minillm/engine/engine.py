@@ -76,11 +76,11 @@ class Engine:
 
     # requests
 
-    def submit(self, request):
-        """It goes on as soon as it is wanted."""
+    def submit(self, *requests):
+        """They go on as soon as they are wanted; what is submitted together comes one right after the other."""
         if self.closed:
             raise MinillmError("this LLM is closed and its memory given back: load it again")
-        self.scheduler.submit(request)
+        self.scheduler.submit(*requests)
 
     def cancel(self, request):
         """It ends where it is; what a reading had added is gone."""
@@ -90,8 +90,7 @@ class Engine:
     def run(self, requests, see=None):
         """Answer them. An exception on the way (Ctrl-C) cancels them; theirs are kept in `error`."""
         try:
-            for request in requests:
-                self.submit(request)
+            self.submit(*requests)
             self._wait(requests, lambda: all(request.over for request in requests), see)
         finally:
             for request in requests:

@@ -46,6 +46,7 @@ class Request:
         self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
         self.params, self.context, self.stop_ids = params, context, stop_ids
         self.sampler, self.decoder = params and Sampler(params), None  # decoder: StreamDecoder, where there is text
+        self.answers = ()  # SamplingParams of answers that follow in forks: one is promised for with what is read
         self.settles = ()  # numbers of tokens: when so many have been read, they settle, see KVCache.settle
         self.settled = None  # called with the cache each time that is so, by whoever owns the model
         self.look = (

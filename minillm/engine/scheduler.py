@@ -21,11 +21,11 @@ class Scheduler:
         self.spare = None  # called where somebody does not fit: gives idle memory back; -> whether there was any
         self.stalled = None  # since when nobody goes on, and somebody waits for memory
 
-    def submit(self, request):
-        """It waits for its turn; who goes on after what was read already goes before those that have nothing to give
+    def submit(self, *requests):
+        """They wait for their turn; who goes on after what was read already goes before those that have nothing to give
         back, and may wait for just that memory."""
-        at = len(self.requests) if request.hidden is None else self._first_waiting()
-        self.requests.insert(at, request)
+        at = len(self.requests) if any(one.hidden is None for one in requests) else self._first_waiting()
+        self.requests[at:at] = requests
 
     def _first_waiting(self):
         waits = (i for i, one in enumerate(self.requests) if one.state == "waiting" and one.hidden is None)
@@ -48,14 +48,15 @@ class Scheduler:
         return moved + [request for request in turn if request.over and request not in moved]
 
     def end(self, request, state="done", error=None):
-        """A request is over: its promise with it."""
+        """A request is over: its promise with it, but for that which answers in forks count on."""
         if error is not None:
             traceback.clear_frames(error.__traceback__)  # the arrays of a reading; its lines stay
         if not request.over:
             request.finish(state, error)
         if request in self.requests:
             self.requests.remove(request)
-            request.cache.pool.unreserve(request.cache)
+            if not (request.answers and request.state == "done"):
+                request.cache.pool.unreserve(request.cache)
 
     def _alone(self, request, work, *arguments):
         """What is done for one request: an exception is its own."""

@@ -48,6 +48,7 @@ class Work:
         one.session.new_turn = not one.prompt.continues
         one.session.feed(one.prompt.ids)
         request = one.session.request(one.params if self.several == 1 else None)
+        request.answers = () if self.several == 1 else tuple(choice.params for choice in choices)
         one.prompt.prefix.attach(request)
         admission.check(request)
         self.readers.append(request)
@@ -71,15 +72,23 @@ class Work:
                 arrival.cancel()
             for request in [request for request in self.readings if request.over]:
                 request.pop()
-                for choice in await asyncio.to_thread(self._fork, request):
-                    waiting[choice.request] = self.choices.index(choice)
-                    self.engine.submit(choice.request)
+                choices = await asyncio.to_thread(self._fork, request)
+                waiting |= {choice.request: self.choices.index(choice) for choice in choices}
+                self.engine.submit(*(choice.request for choice in choices))
             for request in [request for request in waiting if request.ready]:
                 over = request.over  # as it is now: what comes after this look is for the next round
                 while piece := request.pop():
                     yield waiting[request], piece
                 if over:
-                    yield waiting.pop(request), None
+                    index = waiting.pop(request)
+                    if waiting:  # perhaps for its memory
+                        await asyncio.to_thread(self._close, self.choices[index])
+                    yield index, None
+
+    def _close(self, choice):
+        """Give the memory of an answer back, which is over."""
+        with self.changing:
+            choice.session.close()
 
     def _fork(self, reading):
         """The prompt was read: a session and a request for each choice that waited for that. -> these choices"""

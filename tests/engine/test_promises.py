@@ -87,3 +87,39 @@ def test_parts_that_settle_are_promised_for(method, model, monkeypatch):
     assert request.state == "done" and [fork.seen for fork in forks] == [300, 650] and cache.seen == 939
     assert cache.settled_tokens == 650 and not pool.promises
     assert max(most) <= promised and promised > left[0] > left[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_of_several_answers_is_promised_for(method, model, monkeypatch):
+    """Three answers to a prompt in two parts come, together or in turn, within what the request that read it was
+    promised."""
+    cache, compressor, scheduler = new_cache(model), compressor_of(model, method, **METHODS[method]), Scheduler()
+    pool, most = cache.pool, []
+    alloc = pool.alloc
+
+    def noted(n):
+        pages = alloc(n)
+        most.append(pool.pages_in_use)
+        return pages
+
+    monkeypatch.setattr(pool, "alloc", noted)
+    params = SamplingParams(max_tokens=60)
+    read = Request(model, compressor, cache, ids_of(500))
+    read.settles, read.answers = (300,), (params,) * 3
+    monkeypatch.setattr(pool, "limit_pages", promised := promise(read))
+    scheduler.submit(read)
+    while not read.over:
+        scheduler.step()
+    caches = [cache, cache.fork(), cache.fork()]
+    answers = [Request(model, compressor, one, [], params) for one in caches]
+    for one in answers:
+        one.hidden = read.hidden[-1:]
+    scheduler.submit(*answers)
+    while scheduler.requests:
+        scheduler.step()
+        assert answers[0].state != "waiting"
+        for one in answers:
+            if one.over:
+                one.cache.clear()
+    assert [len(one.token_ids) for one in answers] == [60] * 3
+    assert max(most) <= promised and not pool.promises

@@ -9,6 +9,7 @@ from minillm.engine import scheduler as scheduling
 from minillm.engine.admission import promise
 from minillm.engine.scheduler import Scheduler
 from minillm.errors import MinillmError
+from minillm.sampling import SamplingParams
 
 
 def run(scheduler, steps=10_000):
@@ -146,6 +147,30 @@ def test_who_has_read_goes_before_who_waits_for_its_memory():
         one.cache.clear()
     run(scheduler)
     assert large.state == "done"
+
+
+def test_several_answers_to_each_of_several_prompts():
+    """The memory of one answer is promised with that of the prompt: prompts that were read never wait for one another,
+    and answers whose memory does not suffice for all come one after the other."""
+    model, pool, scheduler = ScriptedModel(), pool_of(260), Scheduler(clock=lambda: 0.0)
+    reads, answers = [request_of(model, pool, [100 * i] * 40) for i in range(3)], []
+    for read in reads:
+        read.params, read.answers = None, (SamplingParams(max_tokens=8),) * 2
+    scheduler.submit(*reads)
+    open_ = list(reads)
+    for _ in range(200):
+        scheduler.step()
+        for read in [read for read in open_ if read.over]:
+            open_.remove(read)
+            forks = [request_of(model, pool, [], n=8) for _ in range(2)]
+            for fork, cache in zip(forks, (read.cache, read.cache.fork()), strict=True):
+                fork.cache, fork.hidden = cache, read.hidden[-1:]
+            scheduler.submit(*forks)
+            answers += forks
+        for one in [one for one in answers if one.over]:
+            one.cache.clear()
+    assert [one.token_ids[-1] for one in answers] == [8, 8, 108, 108, 208, 208]
+    assert not pool.promises and pool.pages_in_use == 0
 
 
 @pytest.mark.parametrize("seed", range(30))

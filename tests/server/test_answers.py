@@ -1,5 +1,6 @@
 """Chat and text completions over a socket: what is answered, streamed, refused and given back."""
 
+import concurrent.futures
 import json
 
 import httpx
@@ -308,6 +309,18 @@ def test_what_would_never_fit_is_refused(llm, monkeypatch):
         error = response.json()["error"]
         assert error["needed_bytes"] > error["limit_bytes"] == 20 * llm.pool.page_bytes
         assert text_of(chat(client, user("x"), max_tokens=5, ignore_eos=True))
+
+
+def test_several_answers_where_memory_is_short(llm, monkeypatch):
+    """Prompts that were read do not wait for one another, nor answers to one prompt for themselves."""
+    monkeypatch.setattr(llm.pool, "limit_pages", 150)
+    with served(llm, cache_ram=0) as (_, client), concurrent.futures.ThreadPoolExecutor(3) as pool:
+        ask = lambda i: chat(client, user(f"{i} {LONG[:600]}"), n=3, **GREEDY | {"max_tokens": 30})  # noqa: E731
+        found = list(pool.map(ask, range(3)))
+    monkeypatch.undo()
+    for i, response in enumerate(found):
+        alone = llm.generate(user(f"{i} {LONG[:600]}"), SamplingParams(max_tokens=30, ignore_eos=True))
+        assert [choice["message"]["content"] for choice in response.json()["choices"]] == [alone] * 3
 
 
 def test_a_stream_that_waits_says_so(llm):
