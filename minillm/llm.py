@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import hashlib
 import math
 import operator
 import reprlib
@@ -310,6 +311,7 @@ class LLM:
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
             "cache dtype": self._pool(compressor.config.dtype).format.name,
             "profile": compressor.profile if compressor.config.profiled else None,
+            "questions": hashlib.sha256(repr(compressor.asked).encode()).hexdigest()[:16] if compressor.asked else None,
             **compressor.config.as_dict(),
         }
 

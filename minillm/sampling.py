@@ -31,7 +31,7 @@ class SamplingParams:
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repeat_penalty": (self.repeat_penalty > 0, "more than 0 (1: none)"),
+            "repeat_penalty": (0.01 <= self.repeat_penalty <= 100, "from 0.01 to 100 (1: none)"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "stop": (all(self.stop), "texts that are not empty"),
         }

@@ -5,8 +5,8 @@ Rows of K and V, hidden states and logits stay on the device, as its arrays, and
 (__array_ufunc__, __array_function__), and planning is written with those that do. The host knows what is small: how
 many rows and entries each head has, budgets, thresholds. Activations, K and V are 16-bit floats of one type, bf16 where
 most of the model's matrices are bf16 and none is in blocks, half otherwise; the residual stream and every sum is
-float32. Pages may be of int8: what goes in is rounded to 16 bits and then to 8, what comes out is of 16 bits, and back
-in it is the same words.
+float32. Pages may be of fewer bits: what goes in is rounded to 16 bits and then to those, what comes out is of 16 bits,
+and back in it is the same words.
 """
 
 import numpy as np

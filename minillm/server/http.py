@@ -3,7 +3,7 @@
 import hmac
 import json
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from minillm.server import errors
@@ -37,6 +37,8 @@ def guarded(endpoint):
     async def answer(request):
         try:
             return await endpoint(request)
+        except ClientDisconnect:  # while its body was read: there is nobody to answer
+            return Response(status_code=499)
         except Exception as error:
             return error_response(error)
 

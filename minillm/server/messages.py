@@ -59,11 +59,13 @@ def _parts(content, role, where, file_text):
     if content is None and role == "assistant":
         return [Part("")]
     if isinstance(content, str):
-        return [Part(_without_billing(content))]
+        return [Part(_without_billing(content) if role == "system" else content)]
     if not isinstance(content, list) or not content:
         raise bad(f"{where} must be a text or a list of parts, not {shown(content)}", where)
     parts = [_part(part, f"{where}[{i}]", file_text) for i, part in enumerate(content)]
-    return [part for part in parts if not part.text.startswith(BILLING)] or [Part("")]
+    if role == "system":
+        parts = [part for part in parts if not part.text.startswith(BILLING)]
+    return parts or [Part("")]
 
 
 def _part(part, where, file_text):

@@ -222,7 +222,7 @@ def test_repeat_penalty_comes_before_temperature():
         *(("top_k", x) for x in (-1,)),
         *(("top_p", x) for x in (0, -1, 1.01, math.nan)),
         *(("min_p", x) for x in (-0.1, 1.1, math.nan)),
-        *(("repeat_penalty", x) for x in (0, -1, math.nan)),
+        *(("repeat_penalty", x) for x in (0, -1, math.nan, math.inf, 1e-300, 1e39)),
         *(("max_tokens", x) for x in (0, -5)),
         ("seed", -1),
         *(("stop", x) for x in ("", ["a", ""])),

@@ -9,6 +9,7 @@ from serving import error_of, nothing_is_held, served, user
 
 from minillm import LLM, CacheConfig, SamplingParams
 from minillm.cache import state as cache_state
+from minillm.server import messages
 from minillm.server.work import Work
 
 DOCUMENT = "the cat sat on the mat, and the dog ran. " * 12  # 492 tokens
@@ -149,6 +150,8 @@ def test_a_line_that_changes_each_time(server):
             found.append(asked(client, [system, *parts(DOCUMENT, "who")]))
         assert cached(found[0]) == 0 and cached(found[1]) > 400
         assert found[0]["choices"] == found[1]["choices"]
+    said = [messages.checked({"messages": user(f"x-anthropic-billing-header: {i}")})[0].parts[0].text for i in (1, 2)]
+    assert said == ["x-anthropic-billing-header: 1", "x-anthropic-billing-header: 2"]  # where a user says it, it stays
 
 
 def test_many_at_once_read_a_document_once(llm):
