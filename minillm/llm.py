@@ -87,8 +87,9 @@ class LLM:
     @cached_property
     def asked(self):
         """Token ids of general questions about a text and beginnings of answers, which come after it; none without a
-        tokenizer."""
-        return self.encode(questions.talk(self.tokenizer), bos=False) if self.tokenizer else []
+        tokenizer, or without rows of the embedding for them."""
+        ids = self.tokenizer.encode(questions.talk(self.tokenizer), bos=False) if self.tokenizer else []
+        return [] if self._not_embedded(ids) else ids
 
     @property
     def pool(self):
