@@ -90,7 +90,7 @@ def _parser():
     flags.method_flags(add)
     flags.cache_flags(add)
     add(
-        "--kv-memory",
+        "--cache-limit",
         type=flags.positive,
         metavar="MIB",
         help="for all caches (default: 60 %% of what is free)",

@@ -57,8 +57,8 @@ def load(args):
         **flags.machine(args),
     )
     free = llm.model.ops.available_memory()
-    if args.kv_memory is not None:
-        llm.cache_limit = args.kv_memory * MIB
+    if args.cache_limit is not None:
+        llm.cache_limit = args.cache_limit * MIB
     elif free is not None:
         llm.cache_limit = int(SHARE * free)
     return llm

@@ -32,7 +32,7 @@ class ScriptedModel:
     def embed(self, token_ids):
         return np.array(token_ids, np.float32)[:, None]
 
-    def layers(self, parts, past, wants=()):
+    def layers(self, parts, past, wants=(), beyond=0):
         ((x, position),) = parts
         ids = x[:, 0].astype(int).tolist()
         for index in range(LAYERS):

@@ -90,7 +90,7 @@ def test_an_answer_that_takes_too_long(llm):
 def test_the_program_ends_when_its_answers_have(folder, llm):
     """Its start line says where it is. After SIGTERM it takes nothing more, who waits is told so, and what is being
     answered goes on; then it ends with status 0."""
-    flags = ["--kv-memory", "64", "-np", "1", "--sse-ping-interval", "0.05", "--host", "0.0.0.0"]
+    flags = ["--cache-limit", "64", "-np", "1", "--sse-ping-interval", "0.05", "--host", "0.0.0.0"]
     with program(folder, *flags) as (process, lines, client):
         assert "warning: whoever reaches this address may ask" in process.stderr.readline()
         assert re.search(r"; 64.00 MiB for caches: \d+ documents of 4,096 tokens", lines[-1])
