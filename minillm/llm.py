@@ -311,9 +311,9 @@ class LLM:
             "weights": self.weights_digest,
             "quantize": self.dtype if self.dtype in QUANTIZED else None,
             "cache dtype": self._pool(compressor.config.dtype).format.name,
+            **compressor.config.as_dict(),  # before what hangs on the method
             "profile": compressor.profile if compressor.config.profiled else None,
             "questions": hashlib.sha256(repr(compressor.asked).encode()).hexdigest()[:16] if compressor.asked else None,
-            **compressor.config.as_dict(),
         }
 
     def cache_bytes(self, n):
