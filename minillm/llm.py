@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import gc
-import hashlib
 import math
 import operator
 import reprlib
@@ -29,7 +28,7 @@ from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
 from minillm.model import MLP_ROWS, Model
 from minillm.sampling import SamplingParams
-from minillm.session import SESSION_FORMAT, Session, is_chat
+from minillm.session import Session, is_chat
 from minillm.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "stored")
@@ -94,9 +93,9 @@ class LLM:
     @property
     def pool(self):
         """The PagePool of new sessions."""
-        return self._pool(self.cache_config.dtype)
+        return self.pool_of(self.cache_config.dtype)
 
-    def _pool(self, dtype):
+    def pool_of(self, dtype):
         if dtype not in self.pools:
             pool = PagePool(self.model.ops, self.config.head_dim, dtype=dtype, limit=self.cache_limit)
             self.pools.setdefault(dtype, pool)
@@ -104,7 +103,7 @@ class LLM:
 
     def new_cache(self, window=None, dtype=None):
         """An empty KVCache. window: see there; dtype: None: of this model's CacheConfig."""
-        pool = self._pool(dtype or self.cache_config.dtype)
+        pool = self.pool_of(dtype or self.cache_config.dtype)
         return KVCache(pool, self.config.n_layers, self.config.n_kv_heads, window)
 
     def trim(self):
@@ -301,20 +300,6 @@ class LLM:
             return out
         finally:
             session.close()
-
-    def identity(self, compressor):
-        """What the file of a session with this Compressor must agree with. Raises MinillmError."""
-        if self.weights_digest is None:
-            raise MinillmError("sessions are saved and taken up only of models that were loaded from files")
-        return {
-            "version": SESSION_FORMAT,
-            "weights": self.weights_digest,
-            "quantize": self.dtype if self.dtype in QUANTIZED else None,
-            "cache dtype": self._pool(compressor.config.dtype).format.name,
-            **compressor.config.as_dict(),  # before what hangs on the method
-            "profile": compressor.profile if compressor.config.profiled else None,
-            "questions": hashlib.sha256(repr(compressor.asked).encode()).hexdigest()[:16] if compressor.asked else None,
-        }
 
     def cache_bytes(self, n):
         """About the bytes of the pages of n tokens, at the budget of this cache."""

@@ -4,22 +4,18 @@ A later turn reads only its own new tokens. A session can be saved to a file and
 
 import contextlib
 import functools
-import json
 import threading
 from dataclasses import asdict
-from pathlib import Path
 
-from minillm.cache import state as cache_state
+from minillm import session_file
 from minillm.compress.config import CacheConfig
 from minillm.document import after_document
 from minillm.engine.admission import cache_bytes, require, workspace_bytes
 from minillm.engine.request import Request, Timings
 from minillm.errors import MinillmError, UsageError
-from minillm.files import own_file
 from minillm.memory import peak_memory
 from minillm.text.tokenizer import StreamDecoder
 
-SESSION_FORMAT = 4
 SETTLED_FROM = 256  # tokens; a shorter prefix is compressed together with what follows it
 REPLY = "\u0001reply\u0001"  # stands for the last answer when a template is asked what comes after it
 
@@ -305,49 +301,18 @@ class Session:
         """Write the session to a file (safetensors), all of it or nothing. Raises MinillmError."""
         with self._use():
             self._finish_turn()
-            state = {"unread": self.unread, "messages": self.messages, "rendered": self.rendered}
-            identity = self.llm.identity(self.compressor)
-            texts = {"minillm_session": json.dumps(identity), "state": json.dumps(state)}
-            with self.llm.engine.alone():
-                arrays = cache_state.state(self.cache)
-            own_file.write(Path(path).expanduser(), arrays, texts)
+            session_file.write(self, path)
 
     def restore(self, path):
         """Take up a saved session. A file that is damaged, or of other weights or another dtype, method or version,
         raises MinillmError and changes nothing."""
-        arrays, texts = own_file.read(Path(path).expanduser(), "session", "delete it or name another file")
-        saved = json.loads(texts["minillm_session"])
-        cache = self.llm.new_cache(self.cache.window, self.compressor.config.dtype)
-        for name, here in self.llm.identity(self.compressor).items():
-            if saved.get(name) != here:
-                raise MinillmError(
-                    f"{path} was saved with {name} {saved.get(name)!r} and this is {here!r}: name another file or "
-                    "delete it"
-                )
+        arrays, texts = session_file.opened(self, path)
         with self._use(), self.llm.engine.alone():
-            try:
-                unread, messages, rendered = self._checked(json.loads(texts["state"]))
-                self.llm.encode(arrays["token_ids"].tolist())
-                self.compressor.check_left(arrays, self.llm.config.n_heads)
-                cache_state.restore(cache, arrays)
-            except (KeyError, TypeError, ValueError, MinillmError) as error:
-                raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
+            cache, state = session_file.read(self, path, arrays, texts)
             self._leave_answer()
             self.cache.clear()
             self.cache, self.answer = cache, None
-            self.unread, self.messages, self.rendered = unread, messages, rendered
-
-    def _checked(self, state):
-        """(unread, messages, rendered) of the state that `save` wrote, or KeyError, TypeError, ValueError,
-        UsageError."""
-        unread, messages, rendered = state["unread"], state["messages"], state["rendered"]
-        if not isinstance(unread, list) or not isinstance(messages, list) or not isinstance(rendered, str | None):
-            raise TypeError("its state is not an object")
-        for message in messages:
-            words = isinstance(message, dict) and all(isinstance(text, str) for text in message.values())
-            if not words or set(message) != {"role", "content"}:
-                raise ValueError("it holds a malformed message")
-        return self.llm.encode(unread), messages, rendered
+            self.unread, self.messages, self.rendered = state
 
 
 def _told(progress, request):

@@ -75,8 +75,7 @@ def nothing_is_held(llm, seconds=1.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with llm.engine.alone():
-            spare = llm.engine.scheduler.spare
-            idle = spare.__self__.bytes_in_use if spare else 0
+            idle = llm.engine.scheduler.idle.bytes_in_use if llm.engine.scheduler.idle else 0
             if not llm.engine.scheduler.requests and sum(pool.bytes_in_use for pool in llm.pools.values()) == idle:
                 return True
         time.sleep(0.01)

@@ -101,16 +101,21 @@ class PagePool:
     def reserve(self, cache, n):
         """Promise a cache that it may come to hold n pages of its own. -> False where they do not fit beside the pages
         in use and what is promised to others, now; MemoryLimit where they never would."""
+        if self.missing(cache, n):
+            return False
+        if self.limit_pages is not None:
+            self.promises[cache] = n
+        return True
+
+    def missing(self, cache, n):
+        """Pages that would have to come back before `reserve` makes that promise. MemoryLimit where it never would."""
         if self.limit_pages is None:
-            return True
+            return 0
         self.check(n)
         self._collect()
         mine = max(n - cache.own_pages, 0)
         others = sum(max(n - other.own_pages, 0) for other, n in list(self.promises.items()) if other is not cache)
-        if self.pages_in_use + others + mine > self.limit_pages:
-            return False
-        self.promises[cache] = n
-        return True
+        return max(self.pages_in_use + others + mine - self.limit_pages, 0)
 
     def unreserve(self, cache):
         """The promise to a cache is over; what it holds it keeps."""

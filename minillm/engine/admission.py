@@ -14,6 +14,12 @@ from minillm.ops.pages import PAGE_FORMATS, PAGE_SIZE, page_format
 LEAST_LOST = ("k5v4", "int8")  # the dtypes in which entries of a share of memory lose least, the first that there is
 
 
+HELD = (
+    "the memory for the cache is held by open sessions and by answers that nobody takes: "
+    "close some, or raise cache_limit"
+)
+
+
 def promise(request):
     """Pages of its own (see KVCache.own_pages) that a request takes at most, on the way and in the end: of each part of
     its prompt, since what was read before has settled by then, and of the answer after the last.

@@ -3,7 +3,7 @@
 import time
 import traceback
 
-from minillm.engine.admission import promise
+from minillm.engine.admission import HELD, promise
 from minillm.engine.request import drawn
 from minillm.errors import MemoryShort
 
@@ -18,7 +18,7 @@ class Scheduler:
 
     def __init__(self, clock=time.monotonic):
         self.requests, self.clock = [], clock
-        self.spare = None  # called where somebody does not fit: gives idle memory back; -> whether there was any
+        self.idle = None  # what may go where somebody does not fit: bytes_in_use, and drop(), which gives some back
         self.stalled = None  # since when nobody goes on, and somebody waits for memory
 
     def submit(self, *requests):
@@ -82,10 +82,7 @@ class Scheduler:
             if self._fits(request):
                 request.admit()
             elif self._stalls():
-                raise MemoryShort(
-                    "the memory for the cache is held by open sessions and by answers that nobody takes: close some, "
-                    "or raise cache_limit"
-                )
+                raise MemoryShort(HELD)
             else:
                 return False
         except Exception as error:
@@ -93,11 +90,14 @@ class Scheduler:
         return True
 
     def _fits(self, request):
-        """Whether its memory is promised now, if need be that which others can spare."""
+        """Whether its memory is promised now, if need be in place of what is idle; where that does not suffice, it
+        stays."""
         pool, n = request.cache.pool, promise(request)
-        while not (fits := pool.reserve(request.cache, n)) and self.spare and self.spare():
-            pass
-        return fits
+        while missing := pool.missing(request.cache, n):
+            if not self.idle or missing * pool.page_bytes > self.idle.bytes_in_use:
+                return False
+            self.idle.drop()
+        return pool.reserve(request.cache, n)
 
     def _stalls(self):
         """Whether for a while nothing has gone on that would give memory back."""

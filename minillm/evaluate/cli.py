@@ -165,17 +165,17 @@ def _command(parser, name):
         several, default = TASKS[name]
         add(
             "--task",
-            type=_several(_one_of(several)),
+            type=flags.several(_one_of(several)),
             action="extend",
             metavar="NAME,...",
             help=f"of {', '.join(several)}; default {', '.join(default) if default != several else 'all'}",
         )
     if name != "suite":
-        add("--length", type=_several(flags.positive), action="extend", metavar="N,...", help=LENGTHS[name])
+        add("--length", type=flags.several(flags.positive), action="extend", metavar="N,...", help=LENGTHS[name])
     if name == "needle":
         add(
             "--depth",
-            type=_several(_share),
+            type=flags.several(_share),
             action="extend",
             metavar="D,...",
             help="of the needle, 0 (first) to 1 (last); default: by lot, one a sample",
@@ -199,7 +199,7 @@ def _command(parser, name):
         protocols = PROTOCOLS_OF[name]
         add(
             "--protocol",
-            type=_several(_one_of(protocols)),
+            type=flags.several(_one_of(protocols)),
             action="extend",
             metavar="NAME,...",
             help="; ".join(f"{p}: {PROTOCOLS[p]}" for p in protocols) + f"; default {protocols[0]}",
@@ -220,27 +220,27 @@ def _command(parser, name):
     add = parser.add_argument_group("key-value cache (the full one is always there to compare with)").add_argument
     add(
         "--kv-method",
-        type=_several(str),
+        type=flags.several(str),
         action="extend",
         metavar="NAME,...",
         help=f"default: {'all that need no option' if name == 'suite' else 'semanticache'}; list: all of them",
     )
     add(
         "--kv-budget",
-        type=_several(flags.budget),
+        type=flags.several(flags.budget),
         action="extend",
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
     )
     add(
         "--kv-memory",
-        type=_several(flags.share),
+        type=flags.several(flags.share),
         action="extend",
         metavar="M,...",
         help="shares of a full cache's memory instead (0.1, 10%%)",
     )
-    add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
-    flags.cache_flags(add, _several)
+    add("--tau", type=flags.several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
+    flags.cache_flags(add, flags.several)
 
     add = parser.add_argument_group("work").add_argument
     add("--out", default=FILE, metavar="FILE", help=f"the results, one JSON object a line (default {FILE})")
@@ -255,14 +255,6 @@ def _command(parser, name):
         add("--worker-cpus", type=flags.positive, default=1, metavar="N", help="of a worker on Ray (default 1)")
         add("--worker-gpus", type=float, default=0, metavar="X", help="of a worker on Ray (default 0)")
     add("-v", "--verbose", action="store_true", help="show where an error came from")
-
-
-def _several(kind):
-    def convert(text):
-        return [kind(part) for part in text.split(",")]
-
-    convert.__name__ = "comma-separated"  # argparse: "invalid comma-separated value: '1,x'"
-    return convert
 
 
 def _one_of(names):

@@ -27,6 +27,7 @@ from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
 from minillm.files.stored_model import n_parameters, open_model
 from minillm.programs import cli, flags
+from minillm.programs.flags import several
 from minillm.programs.run import guarded
 from minillm.programs.terminal import count, size
 from minillm.text.tokenizer import Tokenizer
@@ -106,42 +107,61 @@ def _parser():
     flags.model_flag(add, action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
     flags.machine_flags(add)
     add = parser.add_argument_group("what is measured").add_argument
-    add("-p", "--n-prompt", type=_several(_count), action="extend", metavar="N,...", help="pp N; 0: none (default 512)")
-    add("-n", "--n-gen", type=_several(_count), action="extend", metavar="N,...", help="tg N; 0: none (default 128)")
-    add("-d", "--n-depth", type=_several(_count), action="extend", metavar="D,...", help="after D tokens (default 0)")
+    add(
+        "-p",
+        "--n-prompt",
+        type=several(_count),
+        action="extend",
+        metavar="N,...",
+        help="pp N; 0: none (default 512)",
+    )
+    add(
+        "-n",
+        "--n-gen",
+        type=several(_count),
+        action="extend",
+        metavar="N,...",
+        help="tg N; 0: none (default 128)",
+    )
+    add(
+        "-d",
+        "--n-depth",
+        type=several(_count),
+        action="extend",
+        metavar="D,...",
+        help="after D tokens (default 0)",
+    )
     add("-r", "--repetitions", type=flags.positive, default=5, metavar="N", help="after one to warm up (default 5)")
     add("-f", "--file", metavar="FILE", help="the text that is read (UTF-8)")
     add = parser.add_argument_group("key-value cache").add_argument
-    add("--kv-method", type=_several(str), action="extend", metavar="NAME,...", help="default: the model's; list: all")
+    add(
+        "--kv-method",
+        type=several(str),
+        action="extend",
+        metavar="NAME,...",
+        help="default: the model's; list: all",
+    )
     add(
         "--kv-budget",
-        type=_several(flags.budget),
+        type=several(flags.budget),
         action="extend",
         metavar="B,...",
         help="shares kept (0.2), entries a head (1024), full; default full,0.5",
     )
     add(
         "--kv-memory",
-        type=_several(flags.share),
+        type=several(flags.share),
         action="extend",
         metavar="M,...",
         help="shares of a full cache's memory (0.1, 10%%), a row each",
     )
-    add("--tau", type=_several(float), action="extend", metavar="T,...", help="fixed thresholds, a row each")
+    add("--tau", type=several(float), action="extend", metavar="T,...", help="fixed thresholds, a row each")
     flags.cache_flags(add)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", choices=("md", "csv", "json"), default="md", help="default: md")
     add("--output-file", metavar="FILE", help="default: stdout")
     add("-v", "--verbose", action="store_true", help="show where an error came from")
     return parser
-
-
-def _several(kind):
-    def convert(text):
-        return [kind(part) for part in text.split(",")]
-
-    convert.__name__ = "comma-separated"  # argparse: "invalid comma-separated value: '1,x'"
-    return convert
 
 
 def _count(text):

@@ -229,3 +229,13 @@ def _option(option, text):
         except ValueError:
             pass
     return text
+
+
+def several(kind):
+    """A flag's type: comma-separated values of a type."""
+
+    def convert(text):
+        return [kind(part) for part in text.split(",")]
+
+    convert.__name__ = "comma-separated"  # argparse: "invalid comma-separated value: '1,x'"
+    return convert

@@ -32,7 +32,7 @@ class Server:
         limit = None if llm.cache_limit is None else llm.cache_limit // 2
         disk = settings.cache_disk and Disk(settings.cache_disk, settings.cache_disk_limit)
         self.snapshots = Snapshots(limit if settings.cache_ram is None else settings.cache_ram, disk)
-        llm.engine.scheduler.spare = self.snapshots.drop
+        llm.engine.scheduler.idle = self.snapshots
         self.metrics = Metrics(self)
         self.about, self.answers, self.texts, self.files = About(self), Answers(self), Texts(self), Files(self)
 
@@ -60,7 +60,7 @@ class Server:
             if not write:
                 self.snapshots.disk = None
             self.snapshots.close()
-            self.llm.engine.scheduler.spare = None
+            self.llm.engine.scheduler.idle = None
 
     def routes(self):
         """(path, endpoint, method)"""

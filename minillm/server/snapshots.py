@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 
 import numpy as np
 
+from minillm import session_file
 from minillm.errors import MinillmError, UsageError
 from minillm.session import SETTLED_FROM
 
@@ -38,7 +39,7 @@ def boundaries(prompt, compressor, explicit):
 def keys(llm, compressor, ids, ends, salt):
     """The key of each boundary: a hash of all before it, of the model and the cache's settings, and of a salt."""
     try:
-        about = llm.identity(compressor)
+        about = session_file.identity(llm, compressor)
     except MinillmError:  # a model without files: it has no other name
         about = compressor.config.as_dict()
     key = hashlib.sha256(json.dumps([about, salt], default=str).encode()).digest()
@@ -91,14 +92,11 @@ class Snapshots:
             self.drop()
 
     def drop(self):
-        """Give the one that was not used for longest back. -> whether there was any"""
-        if not self.caches:
-            return False
+        """Give the one that was not used for longest back."""
         key, cache = self.caches.popitem(last=False)
         spilt = self.disk is not None and self.disk.put(key, cache)
         self.events["spill" if spilt else "evict"] += 1
         cache.clear()
-        return True
 
     def forget(self, key):
         """Have neither a cache nor a file of it any more."""

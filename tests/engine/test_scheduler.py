@@ -109,18 +109,24 @@ def test_idle_memory_is_given_back_for_who_does_not_fit():
         run(scheduler)
         idle.append(request.cache)
 
-    def spare():
-        if not idle:
-            return False
-        given.append(idle[0].token_ids[0])
-        idle.pop(0).clear()
-        return True
+    class Idle:
+        @property
+        def bytes_in_use(self):
+            return sum(cache.bytes_in_use for cache in idle)
 
-    scheduler.spare = spare
+        def drop(self):
+            given.append(idle[0].token_ids[0])
+            idle.pop(0).clear()
+
+    scheduler.idle = Idle()
     scheduler.submit(large := request_of(model, pool, [1] * 10, n=1))
     scheduler.step()
     assert large.state == "reading" and given == [0]  # no more than is needed
+    held = pool.alloc(30)
     scheduler.submit(larger := request_of(model, pool, [2] * 12, n=1))
+    scheduler.step()
+    assert larger.state == "waiting" and given == [0]  # all that is idle would not do, and stays
+    pool.release(held)
     run(scheduler)
     assert larger.state == "done" and given == [0, 100, 200]
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.cache import state as cache_state
+from minillm.errors import MemoryShort
 from minillm.files import own_file
 from minillm.files.config_json import config_from_json
 from minillm.programs import run
@@ -67,6 +68,26 @@ def test_a_session_of_other_weights_under_the_same_name_is_refused(tmp_path):
     with LLM.load(folder, cache=CacheConfig("full")) as llm, pytest.raises(MinillmError) as caught:
         llm.session().restore(path)
     assert str(caught.value).startswith(f"{path} was saved with weights 'safetensors F32 ")
+
+
+def test_a_session_that_does_not_fit_beside_others_is_refused_and_is_not_damaged(tmp_path):
+    folder, path = tiny_chat.make(tmp_path / "tiny"), tmp_path / "s.kv"
+    save_session(folder, path)
+    with LLM.load(folder, cache=CacheConfig("full")) as llm:
+        (other := llm.session()).restore(path)
+        limit = other.cache.bytes_in_use * 3 // 2
+    with LLM.load(folder, cache=CacheConfig("full"), cache_limit=limit) as llm:
+        first, second = llm.session(), llm.session()
+        first.restore(path)
+        with pytest.raises(MemoryShort, match="close some, or raise cache_limit"):
+            second.restore(path)
+        assert second.cache.seen == 0 and not llm.pool.promises
+        first.close()
+        second.restore(path)
+        assert second.cache.seen > 200
+    with LLM.load(folder, cache=CacheConfig("full"), cache_limit=limit // 2) as llm:
+        with pytest.raises(MemoryShort, match="and the limit is"):
+            llm.session().restore(path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
