@@ -325,7 +325,7 @@ def spent(scores, total, allocation, protected=0, **options):
 def test_kvcompose_cuts_composites():
     """Sections 3.3-3.5: the r-th best of each head form a composite; the best composites of all layers, whole."""
     rng = np.random.default_rng(0)
-    for case in range(200):
+    for case in range(60):
         n_layers, n_heads, n = rng.integers(1, 5), rng.integers(1, 5), int(rng.integers(1, 20))
         scores = [rng.random((n_heads, n)).astype(F32) for _ in range(n_layers)]
         if case % 3 == 0:  # ties, inside a head and between layers
@@ -439,7 +439,7 @@ def joined(plan, into, row):
 def test_average(rope, log_size):
     rng = np.random.default_rng(1)
     merged = 0
-    for case in range(100):
+    for case in range(30):
         layer, fake = layer_of(rng, shapes(rng), merged=case % 2 == 0, ties=case % 5 == 0)
         into = chosen(layer, rng, rng.random())
         part = MERGES["average"]
@@ -477,14 +477,14 @@ def test_average(rope, log_size):
             k[row] = fake.rotated(core, pos[row]) if rope == "unrotated" else core
             v[row], s[row] = share @ np.float64(layer.v[rows]), size.sum() if log_size else 1
         check_merged(plan, layer, into, members, k, v, s)
-    assert merged > 300
+    assert merged > 90
 
 
 @pytest.mark.parametrize("reach, counts", [(16, 0.75), (2, 1.0)])
 def test_fold(reach, counts):
     rng = np.random.default_rng(2)
     folded = 0
-    for case in range(150):
+    for case in range(45):
         layer, _ = layer_of(rng, shapes(rng), merged=case % 2 == 0, ties=case % 5 == 0)
         into = chosen(layer, rng, rng.random() * 0.6)
         scores = rng.random(len(into)).astype(F32) ** 3
@@ -518,14 +518,14 @@ def test_fold(reach, counts):
         np.testing.assert_array_equal(entries.k, layer.k[into >= 0])  # keys are untouched, bit for bit
         np.testing.assert_array_equal(entries.pos, layer.pos[into >= 0])
         check_merged(plan, layer, into, members, k, v, s)
-    assert folded > 300
+    assert folded > 90
 
 
 @pytest.mark.parametrize("weights", ["exp", "code"])
 def test_d2o_merges_what_is_alike_enough(weights):
     rng = np.random.default_rng(3)
     merged = dropped = 0
-    for case in range(150):
+    for case in range(45):
         layer, _ = layer_of(rng, shapes(rng), ties=case % 5 == 0)
         into = chosen(layer, rng, rng.random())
         layer.threshold = None if case % 2 else float(rng.random())
@@ -558,7 +558,7 @@ def test_d2o_merges_what_is_alike_enough(weights):
             k[row], v[row] = share @ np.float64(layer.k[rows]), share @ np.float64(layer.v[rows])
             s[row] = len(rows) if case % 3 == 0 else 1
         check_merged(plan, layer, into, members, k, v, s)
-    assert merged > 300 and dropped > 300
+    assert merged > 90 and dropped > 90
 
 
 def test_d2o_spreads_the_layers_by_how_much_their_sums_vary():
@@ -602,7 +602,7 @@ def test_d2o_keeps_a_moving_mean_of_its_thresholds():
 @pytest.mark.parametrize("expected", [True, False])
 def test_cam_passes_values_on(expected):
     rng = np.random.default_rng(4)
-    for case in range(100):
+    for case in range(30):
         layer, _ = layer_of(rng, shapes(rng), group=(1, 3)[case % 2], ties=case % 5 == 0)
         into = chosen(layer, rng, rng.random())
         spread = int(rng.integers(1, 9))
@@ -691,15 +691,15 @@ def test_totals_are_exact(method):
     """Oracle 9: prompts, turns and generations, budgets that give a head next to nothing, layers and heads as they
     come."""
     for budget in BUDGETS:
-        for n_layers, n_heads in ((1, 1), (2, 3)):
-            config = CacheConfig(method, budget, recompress=64, **NEEDS.get(method, {}))
+        for n_layers, n_heads in ((1, 1), (2, 3)) if budget == 17 else ((2, 3),):
+            config = CacheConfig(method, budget, recompress=32, **NEEDS.get(method, {}))
             if method == "razor" and n_heads == 1:
                 config = CacheConfig(method, budget, retrieval_heads="0:0")
             sequence = Sequence(config, n_layers=n_layers, n_heads=n_heads).read(200)
             check = sequence.check_entries if isinstance(budget, int) else sequence.check_kept
             check(budget)
             sequence.read(31)
-            for compressed in sequence.generate(150):
+            for compressed in sequence.generate(70):
                 if compressed:
                     check(budget)
 
@@ -715,9 +715,9 @@ def test_parts_go_together_or_are_refused(allocate, merge):
         except UsageError as error:
             assert "makes no sense: " in str(error)
             continue
-        sequence = Sequence(config, n_heads=3, n_layers=3).read(160)
+        sequence = Sequence(config, n_heads=3, n_layers=2).read(130)
         sequence.check_kept(0.3)
-        sequence.read(30)
+        sequence.read(20)
         sequence.check_kept(0.3)
         sequence.check_newest(8)
 

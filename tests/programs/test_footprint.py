@@ -65,8 +65,7 @@ def run(path, program, *arguments):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("share, compiled", [(0.2, False), (0.5, True)])
 def test_a_compressed_prompt_takes_its_share_and_gives_it_back(share, compiled):
     """Pages in use are the share of the full cache's to within a page a head. While the prompt was read there was
     never more than those, one layer's full keys and values in float32 (three times: as computed, rotated, and as the
