@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import gc
 import math
 import operator
 import reprlib
@@ -315,7 +314,6 @@ class LLM:
             self.model = self.compressor = _Closed()  # which has matrices too
             for session in list(self.sessions):
                 session.compressor, session.answer = self.compressor, None
-            gc.collect()  # a model and its runner hold one another
             self.trim()
 
     def __enter__(self):

@@ -32,7 +32,8 @@ def log_sums(layer, queries, own_keys):
     """lse (Hq, m) float32"""
     lse = np.full(queries.q.shape[:2], -np.inf, F32)
     for head, i, _, logits in logits_of(layer, queries, own_keys):
-        lse[head, i] = max(logits) + math.log(sum(math.exp(x - max(logits)) for x in logits))
+        top = max(logits)
+        lse[head, i] = top + math.log(sum(math.exp(x - top) for x in logits))
     return lse
 
 

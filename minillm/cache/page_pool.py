@@ -133,11 +133,12 @@ class PagePool:
 
     def runs(self, pages):
         """Consecutive pages of one slab: (slab, first page, last page + 1, number of pages before) for each run."""
-        breaks = np.flatnonzero((np.diff(pages) != 1) | (pages[1:] % self.slab_pages == 0)) + 1
-        edges = [0, *breaks.tolist(), len(pages)]
-        for lo, hi in zip(edges[:-1], edges[1:], strict=True):
-            slab, page = divmod(int(pages[lo]), self.slab_pages)
-            yield self.slabs[slab], page, page + hi - lo, lo
+        pages, size, lo = pages.tolist(), self.slab_pages, 0
+        for hi in range(1, len(pages) + 1):
+            if hi == len(pages) or pages[hi] != pages[hi - 1] + 1 or pages[hi] % size == 0:
+                slab, page = divmod(pages[lo], size)
+                yield self.slabs[slab], page, page + hi - lo, lo
+                lo = hi
 
     def trim(self):
         """Move the last pages into holes and give slabs that are empty then, and what else was freed, back to the

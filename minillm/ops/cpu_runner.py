@@ -2,6 +2,7 @@
 arithmetic of a small model. What they compute is minillm.model.Model._decode, .attention and .output, operation by
 operation."""
 
+import weakref
 from ctypes import byref
 
 import numpy as np
@@ -16,7 +17,7 @@ class Runner:
     """The prepared tables of one Model, whose weights are CpuWeights."""
 
     def __init__(self, model):
-        c, self.lib, self.model = model.config, model.ops.lib, model
+        c, self.lib, self.model = model.config, model.ops.lib, weakref.proxy(model)  # which owns this
         blocks = (cpu_lib.Block * c.n_layers)()
         for block, table in zip(model.blocks, blocks, strict=True):
             for name, kind in table._fields_[:-4]:

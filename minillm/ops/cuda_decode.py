@@ -1,5 +1,7 @@
 """A decode step as one CUDA graph: the same kernels with the same arguments for every token."""
 
+import weakref
+
 import numpy as np
 
 from minillm.errors import MinillmError
@@ -20,7 +22,8 @@ class DecodeStep:
 
     def __init__(self, runner, caches):
         c, device, batch = runner.model.config, runner.device, len(caches)
-        self.runner, self.device, self.pool, self.batch = runner, device, caches[0].pool, batch
+        self.runner = weakref.proxy(runner)  # which owns this
+        self.device, self.pool, self.batch = runner.device, caches[0].pool, batch
         self.capacity = max(64, 2 * max(int(cache.n_pages().max()) for cache in caches))
         self.slabs = runner.ops.slab_table(self.pool)
         heads, half = (c.n_layers, batch, c.n_kv_heads), c.head_dim // 2

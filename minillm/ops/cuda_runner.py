@@ -4,6 +4,7 @@ q, k and v are made by one matrix where they are of one format, gate and up by a
 is one kernel."""
 
 import itertools
+import weakref
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def _uploaded(device, *parts):
 
 class Runner:
     def __init__(self, model):
-        self.model, self.ops, self.device, self.real16 = model, model.ops, model.ops.device, model.ops.real16
+        self.model = weakref.proxy(model)  # which owns this
+        self.ops, self.device, self.real16 = model.ops, model.ops.device, model.ops.real16
         self.layers = [Layer(self.ops, block) for block in model.blocks]
         self.norm = self.device.upload(model.norm)
         self.bad = self.device.upload(np.array([FINE], np.int32))

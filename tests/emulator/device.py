@@ -249,7 +249,8 @@ class EmulatedDevice:
             launches()
         finally:
             self.capturing = False
-        return SimpleNamespace(launch=launches)
+        again = weakref.WeakMethod(launches)  # a graph holds kernels, and not who launched them
+        return SimpleNamespace(launch=lambda: again()())
 
     def memory(self):
         return self.total - self.used, self.total

@@ -184,12 +184,12 @@ def test_the_suite_is_all_methods_on_all_small_tasks(run, monkeypatch):
 
 
 def test_efficiency_by_the_bench(run):
-    """Times of every repetition, and what the cache takes."""
-    printed = run("efficiency", "--length", "400", "-r", "2", "--kv-method", "streaming", "--kv-budget", "0.5")
+    """Times of a repetition, and what the cache takes."""
+    printed = run("efficiency", "--length", "400", "-r", "1", "--kv-method", "streaming", "--kv-budget", "0.5")
     rows = {(r["sample"]["length"], r["cache"]["method"]): r for r in run.rows()}
     assert set(rows) == {(n, m) for n in (400,) for m in ("full", "streaming")}
     for row in rows.values():
-        assert all(len(row["times"][name]) == 2 and min(row["times"][name]) > 0 for name in ("ttft", "tpot"))
+        assert all(len(row["times"][name]) == 1 and row["times"][name][0] > 0 for name in ("ttft", "tpot"))
     assert rows[400, "streaming"]["kept"] == pytest.approx(0.5, abs=0.01)
     assert rows[400, "streaming"]["scores"]["cache_bytes"] < 0.6 * rows[400, "full"]["scores"]["cache_bytes"]
     assert "TTFT ms" in printed

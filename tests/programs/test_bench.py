@@ -151,7 +151,7 @@ def run(tiny, text, capfd):
 
 
 def test_json(run, tiny, text):
-    flags = "-p 40 -n 3 -d 0,300 -r 3 --kv-budget full,0.25 -t 1 -o json"
+    flags = "-p 40 -n 3 -d 0,300 -r 2 --kv-budget full,0.25 -t 1 -o json"
     begin = time.perf_counter()
     status, out, err = run(flags)
     wall = time.perf_counter() - begin
@@ -161,7 +161,7 @@ def test_json(run, tiny, text):
     assert [(row["test"], row["cache"]) for row in rows] == [(test, cache) for test in tests for cache in caches]
     total = 0
     for row in rows:
-        assert len(row["samples_ts"]) == 3
+        assert len(row["samples_ts"]) == 2
         assert row["avg_ts"] == pytest.approx(statistics.mean(row["samples_ts"]))
         total += sum((row["n_prompt"] + row["n_gen"]) / ts for ts in row["samples_ts"]) + row["first_token_seconds"]
         assert row["first_token_seconds"] > row["load_seconds"] > 0
