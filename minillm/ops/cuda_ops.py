@@ -71,11 +71,6 @@ class CudaOps(CudaPlanning):
                 f"{model.config.name} has heads of {d} elements, and on a GPU minillm has kernels for multiples of 16 "
                 f"from {min(launch.HEAD_SIZES)} to {max(launch.HEAD_SIZES)}: use --device cpu"
             )
-        if model.config.output_norms:
-            raise MinillmError(
-                f"{model.config.name} has norms behind attention and MLP, which minillm has no kernels for on a GPU: "
-                "use --device cpu"
-            )
         return Runner(model)
 
     def linear(self, x, weight, bias=None):
@@ -103,7 +98,7 @@ class CudaOps(CudaPlanning):
     def glu(self, gate, up, linear, cubic):
         both = np.concatenate([self._rows(gate), self._rows(up)], axis=1)
         out = self.device.empty(gate.shape, np.uint16)
-        launch.swiglu(self.device, both, None, out, self.real16)
+        launch.glu(self.device, both, None, (linear, cubic), out, self.real16)
         return out
 
     def embed(self, table, ids):

@@ -11,6 +11,7 @@ from head_sizes import LEVELS, SIZES, STORED
 from literal import rotated
 from oracle import rms_norm
 
+from minillm.files.config import ACTIVATIONS
 from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cuda_clusters, launch
@@ -69,10 +70,20 @@ def normed(x, weight, real16):
     return np.float64(from_words(to_words(out, real16), real16))
 
 
-def near(actual, exact, tolerance):
-    """|actual - exact| <= tolerance * the largest |exact| of the row"""
+def silu(x):
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x):
+    """Hendrycks & Gimpel 2016, by its approximation."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def near(actual, exact, tolerance, least=0.0):
+    """|actual - exact| <= tolerance * the largest |exact| of the row, or `least`"""
     assert actual.shape == exact.shape
-    worst = np.abs(actual - exact) / np.abs(exact).max(axis=-1, keepdims=True)
+    worst = np.abs(actual - exact) / np.maximum(np.abs(exact).max(axis=-1, keepdims=True), least)
     assert worst.max(initial=0) <= tolerance, worst.max()
 
 
@@ -88,8 +99,9 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
     h, rounding = normed(x, norm, real16), REAL16[real16]
 
     words = to_words(x, real16)
-    launch.gemv_add(device, device.upload(words), weight, on_device[3])
-    near(on_device[3].get(), y + from_words(words, real16) @ values.T, 1e-5)
+    for add in (True, False):
+        launch.gemv(device, device.upload(words), weight, on_device[3], add)
+        near(on_device[3].get(), y * add + from_words(words, real16) @ values.T, 1e-5)
 
     out = device.empty(y.shape, np.float32)
     launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, out)
@@ -103,11 +115,11 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
     np.testing.assert_array_equal(wider.get()[:, 4:-3], out.get())
     assert (wider.get()[:, :4] == 5).all() and (wider.get()[:, -3:] == 5).all()
 
-    for b in (None, on_device[2]):
+    for b, activation, exact in ((None, "gelu_tanh", gelu_tanh), (on_device[2], "silu", silu)):
         out = device.empty((rows, n_out), np.uint16)
-        launch.norm_gemv_swiglu(device, on_device[0], on_device[1], 1e-5, weight, b, out)
+        launch.norm_gemv_glu(device, on_device[0], on_device[1], 1e-5, weight, b, ACTIVATIONS[activation], out)
         gate, up = np.split(h @ values.T + (0 if b is None else bias), 2, axis=1)
-        near(from_words(out.get(), real16), gate / (1 + np.exp(-gate)) * up, 6 * rounding)
+        near(from_words(out.get(), real16), exact(gate) * up, 6 * rounding, 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,17 +136,24 @@ def test_rows_of_a_matrix(device, rng, kind):
 
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_swiglu(device, rng, real16, biased):
+@pytest.mark.parametrize("activation, exact", [("silu", silu), ("gelu_tanh", gelu_tanh)])
+def test_glu(device, rng, real16, biased, activation, exact):
     words = to_words(rng.normal(size=(3, 2 * 2056)) * 8, real16)
     words[0, :6] = to_words([-1e4, 1e4, 0, -87, 89, -0.0], real16)
     bias, out = rng.normal(size=2 * 2056).astype(F32) * biased, device.empty((3, 2056), np.uint16)
-    launch.swiglu(device, device.upload(words), device.upload(bias) if biased else None, out, real16)
+    given = device.upload(words), device.upload(bias) if biased else None, ACTIVATIONS[activation]
+    launch.glu(device, *given, out, real16)
     gate, up = np.split(np.float64(from_words(words, real16)) + bias, 2, axis=1)
-    with np.errstate(over="ignore"):
-        exact = gate / (1 + np.exp(-gate)) * up
-    ours = from_words(out.get(), real16)
-    inside = np.abs(exact) < 60000
-    np.testing.assert_allclose(ours[inside], exact[inside], rtol=REAL16[real16] * 1.1, atol=1e-6)
+    ours, expected = from_words(out.get(), real16), exact(gate) * up
+    inside = np.abs(expected) < 60000
+    np.testing.assert_allclose(ours[inside], expected[inside], rtol=REAL16[real16] * 1.1, atol=2e-6)
+
+
+def test_norm_is_added(device, rng):
+    y, x = rng.normal(size=(2, 3, 1028)).astype(F32) * F32(3)
+    weight, out = rng.normal(size=1028).astype(F32), device.upload(x)
+    launch.add_rms_norm(device, device.upload(y), device.upload(weight), 1e-3, out)
+    np.testing.assert_allclose(out.get(), x + rms_norm(np.float64(y), weight, 1e-3), rtol=1e-6, atol=1e-6)
 
 
 def test_bias_is_added(device, rng):
