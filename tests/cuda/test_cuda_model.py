@@ -123,6 +123,12 @@ def test_a_batch_of_sequences(device, ids, batch, dtype):
     twins.close(twins.decode(ids[: batch - 1], pairs[1:]))
 
 
+def test_heads_that_there_are_no_kernels_for_are_refused(device):
+    for head_dim in (48, 72, 272):
+        with pytest.raises(MinillmError, match=f"heads of {head_dim} elements.* multiples of 16 from 64 to 256"):
+            Twins(device, replace(SMALL, head_dim=head_dim))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -135,12 +141,16 @@ def test_a_batch_of_sequences(device, ids, batch, dtype):
         {"cache": "semanticache", "budget": 0.3, "dtype": "int8"},
         {"cache": "foresight", "budget": 0.3, "dtype": "int8"},
         {"cache": "foresight", "budget": 0.3, "dtype": "k5v4"},
+        {"cache": "semanticache", "budget": 0.3, "dtype": "int8", "shape": "gqa3-d80"},
+        {"cache": "foresight", "budget": 0.3, "dtype": "k5v4", "shape": "gemma", "kind": "BF16"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_compressed_caches(device, ids, options):
     """Keys differ by the rounding of 16 bits, and so a cosine may fall on the other side of tau: a few entries."""
-    twins = Twins(device, recompress=8, **options)
+    options = dict(options)
+    config = replace(SMALL, **SHAPES.get(options.pop("shape", None), {}))
+    twins = Twins(device, config, recompress=8, **options)
     pair = twins.caches()
     twins.extend(ids[:150], pair)
     near = lambda: np.abs(pair[0].lengths - pair[1].lengths).max() <= 3  # noqa: E731
