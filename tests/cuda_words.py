@@ -36,3 +36,15 @@ def to_int8(rows):
 def from_int8(numbers, words):
     """The other way, float32."""
     return numbers * from_words(words, "bf16")[..., None]
+
+
+def packed(words, format, real16):
+    """Rows (n, d) of 16-bit words -> what a RowFormat of pages stores of them, a list of arrays, and what is read,
+    float32."""
+    rows = from_words(words, real16)
+    if format.exact:
+        return [words], rows
+    if not format.turned:
+        return list(to_int8(rows)), from_int8(*to_int8(rows))
+    parts = list(format.pack(rows))
+    return parts, format.unpack(parts, rows.shape[1])

@@ -27,7 +27,8 @@ SHARE = {"F16": 6e-3, "BF16": 4e-2, "F32": 6e-3}
 SHARE |= dict.fromkeys([name for name, format in FORMATS.items() if format.block > 1 and format.device], 8e-3)
 
 
-INT8_SHARE = 2  # times as much: a row that differs in its 12th bit is rounded elsewhere to 8
+# Times as much: a row that differs in its 12th bit is rounded elsewhere to 8, or to 5 and 4.
+PACKED_SHARE = {"int8": 2, "k5v4": 12}
 
 
 def weights_of(config, kind, others, seed=0):
@@ -79,7 +80,7 @@ class Twins:
         self.pools = [PagePool(model.ops, config.head_dim, slab_bytes=1 << 20, dtype=dtype) for model in self.models]
         classes = (np.arange(config.vocab_size) % 7 == 0).astype(np.uint8) * 2
         self.compressors = [Compressor(Recipe(cache, cache.options), model, classes) for model in self.models]
-        self.config, self.share = config, SHARE[kind] * (INT8_SHARE if dtype == "int8" else 1)
+        self.config, self.share = config, SHARE[kind] * PACKED_SHARE.get(dtype, 1)
 
     def caches(self):
         return [KVCache(pool, self.config.n_layers, self.config.n_kv_heads) for pool in self.pools]

@@ -30,7 +30,7 @@ from minillm import LLM, CacheConfig
 from minillm.cache.kv_cache import Entries, KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.errors import MinillmError
-from minillm.files.config import ModelConfig, RopeConfig
+from minillm.files.config import ACTIVATIONS, ModelConfig, RopeConfig
 from minillm.files.formats import BF16, FORMATS
 from minillm.files.profile_file import Profile
 from minillm.files.weights import Weight
@@ -42,6 +42,8 @@ from minillm.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_TESTS = ROOT / "tests" / "cuda"
+SILU = ACTIVATIONS["silu"]
+HEAD_DIMS = (64, 80, 128, 256)  # that kernels are compiled for ahead
 LLAMA_3_8B = ModelConfig(
     name="Llama-3-8B",
     architecture="LlamaForCausalLM",
@@ -118,8 +120,10 @@ class Report:
 
 
 def compiled(device):
-    """Every kernel in every variant, side by side, into the cache that CuPy keeps on disk; -> how many, and seconds."""
-    start, variants = time.perf_counter(), [(file, v) for file in launch.files() for v in launch.variants(file)]
+    """Every kernel in every variant for HEAD_DIMS, side by side, into the cache that CuPy keeps on disk; -> how many,
+    and seconds."""
+    start = time.perf_counter()
+    variants = [(file, defines) for file in launch.files() for defines in launch.variants(file, HEAD_DIMS)]
 
     def one(file, defines):
         device.use()
@@ -241,10 +245,10 @@ class Kernels:
             x = self.device.upload(np.ones((rows, c.dim), np.float32))
             qkv, act, mixed = (self.random(rows, n) for n in (wqkv.shape[0], c.ffn_dim, c.n_heads * d))
             self.add(f"norm_gemv qkv x {rows}", wqkv.nbytes, 0, launch.norm_gemv, x, norm, 1e-5, wqkv, qkv)
-            self.add(f"gemv_add o x {rows}", wo.nbytes, 0, launch.gemv_add, mixed, wo, x)
-            mlp = x, norm, 1e-5, w_gate_up, None, act
-            self.add(f"norm_gemv_swiglu x {rows}", w_gate_up.nbytes, 0, launch.norm_gemv_swiglu, *mlp)
-            self.add(f"gemv_add down x {rows}", w_down.nbytes, 0, launch.gemv_add, act, w_down, x)
+            self.add(f"gemv o x {rows}", wo.nbytes, 0, launch.gemv, mixed, wo, x)
+            mlp = x, norm, 1e-5, w_gate_up, None, SILU, act
+            self.add(f"norm_gemv_glu x {rows}", w_gate_up.nbytes, 0, launch.norm_gemv_glu, *mlp)
+            self.add(f"gemv down x {rows}", w_down.nbytes, 0, launch.gemv, act, w_down, x)
 
     def attention(self, context=32768, prompt=8192):
         c, d, heads, device = self.c, self.c.head_dim, self.c.n_kv_heads, self.device
@@ -281,8 +285,8 @@ class Kernels:
             words = self.random(n_out, c.dim // held.chunk * 8).view(np.uint8)
             scales = self.random(n_out, c.dim // format.block * held.scales // 2)
             weight = CudaWeight(held, (n_out, c.dim), words, scales)
-            arguments = x, norm, 1e-5, weight, None, self.random(1, c.ffn_dim)
-            self.add(f"norm_gemv_swiglu {format.name}", weight.nbytes, 0, launch.norm_gemv_swiglu, *arguments)
+            arguments = x, norm, 1e-5, weight, None, SILU, self.random(1, c.ffn_dim)
+            self.add(f"norm_gemv_glu {format.name}", weight.nbytes, 0, launch.norm_gemv_glu, *arguments)
 
     def prompt(self, n=8192):
         """What a prompt needs beside attention and large products."""
@@ -297,7 +301,7 @@ class Kernels:
         arguments = qkv, None, (None, None), 1e-5, tables[0], tables[1], None, q, k, v, "bf16"
         self.add(f"rope_split x {n}", 2 * qkv.nbytes + tables.nbytes, 0, launch.rope_split, *arguments)
         gate_up, act = self.random(n, 2 * c.ffn_dim), device.empty((n, c.ffn_dim), np.uint16)
-        self.add(f"swiglu x {n}", gate_up.nbytes + act.nbytes, 0, launch.swiglu, gate_up, None, act, "bf16")
+        self.add(f"glu x {n}", gate_up.nbytes + act.nbytes, 0, launch.glu, gate_up, None, SILU, act, "bf16")
 
     def compression(self, n=32768, chunk=12, queries=32):
         """What compressing a layer of n tokens takes on the device: into pages, scores, clusters, merges by fives."""

@@ -1,19 +1,20 @@
 // One step of FlashAttention-2 (Dao 2023, algorithm 1) on tiles in shared memory, for decode, prefill and scores.
 //
-// A tile holds rows of ROW words, HEAD_DIM (a multiple of 64) where nothing else is said, in chunks of 16 bytes.
+// A tile holds rows of ROW words, HEAD_DIM where nothing else is said, in chunks of 16 bytes.
 #pragma once
 #include "mma.cuh"
+#include "rows.cuh"
 
 #define LOG2_E 1.4426950408889634f
 
 constexpr int CHUNKS = HEAD_DIM / 8;  // of 16-bit values
 
-// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups of 8 (of all,
-// where a row has fewer): the same chunk of 8 rows that follow one another, which is what ldmatrix reads at a time, lies
-// in 8 groups of 4 banks.
+// Chunk `chunk` + `odd` of a row; odd: 0, or 0 or 1 after an even chunk. Chunks are permuted within groups, of 8 or of the
+// largest power of two that divides a row: the same chunk of 8 rows that follow one another, which is what ldmatrix reads
+// at a time, lies in 8 groups of 4 banks.
 template <int ROW = HEAD_DIM, class T>
 __device__ __forceinline__ T* chunk_at(T* tile, int row, int chunk, int odd = 0) {
-    constexpr int SIZE = 16 / sizeof(T), GROUP = ROW / SIZE < 8 ? ROW / SIZE : 8;
+    constexpr int SIZE = 16 / sizeof(T), IN_ROW = ROW / SIZE, GROUP = (IN_ROW | 8) & -(IN_ROW | 8);
     const int mixed = (chunk % GROUP + odd) ^ (row / (8 / GROUP) % GROUP);
     return tile + row * ROW + (chunk / GROUP * GROUP + mixed) * SIZE;
 }

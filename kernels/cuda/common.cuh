@@ -49,6 +49,11 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// g / (1 + exp(-(linear g + cubic g^3))): silu with 1 and 0, gelu by tanh with its two.
+__device__ __forceinline__ float activated(float g, float linear, float cubic) {
+    return g / (1.f + __expf(-g * (linear + cubic * g * g)));
+}
+
 // The sum over a block of whole warps, in all of its threads. partial: 33 floats of shared memory.
 __device__ __forceinline__ float block_sum(float x, float* partial) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

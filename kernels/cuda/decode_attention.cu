@@ -1,5 +1,5 @@
 // Attention of one token of each of B sequences over its stored entries: split over pages, then combined.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; FORMAT = page formats
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes; FORMAT = page formats
 //
 //   logit = q.k * scale + log s  (SemantiCache eq. 4) of entries at positions > seen - window (0: no window)
 //   out   = softmax(logit) v     zeros where a head stores nothing
@@ -187,17 +187,19 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
     for (int i = lane; i < n; i += 32) top = fmaxf(top, partial_lse[(size_t)i * group]);
     top = warp_max(top);
     if (top == NEG_INF) top = 0.f;  // nothing visible: every weight is 0
-    float sum[HEAD_DIM / 32] = {}, total = 0.f;
+    constexpr int PARTS = (HEAD_DIM + 31) / 32;  // a lane's features are 32 apart; the last may be none
+    float sum[PARTS] = {}, total = 0.f;
 #pragma unroll 4
     for (int i = warp; i < n; i += COMBINE_WARPS) {
         const float weight = exp2_approx((partial_lse[(size_t)i * group] - top) * LOG2_E);
         total += weight;
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 32; ++j)
-            sum[j] += weight * partial_out[(size_t)i * group * HEAD_DIM + j * 32 + lane];
+        for (int j = 0; j < PARTS; ++j)
+            if (j * 32 + lane < HEAD_DIM) sum[j] += weight * partial_out[(size_t)i * group * HEAD_DIM + j * 32 + lane];
     }
 #pragma unroll
-    for (int j = 0; j < HEAD_DIM / 32; ++j) sums[warp][j * 32 + lane] = sum[j];
+    for (int j = 0; j < PARTS; ++j)
+        if (j * 32 + lane < HEAD_DIM) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) sums[warp][HEAD_DIM] = total;
     __syncthreads();
     __shared__ float turned[2][HEAD_DIM];
@@ -211,14 +213,14 @@ decode_combine(const float* partial_out, const float* partial_lse, const int* st
         turned[0][V::Numbers::feature(c)] = x;
     }
     int now = 0;
-    for (int step = 1; V::TURNED && step < HEAD_DIM; step *= 2, now ^= 1) {
+    for (int step = 1; V::TURNED && step < BLOCK; step *= 2, now ^= 1) {
         __syncthreads();
         for (int c = threadIdx.x; c < HEAD_DIM; c += blockDim.x)
             turned[now ^ 1][c] = c & step ? turned[now][c - step] - turned[now][c] : turned[now][c] + turned[now][c + step];
     }
     __syncthreads();
     for (int c = threadIdx.x; c < HEAD_DIM; c += blockDim.x) {
-        const float norm = !V::TURNED ? 1.f : HEAD_DIM == 64 ? 0.125f : 0.08838834764831845f;
+        const float norm = V::TURNED ? NORM : 1.f;
         out[((size_t)item * group + row) * HEAD_DIM + c] = from_float<real16>(turned[now][c] * norm);
     }
 }

@@ -1,11 +1,9 @@
 // Entries of a layer into their pages, and out of them.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; FORMAT = page formats
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes; FORMAT = page formats
 //
 // k, v (E, d) real16, log_size (E,), pos (E,): heads one after another; those of head h are rows first[h] : first[h + 1]
-// and lie in its pages from entry start[h] on. What is NULL is not read. pages (H, capacity). Grid: a row to d / 8 threads, 256 threads a block.
+// and lie in its pages from entry start[h] on. What is NULL is not read. pages (H, capacity). Grid: a team a row, 256 threads a block.
 #include "page_formats.cuh"
-
-static const int D = HEAD_DIM, THREADS = D / 8;  // 8 elements a thread
 
 // The page of row `row` of the entries, and its place in it.
 __device__ __forceinline__ Page<FORMAT> place(int row, const unsigned long long* slabs, int slab_pages, const int* pages,
@@ -18,7 +16,7 @@ __device__ __forceinline__ Page<FORMAT> place(int row, const unsigned long long*
 extern "C" __global__ void __launch_bounds__(256)
 write_entries(const real16* k, const real16* v, const float* log_size, const int* pos, const unsigned long long* slabs,
               int slab_pages, const int* pages, int capacity, const int* first, const int* start, int n_kv_heads, int n_rows) {
-    int row = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8, at;
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / TEAM, i = threadIdx.x % TEAM * 8, at;
     if (row >= n_rows) return;
     const auto page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
     real16 x[8];
@@ -35,7 +33,7 @@ write_entries(const real16* k, const real16* v, const float* log_size, const int
 extern "C" __global__ void __launch_bounds__(256)
 read_entries(real16* k, real16* v, float* log_size, int* pos, const unsigned long long* slabs, int slab_pages,
              const int* pages, int capacity, const int* first, const int* start, int n_kv_heads, int n_rows) {
-    int row = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8, at;
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / TEAM, i = threadIdx.x % TEAM * 8, at;
     if (row >= n_rows) return;
     const auto page = place(row, slabs, slab_pages, pages, capacity, first, start, n_kv_heads, at);
     real16 x[8];

@@ -66,12 +66,10 @@ __device__ __forceinline__ void normalise(const float* x, const float* weight, f
     __syncthreads();
 }
 
-enum Then { WRITE, ADD };
-
-// y: rows of `width`
-template <Then THEN, class Y>
+// y, rows of `width`, = or, where `add`, += x W^T
+template <class Y>
 __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* words, const half* scales, Y* y, int n_in,
-                                         int n_out, int rows, int width) {
+                                         int n_out, int rows, int width, bool add = false) {
     int warp = (blockIdx.x * blockDim.x + threadIdx.x) >> 5, n_warps = gridDim.x * blockDim.x >> 5;
     for (int first = warp * OUT; first < n_out; first += n_warps * OUT) {
         float acc[OUT][ROWS];
@@ -86,16 +84,16 @@ __device__ __forceinline__ void multiply(const Real16* x, const unsigned char* w
             for (int r = 0; r < ROWS; ++r) {
                 if (r >= rows || first + o >= n_out) continue;
                 Y* to = y + (size_t)r * width + first + o;
-                *to = from_float<Y>(THEN == ADD ? to_float(*to) + acc[o][r] : acc[o][r]);
+                *to = from_float<Y>(add ? to_float(*to) + acc[o][r] : acc[o][r]);
             }
     }
 }
 
-// y (rows, n_out) float32 += x W^T: onto the residual stream. For 8 rows of 4-bit weights, and for
+// y (rows, n_out) float32 = or += x W^T: onto the residual stream, or for a norm before it. For 8 rows of 4-bit weights, and for
 // 4 of 5-bit ones, 128 registers are not enough.
 extern "C" __global__ void __launch_bounds__(256, ROWS >= 4 ? 1 : 2)
-gemv_add(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows) {
-    multiply<ADD>(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows, n_out);
+gemv(const half* x_words, const unsigned char* words, const half* scales, float* y, int n_in, int n_out, int rows, int add) {
+    multiply(reinterpret_cast<const Real16*>(x_words), words, scales, y, n_in, n_out, rows, n_out, add);
 }
 
 // y (rows, width) Real16, its columns from `column` on = norm(x) W^T: some of q, k and v
@@ -105,7 +103,7 @@ norm_gemv(const float* x, const float* norm, float eps, const unsigned char* wor
     extern __shared__ __align__(16) unsigned char normed[];  // (rows, n_in) Real16
     Real16* h = reinterpret_cast<Real16*>(normed);
     normalise(x, norm, eps, h, n_in, rows);
-    multiply<WRITE>(h, words, scales, reinterpret_cast<Real16*>(y_words) + column, n_in, n_out, rows, width);
+    multiply(h, words, scales, reinterpret_cast<Real16*>(y_words) + column, n_in, n_out, rows, width);
 }
 
 // the same in float32: logits, and predicted scores
@@ -115,13 +113,13 @@ norm_gemv_logits(const float* x, const float* norm, float eps, const unsigned ch
     extern __shared__ __align__(16) unsigned char normed[];
     Real16* h = reinterpret_cast<Real16*>(normed);
     normalise(x, norm, eps, h, n_in, rows);
-    multiply<WRITE>(h, words, scales, y + column, n_in, n_out, rows, width);
+    multiply(h, words, scales, y + column, n_in, n_out, rows, width);
 }
 
-// y (rows, ffn) Real16 = silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu); W: Wg above Wu, (2 ffn, n_in); biases (2 ffn,) or null
+// y (rows, ffn) Real16 = activated(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu); W: Wg above Wu, (2 ffn, n_in); biases (2 ffn,) or null
 extern "C" __global__ void __launch_bounds__(256, 2)
-norm_gemv_swiglu(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales,
-                 const float* bias, half* y_words, int n_in, int ffn, int rows) {
+norm_gemv_glu(const float* x, const float* norm, float eps, const unsigned char* words, const half* scales,
+                 const float* bias, half* y_words, int n_in, int ffn, int rows, float linear, float cubic) {
     extern __shared__ __align__(16) unsigned char normed[];
     Real16* h = reinterpret_cast<Real16*>(normed);
     normalise(x, norm, eps, h, n_in, rows);
@@ -135,8 +133,7 @@ norm_gemv_swiglu(const float* x, const float* norm, float eps, const unsigned ch
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             if (r >= rows) continue;
-            float gate = acc[0][r] + of_gate;
-            float y = gate / (1.f + __expf(-gate)) * (acc[1][r] + of_up);
+            float y = activated(acc[0][r] + of_gate, linear, cubic) * (acc[1][r] + of_up);
             reinterpret_cast<Real16*>(y_words)[(size_t)r * ffn + j] = from_float<Real16>(y);
         }
     }

@@ -1,17 +1,15 @@
 // A Plan: entry e = the sum of weight[r] * rows[r] over its rows r = order[first[e]], ..., order[first[e + 1] - 1].
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes
 //
 // rows (R, d) and out (E, d) real16; sums are float32, in the order given, so that the result is the same every time. An
 // entry that is one row of weight 1 (and, for keys, of the same position) is that row, bit for bit.
-// Grid: an entry to d / 8 threads, 256 threads a block.
-#include "common.cuh"
-
-static const int D = HEAD_DIM, HALF = D / 2, THREADS = D / 8;
+// Grid: a team an entry, 256 threads a block.
+#include "rows.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 merge(const real16* rows, const int* order, const int* first, const float* weight, real16* out, int n_entries) {
-    int entry = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 8;
-    if (entry >= n_entries) return;
+    int entry = (blockIdx.x * blockDim.x + threadIdx.x) / TEAM, i = threadIdx.x % TEAM * 8;
+    if (entry >= n_entries || i >= D) return;
     float sum[8] = {};
     for (int at = first[entry]; at < first[entry + 1]; ++at) {
         int row = order[at];
@@ -28,8 +26,8 @@ merge(const real16* rows, const int* order, const int* first, const float* weigh
 extern "C" __global__ void __launch_bounds__(256)
 merge_unrotated(const real16* rows, const real16* unrotated, const int* pos, const int* order, const int* first,
                 const float* weight, const int* entry_pos, const float* cos, const float* sin, real16* out, int n_entries) {
-    int entry = (blockIdx.x * blockDim.x + threadIdx.x) / THREADS, i = threadIdx.x % THREADS * 4;
-    if (entry >= n_entries) return;
+    int entry = (blockIdx.x * blockDim.x + threadIdx.x) / TEAM, i = threadIdx.x % TEAM * 4;
+    if (entry >= n_entries || i >= HALF) return;
     int begin = first[entry], end = first[entry + 1], to = entry_pos[entry];
     real16* y = out + (size_t)entry * D + i;
     if (end - begin == 1 && weight[order[begin]] == 1.f && pos[order[begin]] == to) {

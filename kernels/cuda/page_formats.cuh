@@ -1,11 +1,12 @@
 // The formats of rows in pages, a struct each, and of pages, which FORMAT names: what CUDA knows of one stands here and in
 // levels.cuh and nowhere else.
 //
-// A row is ROW words of type Word, and if it is SCALED, a scale in bf16; where it is TURNED, of its Hadamard transform. `store` and `load`: a thread's share of a row, N of
-// its elements x, in real16; all HEAD_DIM / N threads of the row, which follow one another, do theirs at once. The share is
-// PARTS runs of elements, HEAD_DIM / PARTS apart, the first at `i`. `fetch`: a warp begins to copy the rows of a page into a tile
-// of shared memory. `Numbers`: the format whose tile it meets queries and weights in; `spread` makes such a tile of one
-// fetched, in `room`, where it is another. `dot_products` and `accumulate`: rows in tiles of shared
+// A row is ROW words of type Word, and if it is SCALED, a scale in bf16; where it is TURNED, of its Hadamard transform.
+// `store` and `load`: a thread's share of a row, 8 of its elements x, in real16; all threads of the row's Team do theirs at
+// once, and those beyond the row have zeros, which go nowhere. The share is PARTS runs of elements, HEAD_DIM / PARTS apart,
+// the first at `i`. `fetch`: a warp begins to copy the rows of a page into a tile of shared memory. `Numbers`: the format
+// whose tile it meets queries and weights in; `spread` makes such a tile of one fetched, in `room`, where it is another.
+// `dot_products` and `accumulate`: rows in tiles of shared
 // memory meet queries and weights without their scales and over UNITS; column c of the sums over V is of `feature(c)`.
 #pragma once
 #include "attention.cuh"
@@ -13,6 +14,7 @@
 
 template <int PARTS, class T, int N>
 __device__ __forceinline__ void store_parts(T* row, int i, const T (&x)[N]) {
+    if (i >= HEAD_DIM / PARTS) return;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         Pack<T, N / PARTS> pack;
@@ -39,7 +41,8 @@ struct WordRows {  // real16
     }
     template <int N>
     static __device__ __forceinline__ void load(real16 (&x)[N], const Word* row, const bf16*, int i) {
-        const Pack<real16, N> pack = *reinterpret_cast<const Pack<real16, N>*>(row + i);
+        Pack<real16, N> pack = {};
+        if (i < HEAD_DIM) pack = *reinterpret_cast<const Pack<real16, N>*>(row + i);
 #pragma unroll
         for (int j = 0; j < N; ++j) x[j] = pack.v[j];
     }
@@ -85,26 +88,23 @@ struct Int8Rows {  // whole numbers; the scale is max|x| / 127
     static __device__ __forceinline__ Word* spread(Word* tile, int8*) { return tile; }
     template <int PARTS, int N>
     static __device__ __forceinline__ void store(Word* row, bf16* scale, int i, const real16 (&x)[N]) {
-        constexpr int LANES = HEAD_DIM / N;
-        const unsigned mask = FULL_MASK >> (32 - LANES) << (threadIdx.x & 31 & -LANES);
         float top = 0.f;
 #pragma unroll
         for (int j = 0; j < N; ++j) top = fmaxf(top, fabsf(to_float(x[j])));
-#pragma unroll
-        for (int offset = LANES / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(mask, top, offset));
-        const bf16 word = from_float<bf16>(top / 127.f);
+        const bf16 word = from_float<bf16>(Team::max(top) / 127.f);
         const float unit = to_float(word);
         Word numbers[N];
 #pragma unroll
         for (int j = 0; j < N; ++j)
             numbers[j] = unit > 0.f ? (Word)fminf(fmaxf(rintf(to_float(x[j]) / unit), -127.f), 127.f) : 0;
         store_parts<PARTS>(row, i, numbers);
-        if (threadIdx.x % LANES == 0) *scale = word;
+        if (i == 0) *scale = word;
     }
 
     template <int N>
     static __device__ __forceinline__ void load(real16 (&x)[N], const Word* row, const bf16* scale, int i) {
-        const Pack<Word, N> numbers = *reinterpret_cast<const Pack<Word, N>*>(row + i);
+        Pack<Word, N> numbers = {};
+        if (i < HEAD_DIM) numbers = *reinterpret_cast<const Pack<Word, N>*>(row + i);
 #pragma unroll
         for (int j = 0; j < N; ++j) x[j] = from_float<real16>((float)numbers.v[j] * to_float(*scale));
     }
@@ -115,7 +115,7 @@ struct Int8Rows {  // whole numbers; the scale is max|x| / 127
     static __device__ __forceinline__ void dot_products(float (&s)[M][N][4], real16* q, Word* k) {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         clear(s);
-#pragma unroll 2
+#pragma unroll(2 - HEAD_DIM / 16 % 2)  // a step that is left over takes registers
         for (int step = 0; step < HEAD_DIM / 16; ++step) {
             unsigned a[M][4];
 #pragma unroll
@@ -150,10 +150,11 @@ struct Int8Rows {  // whole numbers; the scale is max|x| / 127
         for (int step = 0; step < STEPS; ++step)
 #pragma unroll
             for (int c = 0; c < CHUNKS; c += 4) {
-                unsigned words[4];  // of entries 0 .. 7 and 8 .. 15 of a chunk; of the next
-                ldmatrix_x4_trans(words, chunk_at(v, step * 16 + (lane >> 3 & 1) * 8 + (lane & 7), c / 2, lane >> 4));
+                unsigned words[4];  // of entries 0 .. 7 and 8 .. 15 of a chunk; of the next, if there is one
+                const int odd = c + 2 < CHUNKS ? lane >> 4 : 0;
+                ldmatrix_x4_trans(words, chunk_at(v, step * 16 + (lane >> 3 & 1) * 8 + (lane & 7), c / 2, odd));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < 4 && c + i < CHUNKS; ++i) {
                     const unsigned *pair = words + i / 2 * 2, shift = i % 2 * 8;
                     const unsigned b[2] = {widened<real16>(pair[0] >> shift), widened<real16>(pair[1] >> shift)};
 #pragma unroll

@@ -1,11 +1,11 @@
 // Causal attention of n queries of one sequence over its stored entries and over m new tokens, mostly their own
 // (FlashAttention-2).
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes
 //
 //   logit = q.k * scale + log s of stored entries; a query at position p sees positions > p - window (0: no window)
 //   out   = softmax(logit) v,  lse = natural log of the softmax's denominator; 0 and -inf where nothing is seen
 //
-// A block takes 128 queries of one query head, in 4 warps of 32 rows, and walks over tiles of 64 keys: first the pages,
+// A block takes QUERIES of one query head, a quarter to each of 4 warps, and walks over tiles of 64 keys: first the pages,
 // all of which come before the new tokens, then the new keys up to the diagonal. While the warps multiply by K the copy
 // of V runs, and while they multiply by V that of the next K: two buffers, 65 KiB with Q at HEAD_DIM 128, so that two
 // blocks fit on an SM, in registers too. Blocks with most keys start first; heads that share K and V run side by side
@@ -13,14 +13,13 @@
 //
 // q (Hq, n, d), k and v (H, m, d); q_pos (n) ascending, or null: the queries are the new tokens', n = m, which are at
 // the positions from seen on. pages (1, H, capacity), lengths (1, H), seen (1). out (n, Hq, d), lse (Hq, n).
-// Grid: (Hq, ceil(n / 128)) blocks of 4 warps; dynamic shared memory: 128 + 2 x 64 rows of HEAD_DIM values, 2 Biases.
+// Grid: (Hq, ceil(n / QUERIES)) blocks of 4 warps; dynamic shared memory: QUERIES + 2 x 64 rows of HEAD_DIM values, 2 Biases.
 // scale > 0.
 #include "page_formats.cuh"
 
-#define QUERIES 128
 #define KEYS 64
 #define THREADS 128
-#define M (QUERIES / THREADS * 2)  // tiles of 16 queries a warp
+#define M (2 * QUERIES / THREADS)  // tiles of 16 queries a warp
 #define N (KEYS / 8)
 #define INT_MAX 0x7fffffff
 

@@ -1,11 +1,12 @@
 // Rotary position embedding, half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the halves of a head.
 //
-// A thread turns two pairs, elements i, i + 1 with i + d/2, i + d/2 + 1; 256 threads a block. cos, sin: (rows, d/2) float32, one row a token.
+// A thread of a head's team turns 4 pairs, elements i .. i + 3 with those d/2 further on; 256 threads a block. cos, sin:
+// (rows, d/2) float32, one row a token.
 // qkv (n, (Hq + 2 H) d) is what the product with q, k and v in one matrix gives, token by token; bias (its columns,) or null.
 #pragma once
-#include "common.cuh"
+#include "rows.cuh"
 
-static const int D = HEAD_DIM, HALF = D / 2, THREADS = D / 4;  // of a head
+#define PAIRS 4
 
 // How a head is turned: over its norm first, where that is not null; v is neither. cos, sin: of its token. factor: of a
 // query, the temperature there.
@@ -14,34 +15,33 @@ struct Turn {
     float eps, factor;
 };
 
-// The sum of x over the threads of a head.
-__device__ __forceinline__ float head_sum(float x) {
-    const unsigned mask = FULL_MASK >> (32 - THREADS) << (threadIdx.x & 31 & -THREADS);
+// The pairs at `i` of a head at x, with its bias, turned: zeros beyond the head.
+__device__ __forceinline__ void turned(const real16* x, const float* bias, const Turn& turn, int i, float (&low)[PAIRS],
+                                       float (&high)[PAIRS]) {
+    const bool there = i < HALF;
+    float sum = 0.f;
 #pragma unroll
-    for (int offset = THREADS / 2; offset; offset >>= 1) x += __shfl_xor_sync(mask, x, offset);
-    return x;
-}
-
-// The two pairs at `i` of a head at x, with its bias, turned.
-__device__ __forceinline__ void turned(const real16* x, const float* bias, const Turn& turn, int i, float (&low)[2],
-                                       float (&high)[2]) {
-    load(low, x + i);
-    load(high, x + HALF + i);
+    for (int j = 0; j < PAIRS; ++j) low[j] = high[j] = 0.f;
+    if (there) {
+        load(low, x + i);
+        load(high, x + HALF + i);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        low[j] += bias ? bias[i + j] : 0.f;
-        high[j] += bias ? bias[HALF + i + j] : 0.f;
+        for (int j = 0; j < PAIRS; ++j) {
+            low[j] += bias ? bias[i + j] : 0.f;
+            high[j] += bias ? bias[HALF + i + j] : 0.f;
+            sum += low[j] * low[j] + high[j] * high[j];
+        }
     }
-    if (turn.norm) {
-        float scale = rsqrtf(head_sum(low[0] * low[0] + low[1] * low[1] + high[0] * high[0] + high[1] * high[1]) / D + turn.eps);
+    const float scale = turn.norm ? rsqrtf(Team::sum(sum) / D + turn.eps) : 1.f;
+    if (!there) return;
+    if (turn.norm)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < PAIRS; ++j) {
             low[j] *= scale * turn.norm[i + j];
             high[j] *= scale * turn.norm[HALF + i + j];
         }
-    }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < PAIRS; ++j) {
         float a = low[j], b = high[j];
         float c = turn.cos ? turn.cos[i + j] : 1.f, s = turn.cos ? turn.sin[i + j] : 0.f;
         low[j] = (a * c - b * s) * turn.factor;

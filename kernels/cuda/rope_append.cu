@@ -1,5 +1,5 @@
 // A token of each sequence: its query turned to its position, its key too and with its value into the pages.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128; FORMAT = page formats
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes; FORMAT = page formats
 #include "page_formats.cuh"
 #include "rope.cuh"
 
@@ -11,17 +11,17 @@ rope_append(const real16* qkv, const float* bias, const float* q_norm, const flo
             const float* sin, const float* temperature, real16* q, const unsigned long long* slabs, int slab_pages,
             const int* pages, int capacity, const int* lengths, const int* seen, int n_heads, int n_kv_heads) {
     int b = blockIdx.x, columns = n_heads + 2 * n_kv_heads;
-    int thread = blockIdx.y * blockDim.x + threadIdx.x, head = thread / THREADS, i = thread % THREADS * 2;
+    int thread = blockIdx.y * blockDim.x + threadIdx.x, head = thread / TEAM, i = thread % TEAM * PAIRS;
     if (head >= columns) return;
     bool is_v = head >= n_heads + n_kv_heads;
-    float low[2], high[2];
+    float low[PAIRS], high[PAIRS];
     turned(qkv + ((size_t)b * columns + head) * D, bias ? bias + head * D : nullptr,
            turn_of(head, n_heads, n_kv_heads, q_norm, k_norm, eps, cos, sin, temperature, b), i, low, high);
-    real16 x[4];  // whose other pairs the head's other threads bring
+    real16 x[2 * PAIRS];  // whose other pairs the head's other threads bring
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < PAIRS; ++j) {
         x[j] = from_float<real16>(low[j]);
-        x[2 + j] = from_float<real16>(high[j]);
+        x[PAIRS + j] = from_float<real16>(high[j]);
     }
     if (head < n_heads) return WordRows::store<2>(q + ((size_t)b * n_heads + head) * D, nullptr, i, x);
     int row = b * n_kv_heads + (head - n_heads) % n_kv_heads, entry = lengths[row] - 1, at = entry % PAGE_SIZE;

@@ -1,12 +1,12 @@
 // How much of the attention of given queries goes to each row of a layer, without a matrix of queries times rows.
-// Defines: real16 = half, bf16; HEAD_DIM = 64, 128
+// Defines: real16 = half, bf16; HEAD_DIM = head sizes
 //
 //   logit[i, r] = q_i.k_r * scale + log s_r for rows at positions q_pos[i] - window < pos[r] <= q_pos[i] (0: no window)
 //   p[i, r]     = exp(logit[i, r] - lse[i])
 //
 // Two passes: score_lse finds what normalises each query (a prefill has it already). Then a block of window_scores
-// writes p of 128 queries and 64 rows; a block of column_scores takes 64 rows, goes through all queries of one query
-// head, the next 128 being copied while it works, and alone writes the sum, or the largest, of p over the queries with
+// writes p of QUERIES queries and 64 rows; a block of column_scores takes 64 rows, goes through all queries of one query
+// head, the next QUERIES being copied while it works, and alone writes the sum, or the largest, of p over the queries with
 // pos[r] <= q_pos[i] - min_distance.
 //
 // q (Hq, n, d) at q_pos (n), ascending; keys (R, d), log_size (R), pos (R): rows of the H KV heads one after another,
@@ -15,9 +15,8 @@
 #include "attention.cuh"
 
 #define KEYS 64
-#define QUERIES 128
 #define THREADS 128
-#define M (QUERIES / THREADS * 2)  // tiles of 16 queries a warp
+#define M (2 * QUERIES / THREADS)  // tiles of 16 queries a warp
 #define N (KEYS / 8)
 #define NOWHERE 0x7fffffff  // a position that no query sees
 
@@ -109,7 +108,7 @@ __device__ __forceinline__ void logits(float (&s)[M][N][4], const Bias& bias, co
 
 __device__ __forceinline__ float probability(float logit, float lse) { return exp2_approx((logit - lse) * LOG2_E); }
 
-// Grid: (tiles of G n queries, H, splits) blocks of 4 warps; dynamic shared memory: 128 + 2 x 64 rows, 2 Biases.
+// Grid: (tiles of G n queries, H, splits) blocks of 4 warps; dynamic shared memory: QUERIES + 2 x 64 rows, 2 Biases.
 extern "C" __global__ void __launch_bounds__(THREADS)
 score_lse(const real16* q, const real16* keys, const float* log_size, const int* pos, const int* starts,
           const int* q_pos, float* lse, int n, int group, float scale, int window) {
@@ -153,7 +152,7 @@ score_lse(const real16* q, const real16* keys, const float* log_size, const int*
 }
 
 // out (G, n, R): p, 0 where a query does not see a row.
-// Grid: (tiles of the longest head's rows, tiles of G n queries, H); dynamic shared memory: 128 + 64 rows, a Bias.
+// Grid: (tiles of the longest head's rows, tiles of G n queries, H); dynamic shared memory: QUERIES + 64 rows, a Bias.
 extern "C" __global__ void __launch_bounds__(THREADS)
 window_scores(const real16* q, const real16* keys, const float* log_size, const int* pos, const int* starts,
               const int* q_pos, const float* lse, float* out, int splits, int n, int group, int total, float scale,
@@ -208,7 +207,7 @@ __device__ __forceinline__ int lower_bound(const int* positions, int n, long lon
 }
 
 // out (G, R): the sum (largest = 0) or the largest (1) of p over the queries that count.
-// Grid: (tiles of the longest head's rows, Hq); dynamic shared memory: 2 x 128 + 64 rows, a Bias.
+// Grid: (tiles of the longest head's rows, Hq); dynamic shared memory: 2 QUERIES + 64 rows, a Bias.
 extern "C" __global__ void __launch_bounds__(THREADS)
 column_scores(const real16* q, const real16* keys, const float* log_size, const int* pos, const int* starts,
               const int* q_pos, const float* lse, float* out, int splits, int n, int group, int total, float scale,

@@ -46,6 +46,7 @@ class DecodeStep:
         items, group = batch * c.n_kv_heads, c.n_heads // c.n_kv_heads
         self.space = launch.decode_space(device, items, group, c.head_dim, self.pool.format)
         self.x = device.empty((batch, c.dim), np.float32)
+        self.out = device.empty((batch, c.dim), np.float32)  # of a half of a layer whose norm comes before it is added
         self.qkv = device.empty((batch, (c.n_heads + 2 * c.n_kv_heads) * c.head_dim), np.uint16)
         self.q = device.empty((c.n_layers, batch, c.n_heads, c.head_dim), np.uint16)
         self.mixed = device.empty((batch, c.n_heads, c.head_dim), np.uint16)
@@ -144,15 +145,10 @@ class DecodeStep:
             turn = layer.head_norms, eps, control["cos"][layer.rope], control["sin"][layer.rope], control["temperature"]
             launch.rope_append(device, self.qkv, layer.bqkv, *turn, q, past, real16)
             launch.decode_attention(device, q, past, starts, self.space, self.mixed, scale, window, real16)
-            for rows in self._groups():
-                launch.gemv_add(device, mixed[rows], layer.wo, self.x[rows])
-            if layer.bo is not None:
-                launch.add_bias(device, self.x, layer.bo)
+            self._product_onto(mixed, layer.wo, layer.bo, layer.attention_output_norm)
             for rows in self._groups():
                 self._activate(layer, self.x[rows], self.gate_up[rows], self.act[rows])
-                launch.gemv_add(device, self.act[rows], layer.w_down, self.x[rows])
-            if layer.b_down is not None:
-                launch.add_bias(device, self.x, layer.b_down)
+            self._product_onto(self.act, layer.w_down, layer.b_down, layer.mlp_output_norm)
             launch.not_finite(device, self.x, index, control["results"][:1])
         for rows in self._groups():
             launch.norm_gemv(device, self.x[rows], runner.norm, eps, runner.model.head, self.logits[rows])
@@ -160,15 +156,26 @@ class DecodeStep:
         draws, tokens = (control["reals"], control["ints"]), control["results"][1:]
         launch.sample(device, self.logits, *draws, self.sample_space, tokens)
 
+    def _product_onto(self, h, weight, bias, norm):
+        """x += h W^T and its bias, over its norm where the layer has one."""
+        y = self.x if norm is None else self.out
+        for rows in self._groups():
+            launch.gemv(self.device, h[rows], weight, y[rows], add=norm is None)
+        if bias is not None:
+            launch.add_bias(self.device, y, bias)
+        if norm is not None:
+            launch.add_rms_norm(self.device, y, norm, self.runner.model.config.rms_eps, self.x)
+
     def _activate(self, layer, x, gate_up, act):
-        """act (rows, ffn) = silu(gate) * up of the normed x; gate_up: where both lie if they are of two formats."""
+        """act (rows, ffn) = act(gate) * up of the normed x; gate_up: where both lie if they are of two formats."""
         device, norm, eps = self.device, layer.mlp_norm, self.runner.model.config.rms_eps
+        activation = self.runner.activation
         if len(layer.w_gate_up) == 1:
-            launch.norm_gemv_swiglu(device, x, norm, eps, layer.w_gate_up[0][1], layer.b_gate_up, act)
+            launch.norm_gemv_glu(device, x, norm, eps, layer.w_gate_up[0][1], layer.b_gate_up, activation, act)
             return
         for column, weight in layer.w_gate_up:
             launch.norm_gemv(device, x, norm, eps, weight, gate_up, column)
-        launch.swiglu(device, gate_up, layer.b_gate_up, act, self.runner.real16)
+        launch.glu(device, gate_up, layer.b_gate_up, activation, act, self.runner.real16)
 
     def _groups(self):
         """Slices of the batch that a kernel for few rows takes at once."""

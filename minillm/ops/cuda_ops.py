@@ -21,7 +21,6 @@ from minillm.ops.cuda_weights import FLOATS, CudaWeight
 from minillm.ops.numpy_planning import joined
 from minillm.ops.pages import PAGE_SIZE, Slab, StoredRows
 
-HEAD_DIMS = (64, 128)  # that the kernels are made for
 SLABS = 32768  # of 8 MiB, at most: more than any one device has
 
 
@@ -67,15 +66,10 @@ class CudaOps(CudaPlanning):
 
     def runner(self, model):
         d = model.config.head_dim
-        if d not in HEAD_DIMS:
+        if d not in launch.HEAD_SIZES:
             raise MinillmError(
-                f"{model.config.name} has heads of {d} elements, and on a GPU minillm has kernels for "
-                f"{' and '.join(map(str, HEAD_DIMS))}: use --device cpu"
-            )
-        if model.config.output_norms:
-            raise MinillmError(
-                f"{model.config.name} has norms behind attention and MLP, which minillm has no kernels for on a GPU: "
-                "use --device cpu"
+                f"{model.config.name} has heads of {d} elements, and on a GPU minillm has kernels for multiples of 16 "
+                f"from {min(launch.HEAD_SIZES)} to {max(launch.HEAD_SIZES)}: use --device cpu"
             )
         return Runner(model)
 
@@ -104,7 +98,7 @@ class CudaOps(CudaPlanning):
     def glu(self, gate, up, linear, cubic):
         both = np.concatenate([self._rows(gate), self._rows(up)], axis=1)
         out = self.device.empty(gate.shape, np.uint16)
-        launch.swiglu(self.device, both, None, out, self.real16)
+        launch.glu(self.device, both, None, (linear, cubic), out, self.real16)
         return out
 
     def embed(self, table, ids):

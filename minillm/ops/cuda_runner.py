@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 
+from minillm.files.config import ACTIVATIONS
 from minillm.ops import launch
 from minillm.ops.cuda_decode import FINE, DecodeStep
 from minillm.ops.cuda_weights import stacked
@@ -25,6 +26,8 @@ class Layer:
         self.w_gate_up = _above(device, block, "w_gate", "w_up")
         self.wo, self.w_down = block.wo, block.w_down
         self.attention_norm, self.mlp_norm = device.upload(block.attention_norm), device.upload(block.mlp_norm)
+        self.attention_output_norm = _uploaded(device, block.attention_output_norm)
+        self.mlp_output_norm = _uploaded(device, block.mlp_output_norm)
         self.head_norms = _uploaded(device, block.q_norm), _uploaded(device, block.k_norm)
         self.bqkv = _uploaded(device, block.bq, block.bk, block.bv)
         self.b_gate_up = _uploaded(device, block.b_gate, block.b_up)
@@ -60,6 +63,7 @@ class Runner:
         self.ops, self.device, self.real16 = model.ops, model.ops.device, model.ops.real16
         self.layers = [Layer(self.ops, block) for block in model.blocks]
         self.norm = self.device.upload(model.norm)
+        self.activation = ACTIVATIONS[model.config.activation]
         self.bad = self.device.upload(np.array([FINE], np.int32))
         self.step = None
         self.ops.trim()  # what the matrices were put together from
@@ -94,7 +98,7 @@ class Runner:
     def output(self, index, x, mixed):
         """x (n, dim) += what the layer makes of `mixed`, and its MLP. -> whether x is finite."""
         layer = self.layers[index]
-        self._product_onto(x, mixed, layer.wo, layer.bo)
+        self._product_onto(x, mixed, layer.wo, layer.bo, layer.attention_output_norm)
         for lo in range(0, len(x), MLP_ROWS):
             self._mlp(layer, x[lo : lo + MLP_ROWS])
         return self._finite(x)
@@ -110,8 +114,8 @@ class Runner:
         ffn = self.model.config.ffn_dim
         gate_up, h = (self.device.empty((len(x), columns), np.uint16) for columns in (2 * ffn, ffn))
         self._products(self._normed(x, layer.mlp_norm), layer.w_gate_up, gate_up)
-        launch.swiglu(self.device, gate_up, layer.b_gate_up, h, self.real16)
-        self._product_onto(x, h, layer.w_down, layer.b_down)
+        launch.glu(self.device, gate_up, layer.b_gate_up, self.activation, h, self.real16)
+        self._product_onto(x, h, layer.w_down, layer.b_down, layer.mlp_output_norm)
 
     def logits(self, hidden):
         """Hidden states (n, dim) before the last norm -> logits (n, vocab) float32 on the host."""
@@ -139,10 +143,14 @@ class Runner:
         launch.rms_norm(self.device, x, norm, self.model.config.rms_eps, h, self.real16)
         return h
 
-    def _product_onto(self, x, h, weight, bias):
-        self._product(h, weight, x, add=True)
+    def _product_onto(self, x, h, weight, bias, norm):
+        """x += h W^T and its bias, over its norm where the layer has one."""
+        y = x if norm is None else self.device.empty(x.shape, np.float32)
+        self._product(h, weight, y, add=norm is None)
         if bias is not None:
-            launch.add_bias(self.device, x, bias)
+            launch.add_bias(self.device, y, bias)
+        if norm is not None:
+            launch.add_rms_norm(self.device, y, norm, self.model.config.rms_eps, x)
 
     def _products(self, h, runs, y):
         """y (n, columns) = h times the matrices of _above."""

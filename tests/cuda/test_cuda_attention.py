@@ -2,17 +2,19 @@
 
 import numpy as np
 import pytest
-from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
+from cuda_words import REAL16, from_words, packed, to_words
 from emulator import Kernel, cases
+from head_sizes import PAGES, SIZES
 
 from minillm.ops import launch
 from minillm.ops.cuda_ops import CudaOps
 from minillm.ops.numpy_ops import NUMPY as numpy_ops
-from minillm.ops.pages import PAGE_FORMATS
+from minillm.ops.pages import PAGE_FORMATS, hadamard
 from minillm.ops.pages import PAGE_SIZE as PAGE
 
 REALS = cases(list(REAL16), races=["half"])
-DTYPES = "float16", "int8"  # of pages: that of the 16-bit floats, whichever it is, and whole numbers
+DTYPES = "float16", "int8", "k5v4"  # of pages: that of the 16-bit floats, whichever it is, whole numbers and levels
+TYPES = [(dtype, real16) for dtype in DTYPES for real16 in (REALS if dtype != "k5v4" else ["half"])]
 
 
 @pytest.fixture
@@ -31,37 +33,35 @@ class Stored:
         n_pages = -(-lengths // PAGE)
         n_slabs = -(-(int(n_pages.sum()) + 2) // slab_pages)
         ids = rng.permutation(n_slabs * slab_pages).astype(np.int32)
-        shape = n_slabs, slab_pages, PAGE
-        k_words, v_words = np.full((2, *shape, head_dim), 0x7FFF, np.uint16)  # NaN in both types
-        scales = []
-        if dtype == "int8":
-            k_words, v_words = np.full((2, *shape, head_dim), 127, np.int8)
-            scales = list(np.full((2, *shape), 0x7FFF, np.uint16))
-        log_sizes, positions = np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
+        format, n_slab = PAGE_FORMATS[dtype], slab_pages * PAGE
+        fields = {  # 0xff: NaN where words are floats
+            name: np.full((n_slabs, n_slab, int(np.prod(row)) * np.dtype(word).itemsize), 0xFF, np.uint8)
+            for name, (row, word) in format.layout(head_dim).items()
+        }
         pages = np.full((*lengths.shape, int(n_pages.max()) + 1), 1 << 30, np.int32)
         self.heads = {}  # (sequence, head) -> k, v (m, d), log_size, pos (m,)
         for (b, h), length in np.ndenumerate(lengths):
             held, ids = np.split(ids, [n_pages[b, h]])
             pages[b, h, : len(held)] = held
-            k, v = (to_words(rng.normal(size=(length, head_dim)) * scale, real16) for scale in (size, values))
             log_size = np.log(rng.integers(1, 40, length)).astype(np.float32)
             pos = rng.integers(0, max(seen[b], 1), length).astype(np.int32)
+            stored, exact = {"log_size": log_size, "pos": pos}, []
+            for field, rows, scale in (("k", format.k, size), ("v", format.v, values)):
+                words = to_words(rng.normal(size=(length, head_dim)) * scale, real16)
+                parts, read = packed(words, rows, real16)
+                stored |= {field + part: array for part, array in zip(rows.parts(head_dim), parts, strict=True)}
+                exact.append(read)
             entry = np.arange(length)
-            at = *np.divmod(held[entry // PAGE], slab_pages), entry % PAGE
-            if scales:
-                (k, scales[0][at]), (v, scales[1][at]) = (to_int8(from_words(rows, real16)) for rows in (k, v))
-                exact = from_int8(k, scales[0][at]), from_int8(v, scales[1][at])
-            else:
-                exact = from_words(k, real16), from_words(v, real16)
-            k_words[at], v_words[at], log_sizes[at], positions[at] = k, v, log_size, pos
+            slab, page = np.divmod(held[entry // PAGE], slab_pages)
+            for name, array in stored.items():
+                n_bytes = fields[name].shape[2]
+                fields[name][slab, page * PAGE + entry % PAGE] = array.view(np.uint8).reshape(length, n_bytes)
             self.heads[b, h] = *exact, log_size, pos
-        fields = k_words, v_words, *scales, log_sizes, positions
         self.slabs = [
-            device.upload(np.concatenate([field[i].reshape(-1).view(np.uint8) for field in fields]))
-            for i in range(n_slabs)
+            device.upload(np.concatenate([field[i].reshape(-1) for field in fields.values()])) for i in range(n_slabs)
         ]
         self.paged = launch.Paged(
-            PAGE_FORMATS[dtype],
+            format,
             device.upload(np.array([slab.data.ptr for slab in self.slabs], np.uint64)),
             slab_pages,
             device.upload(pages),
@@ -70,18 +70,22 @@ class Stored:
         )
 
 
-def softmax_values(logits, v, unit):
+def softmax_values(logits, v, unit, turned=0.0):
     """softmax(logits) v in float64, the log of the sum, and how far a kernel may be off: the rounding of p and of the
     result to `unit`, that of p to multiples of half's smallest number, and that of logits to float32. Zeros and
-    -infinity if nothing is visible."""
+    -infinity if nothing is visible. turned: where rows are stored transformed, how far logits may be off by the
+    rounding of the transformed query."""
     if not (logits > -np.inf).any():
         return np.zeros(v.shape[1]), -np.inf, np.zeros(v.shape[1])
     top = logits.max()
     p = np.exp(logits - top)
-    out, mass = p @ v.astype(np.float64) / p.sum(), p @ np.abs(v).astype(np.float64) / p.sum()
+    p /= p.sum()
+    out, mass = p @ v.astype(np.float64), p @ np.abs(v).astype(np.float64)
+    if turned:  # p is rounded where it meets the transformed values: a sum of such errors comes back
+        mass = np.full_like(mass, np.linalg.norm(p @ np.abs(hadamard(v).astype(np.float64))))
     largest = np.abs(logits[logits > -np.inf]).max()
-    allowed = unit * (mass + np.abs(out)) + (2**-21 * largest + 1e-6) * mass + 2**-25 * np.abs(v).sum(axis=0) / p.sum()
-    return out, top + np.log(p.sum()), allowed
+    allowed = unit * (mass + np.abs(out)) + (2**-21 * largest + 1e-6 + 2 * turned) * mass
+    return out, top + np.log(np.exp(logits - top).sum()), allowed + 2**-25 * np.abs(v).sum(axis=0) * p.max()
 
 
 def close(found, exact, allowed):
@@ -107,7 +111,11 @@ def check_decode(device, rng, lengths, group, head_dim, real16, *, window=0, siz
         visible = (pos > seen[b] - window) if window else np.ones(len(pos), bool)
         for head in range(h * group, (h + 1) * group):
             logits = np.where(visible, k.astype(np.float64) @ wide[b, head] * scale + log_size, -np.inf)
-            exact, _, allowed = softmax_values(logits, v, REAL16[real16])
+            turned = 0.0
+            if PAGE_FORMATS[dtype].k.turned and len(k):
+                parts = np.abs(hadamard(wide[b, head][None]) * hadamard(k.astype(np.float64)))
+                turned = REAL16[real16] * scale * parts.sum(axis=1).max()
+            exact, _, allowed = softmax_values(logits, v, REAL16[real16], turned)
             close(found[b, head], exact, allowed)
     return out.get()
 
@@ -123,25 +131,28 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("dtype, real16", TYPES)
 @pytest.mark.parametrize("lengths", cases(LENGTHS, races=[[[90, 3], [0, 0], [257, 40]]]))
 def test_decode_lengths(device, rng, lengths, real16, dtype):
     check_decode(device, rng, lengths, 3, 64, real16, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", cases([64, 128], races=[128]))
-@pytest.mark.parametrize("group", cases([1, 3, 4, 8, 17], races=[17]))
-def test_decode_groups(device, rng, group, head_dim, dtype):
-    check_decode(device, rng, [[130, 20]], group, head_dim, "bf16", dtype=dtype)
+@pytest.mark.parametrize("dtype, real16, head_dim", PAGES)
+@pytest.mark.parametrize("group", cases([1, 17], races=[17]))
+def test_decode_groups(device, rng, group, dtype, real16, head_dim):
+    """In one tile of queries and in two."""
+    check_decode(device, rng, [[130, 20]], group, head_dim, real16, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("real16", REALS)
+@pytest.mark.parametrize("group", cases([3, 4, 8], races=[]))
+def test_decode_groups_in_a_tile(device, rng, group):
+    check_decode(device, rng, [[130, 20]], group, 64, "half")
+
+
+@pytest.mark.parametrize("dtype, real16", TYPES)
 @pytest.mark.parametrize("size", cases([1e-3, 1.0, 12.0], races=[]))
 def test_decode_logit_sizes(device, rng, size, real16, dtype):
-    check_decode(device, rng, [[150, 33]], 4, 128, real16, size=size, dtype=dtype)
+    check_decode(device, rng, [[150, 33]], 4, 64, real16, size=size, dtype=dtype)
 
 
 @pytest.mark.parametrize("values", [1e-3, 1e4])
@@ -218,16 +229,22 @@ def test_prefill_lengths(device, rng, lengths, n, real16):
     check_prefill(device, rng, lengths, n, 1, 64, real16)
 
 
-@pytest.mark.parametrize("head_dim", cases([64, 128], races=[128]))
-@pytest.mark.parametrize("group", cases([1, 3, 4, 8], races=[3]))
-def test_prefill_groups(device, rng, group, head_dim):
-    check_prefill(device, rng, [70], 37, group, head_dim, "bf16")
+@pytest.mark.parametrize("real16, head_dim", SIZES)
+@pytest.mark.parametrize("group", cases([1, 3], races=[3]))
+def test_prefill_groups(device, rng, group, real16, head_dim):
+    check_prefill(device, rng, [70], 37, group, head_dim, real16)
+
+
+@pytest.mark.parametrize("real16, head_dim", SIZES[2:])
+def test_prefill_of_several_blocks(device, rng, real16, head_dim):
+    """Of fewer queries each where heads are large, over pages and new tokens with a window."""
+    check_prefill(device, rng, [70], 130, 1, head_dim, real16, window=90)
 
 
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("size", cases([1e-3, 12.0], races=[]))
 def test_prefill_logit_sizes(device, rng, size, real16):
-    check_prefill(device, rng, [40, 10], 80, 1, 128, real16, size=size)
+    check_prefill(device, rng, [40, 10], 80, 1, 64, real16, size=size)
 
 
 @pytest.mark.parametrize("lengths", cases([[0], [90]], races=[[90]]))
@@ -323,6 +340,16 @@ def test_scores_of_many_queries(device, rng, window, min_distance):
     case.check_window_scores()
 
 
+@pytest.mark.parametrize("real16, head_dim", SIZES[2:])
+def test_scores_of_other_head_sizes(device, rng, real16, head_dim):
+    case = Scores(device, rng, [70, 0, 130], 140, 1, head_dim, real16, splits=2)
+    case.find_lse()
+    case.check_lse()
+    case.check_window_scores()
+    case.check_column_scores(np.sum)
+    case.check_column_scores(np.max, min_distance=1)
+
+
 @pytest.mark.parametrize("size", cases([1e-3, 10.0], races=[10.0]))
 @pytest.mark.parametrize("splits", cases([2, 5], races=[2]))
 def test_scores_in_splits(device, rng, splits, size):
@@ -406,13 +433,13 @@ def thread_orders(device, monkeypatch):
 
 def test_the_order_of_threads_does_not_matter(device, thread_orders):
     def all_kernels():
-        decode = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half")
-        decode_int8 = check_decode(device, np.random.default_rng(1), [[100, 3]], 2, 64, "half", dtype="int8")
+        rng = np.random.default_rng
+        decode = [check_decode(device, rng(1), [[100, 3]], 2, 64, "half", dtype=dtype) for dtype in DTYPES]
         prefill = check_prefill(device, np.random.default_rng(1), [70], 70, 1, 64, "half")
         case = Scores(device, np.random.default_rng(1), [70, 30], 40, 2, 64, "half")
         case.find_lse()
         scores = case.check_window_scores(), case.check_column_scores(np.sum)
-        return np.concatenate([part.reshape(-1) for part in (decode, decode_int8, prefill, *scores)])
+        return np.concatenate([part.reshape(-1) for part in (*decode, prefill, *scores)])
 
     first, *others = thread_orders(all_kernels)
     for other in others:

@@ -5,11 +5,13 @@ import gguf
 import numpy as np
 import pytest
 from blocks import random_blocks
-from cuda_words import REAL16, from_int8, from_words, to_int8, to_words
+from cuda_words import REAL16, from_int8, from_words, packed, to_int8, to_words
 from emulator import Kernel, cases
+from head_sizes import LEVELS, SIZES, STORED
 from literal import rotated
 from oracle import rms_norm
 
+from minillm.files.config import ACTIVATIONS
 from minillm.files.formats import FORMATS
 from minillm.files.weights import Weight
 from minillm.ops import cuda_clusters, launch
@@ -20,7 +22,7 @@ from minillm.ops.numpy_ops import NUMPY as numpy_ops
 from minillm.ops.pages import PAGE_FORMATS
 
 F32 = np.float32
-REALS, HEAD_DIMS = cases(list(REAL16), races=["half"]), cases([64, 128], races=[64])
+REALS = cases(list(REAL16), races=["half"])
 KINDS = cases([name for name, format in FORMATS.items() if format.device], races=["F16", "Q4_0"])
 
 
@@ -68,10 +70,20 @@ def normed(x, weight, real16):
     return np.float64(from_words(to_words(out, real16), real16))
 
 
-def near(actual, exact, tolerance):
-    """|actual - exact| <= tolerance * the largest |exact| of the row"""
+def silu(x):
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x):
+    """Hendrycks & Gimpel 2016, by its approximation."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def near(actual, exact, tolerance, least=0.0):
+    """|actual - exact| <= tolerance * the largest |exact| of the row, or `least`"""
     assert actual.shape == exact.shape
-    worst = np.abs(actual - exact) / np.abs(exact).max(axis=-1, keepdims=True)
+    worst = np.abs(actual - exact) / np.maximum(np.abs(exact).max(axis=-1, keepdims=True), least)
     assert worst.max(initial=0) <= tolerance, worst.max()
 
 
@@ -87,8 +99,9 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
     h, rounding = normed(x, norm, real16), REAL16[real16]
 
     words = to_words(x, real16)
-    launch.gemv_add(device, device.upload(words), weight, on_device[3])
-    near(on_device[3].get(), y + from_words(words, real16) @ values.T, 1e-5)
+    for add in (True, False):
+        launch.gemv(device, device.upload(words), weight, on_device[3], add)
+        near(on_device[3].get(), y * add + from_words(words, real16) @ values.T, 1e-5)
 
     out = device.empty(y.shape, np.float32)
     launch.norm_gemv(device, on_device[0], on_device[1], 1e-5, weight, out)
@@ -102,11 +115,11 @@ def test_gemv(device, rng, kind, rows, n_in, n_out):
     np.testing.assert_array_equal(wider.get()[:, 4:-3], out.get())
     assert (wider.get()[:, :4] == 5).all() and (wider.get()[:, -3:] == 5).all()
 
-    for b in (None, on_device[2]):
+    for b, activation, exact in ((None, "gelu_tanh", gelu_tanh), (on_device[2], "silu", silu)):
         out = device.empty((rows, n_out), np.uint16)
-        launch.norm_gemv_swiglu(device, on_device[0], on_device[1], 1e-5, weight, b, out)
+        launch.norm_gemv_glu(device, on_device[0], on_device[1], 1e-5, weight, b, ACTIVATIONS[activation], out)
         gate, up = np.split(h @ values.T + (0 if b is None else bias), 2, axis=1)
-        near(from_words(out.get(), real16), gate / (1 + np.exp(-gate)) * up, 6 * rounding)
+        near(from_words(out.get(), real16), exact(gate) * up, 6 * rounding, 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,17 +136,24 @@ def test_rows_of_a_matrix(device, rng, kind):
 
 @pytest.mark.parametrize("real16", REALS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_swiglu(device, rng, real16, biased):
+@pytest.mark.parametrize("activation, exact", [("silu", silu), ("gelu_tanh", gelu_tanh)])
+def test_glu(device, rng, real16, biased, activation, exact):
     words = to_words(rng.normal(size=(3, 2 * 2056)) * 8, real16)
     words[0, :6] = to_words([-1e4, 1e4, 0, -87, 89, -0.0], real16)
     bias, out = rng.normal(size=2 * 2056).astype(F32) * biased, device.empty((3, 2056), np.uint16)
-    launch.swiglu(device, device.upload(words), device.upload(bias) if biased else None, out, real16)
+    given = device.upload(words), device.upload(bias) if biased else None, ACTIVATIONS[activation]
+    launch.glu(device, *given, out, real16)
     gate, up = np.split(np.float64(from_words(words, real16)) + bias, 2, axis=1)
-    with np.errstate(over="ignore"):
-        exact = gate / (1 + np.exp(-gate)) * up
-    ours = from_words(out.get(), real16)
-    inside = np.abs(exact) < 60000
-    np.testing.assert_allclose(ours[inside], exact[inside], rtol=REAL16[real16] * 1.1, atol=1e-6)
+    ours, expected = from_words(out.get(), real16), exact(gate) * up
+    inside = np.abs(expected) < 60000
+    np.testing.assert_allclose(ours[inside], expected[inside], rtol=REAL16[real16] * 1.1, atol=2e-6)
+
+
+def test_norm_is_added(device, rng):
+    y, x = rng.normal(size=(2, 3, 1028)).astype(F32) * F32(3)
+    weight, out = rng.normal(size=1028).astype(F32), device.upload(x)
+    launch.add_rms_norm(device, device.upload(y), device.upload(weight), 1e-3, out)
+    np.testing.assert_allclose(out.get(), x + rms_norm(np.float64(y), weight, 1e-3), rtol=1e-6, atol=1e-6)
 
 
 def test_bias_is_added(device, rng):
@@ -230,9 +250,8 @@ class Pages:
         lengths = np.asarray(lengths)  # (B, H)
         held = -(-lengths // 32)
         n_slabs = -(-(int(held.sum()) + 3) // slab_pages)
-        row = (d, np.int8) if dtype == "int8" else (d, np.uint16)
-        scales = [(1, np.uint16)] * 2 * (dtype == "int8")
-        self.fields = [row, row, *scales, (1, F32), (1, np.int32)]  # numbers of an entry, one after another in a slab
+        layout = PAGE_FORMATS[dtype].layout(d)
+        self.fields = [(int(np.prod(shape)), word) for shape, word in layout.values()]  # of a slab, one after another
         n_bytes = slab_pages * 32 * sum(n * np.dtype(word).itemsize for n, word in self.fields)
         self.device, self.slab_pages = device, slab_pages
         self.slabs = [device.upload(np.zeros(n_bytes, np.uint8)) for _ in range(n_slabs)]
@@ -248,7 +267,7 @@ class Pages:
         )
 
     def entry(self, head, i):
-        """k, v words (d,), of int8 two scales (1,), log s (1,), position (1,) of entry i of a head (b, h)."""
+        """k, v words, where rows have them two scales (1,), log s (1,), position (1,) of entry i of a head (b, h)."""
         slab, page = divmod(int(self.table[head][i // 32]), self.slab_pages)
         memory, at, n, out = self.slabs[slab].get(), page * 32 + i % 32, self.slab_pages * 32, []
         for size, word in self.fields:
@@ -257,8 +276,7 @@ class Pages:
         return out
 
 
-@pytest.mark.parametrize("real16", REALS)
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("real16, d", SIZES)
 def test_rope_append(device, rng, real16, d):
     lengths, n_heads = np.array([[1, 33], [32, 70]]), 4
     pages = Pages(device, rng, d, lengths)
@@ -283,43 +301,47 @@ def test_rope_append(device, rng, real16, d):
     assert touched <= lengths.size * (2 * d + 2)
 
 
-@pytest.mark.parametrize("real16", REALS)
-@pytest.mark.parametrize("d", HEAD_DIMS)
-def test_rope_append_in_8_bits(device, rng, real16, d):
-    """What 16 bits would hold, in 8: the words of both kinds of pages, given the same."""
-    lengths, stored = np.array([[1, 33, 64], [32, 70, 2]]), {}
+def same_rows(stored, expected):
+    """The same words of a row; a scale may be a word beside, where sums are of another order."""
+    np.testing.assert_array_equal(stored[0], expected[0])
+    assert abs(int(stored[1]) - int(expected[1])) <= 1
+
+
+@pytest.mark.parametrize("dtype, real16, d", STORED)
+def test_rope_append_in_fewer_bits(device, rng, dtype, real16, d):
+    """What 16 bits would hold, in fewer: the words of both kinds of pages, given the same."""
+    lengths, stored, format = np.array([[1, 33, 64], [32, 70, 2]]), {}, PAGE_FORMATS[dtype]
     qkv, (_, *turn) = to_words(rng.normal(size=(2, 9 * d)), real16), tables(rng, 2, d)
     qkv[0, 7 * d : 8 * d] = 0  # a value of zeros
     given = [device.upload(qkv), None, (None, None), 1e-5, *map(device.upload, turn), None]
-    for dtype in ("float16", "int8"):
-        pages = Pages(device, rng, d, lengths, dtype=dtype)
+    for name in ("float16", dtype):
+        pages = Pages(device, rng, d, lengths, dtype=name)
         q = device.empty((2, 3, d), np.uint16)
         launch.rope_append(device, *given, q, pages.paged, real16)
         heads = list(np.ndindex(lengths.shape))
-        stored[dtype] = q.get(), [pages.entry(head, lengths[head] - 1) for head in heads], pages
-    np.testing.assert_array_equal(stored["int8"][0], stored["float16"][0])
-    for head, wide, entry in zip(heads, stored["float16"][1], stored["int8"][1], strict=True):
-        for field in range(2):
-            numbers, scale = to_int8(from_words(wide[field], real16)[None])
-            np.testing.assert_array_equal(entry[field], numbers[0])
-            assert entry[2 + field] == scale
+        stored[name] = q.get(), [pages.entry(head, lengths[head] - 1) for head in heads], pages
+    np.testing.assert_array_equal(stored[dtype][0], stored["float16"][0])
+    for head, wide, entry in zip(heads, stored["float16"][1], stored[dtype][1], strict=True):
+        for field, rows in enumerate((format.k, format.v)):
+            (words,), (scale,) = packed(wide[field][None], rows, real16)[0]
+            same_rows((entry[field], entry[2 + field][0]), (words, scale))
         assert entry[4] == 0 and entry[5] == pages.seen[head[0]]
     touched = sum(np.count_nonzero(slab.get()) for slab in pages.slabs)
-    assert touched <= lengths.size * (2 * d + 2 * 2 + 4)
+    assert touched <= lengths.size * format.entry_bytes(d)
 
 
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("real16, d", SIZES)
 @pytest.mark.parametrize(
     "start, lengths",
     cases([([0, 0, 0], [40, 0, 3]), ([31, 5, 64], [1, 32, 70]), ([0], [1])], races=[([31, 5, 64], [1, 32, 70])]),
 )
-def test_entries_in_and_out(device, rng, d, start, lengths):
+def test_entries_in_and_out(device, rng, real16, d, start, lengths):
     start, lengths = np.array(start), np.array(lengths)
     n, pages = int(lengths.sum()), Pages(device, rng, d, [start + lengths])
     k, v = rng.integers(0, 1 << 16, (2, n, d)).astype(np.uint16)
     log_size, pos = rng.normal(size=n).astype(F32), rng.integers(0, 9999, n).astype(np.int32)
     first = np.append(0, np.cumsum(lengths)).astype(np.int32)
-    at = pages.paged, device.upload(first), device.upload(start.astype(np.int32)), "half"
+    at = pages.paged, device.upload(first), device.upload(start.astype(np.int32)), real16
     launch.write_entries(device, *(device.upload(a) for a in (k, v, log_size, pos)), *at)
     for head in range(len(lengths)):
         for i in range(lengths[head]):
@@ -330,7 +352,7 @@ def test_entries_in_and_out(device, rng, d, start, lengths):
     given = {"k": k, "v": v, "log_size": log_size, "pos": pos}
     for names in (["k", "v", "log_size", "pos"], ["v"], ["log_size", "pos"]):
         back = {name: device.empty(given[name].shape, given[name].dtype) for name in names}
-        launch.read_entries(device, *at[:3], d, "half", **back)
+        launch.read_entries(device, *at[:3], d, real16, **back)
         for name in names:
             np.testing.assert_array_equal(back[name].get(), given[name])
 
@@ -346,8 +368,7 @@ def rows_of_8_bits(rng, d, real16):
     return to_words(rows, real16)
 
 
-@pytest.mark.parametrize("real16", REALS)
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("real16, d", SIZES)
 def test_entries_in_8_bits(device, rng, d, real16):
     """By the letter; and what was read is stored as the same words."""
     lengths, start = np.array([100, 0, 60]), np.array([31, 0, 64])
@@ -375,12 +396,41 @@ def test_entries_in_8_bits(device, rng, d, real16):
         given = back
 
 
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("dtype, real16, d", LEVELS)
+def test_entries_in_levels(device, rng, dtype, real16, d):
+    """As NumPy packs and unpacks them; and what was read is stored as the same words."""
+    lengths, start, format = np.array([40, 0, 30]), np.array([31, 0, 64]), PAGE_FORMATS[dtype]
+    n, pages = int(lengths.sum()), Pages(device, rng, d, [start + lengths], dtype=dtype)
+    k, v = (rng.normal(size=(n, d)) * 10.0 ** rng.integers(-2, 3, (n, 1)) for _ in "kv")
+    k[3], v[:2], v[2, 1:] = 0, 0, 0
+    k, v = (to_words(rows, real16) for rows in (k, v))
+    log_size, pos = rng.normal(size=n).astype(F32), rng.integers(0, 9999, n).astype(np.int32)
+    first = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    at = pages.paged, device.upload(first), device.upload(start.astype(np.int32))
+    given = {"k": k, "v": v, "log_size": log_size, "pos": pos}
+    expected = [packed(rows, format, real16)[0] for rows, format in ((k, format.k), (v, format.v))]
+    for _ in range(2):
+        launch.write_entries(device, *(device.upload(array) for array in given.values()), *at, real16)
+        stored = [pages.entry((0, head), start[head] + i) for head in range(3) for i in range(lengths[head])]
+        for row, entry in enumerate(stored):
+            for field, (words, scales) in enumerate(expected):
+                same_rows((entry[field], entry[2 + field][0]), (words[row], scales[row]))
+            assert entry[4:] == [log_size[row], pos[row]]
+        back = {name: device.empty(array.shape, array.dtype) for name, array in given.items()}
+        launch.read_entries(device, *at, d, real16, **back)
+        for field, name in enumerate("kv"):
+            parts = [np.stack([entry[i] for entry in stored]) for i in (field, 2 + field)]
+            rows = getattr(format, name).unpack([parts[0], parts[1][:, 0]], d)
+            np.testing.assert_array_equal(back[name].get(), to_words(rows, real16))
+        given = {name: array.get() for name, array in back.items()}
+
+
+@pytest.mark.parametrize("real16, d", SIZES)
 @pytest.mark.parametrize("n_rows, n_entries", cases([(1, 1), (70, 9), (33, 33), (40, 100)], races=[(40, 100)]))
-def test_merge(device, rng, d, n_rows, n_entries):
+def test_merge(device, rng, real16, d, n_rows, n_entries):
     """Entries of no row, of one, of many; rows that go nowhere."""
-    words = to_words(rng.normal(size=(n_rows, d)), "bf16")
-    rows, dest = np.float64(from_words(words, "bf16")), rng.integers(-1, n_entries, n_rows)
+    words = to_words(rng.normal(size=(n_rows, d)), real16)
+    rows, dest = np.float64(from_words(words, real16)), rng.integers(-1, n_entries, n_rows)
     weight, pos = rng.uniform(0.1, 1, n_rows).astype(F32), rng.integers(0, 50, n_rows).astype(np.int32)
     entry_pos = rng.integers(0, 50, n_entries).astype(np.int32)
     alone = np.flatnonzero((np.bincount(dest[dest >= 0], minlength=n_entries) == 1)[dest] & (dest >= 0))[::2]
@@ -390,26 +440,25 @@ def test_merge(device, rng, d, n_rows, n_entries):
     angle, cos, sin = tables(rng, 50, d, 1.1)
     up = device.upload
     out = device.empty((n_entries, d), np.uint16)
-    launch.merge(device, up(words), up(order), up(first), up(weight), out, "bf16")
+    launch.merge(device, up(words), up(order), up(first), up(weight), out, real16)
     exact = np.zeros((n_entries, d))
     np.add.at(exact, dest[dest >= 0], (rows * weight[:, None])[dest >= 0])
-    np.testing.assert_allclose(from_words(out.get(), "bf16"), exact, rtol=REAL16["bf16"], atol=1e-5)
+    np.testing.assert_allclose(from_words(out.get(), real16), exact, rtol=REAL16[real16], atol=1e-5)
 
     back = device.empty((n_rows, d), np.uint16)
-    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), up(np.full(d // 2, 1.1, F32)), back, "bf16")
+    launch.unrotate(device, up(words), up(pos), up(cos), up(sin), up(np.full(d // 2, 1.1, F32)), back, real16)
     unrotated = rotated(rows, -angle[pos], 1 / 1.1)
-    np.testing.assert_allclose(from_words(back.get(), "bf16"), unrotated, rtol=REAL16["bf16"], atol=1e-5)
+    np.testing.assert_allclose(from_words(back.get(), real16), unrotated, rtol=REAL16[real16], atol=1e-5)
     keys = up(words), back, up(pos), up(order), up(first), up(weight), up(entry_pos), up(cos), up(sin)
-    launch.merge_unrotated(device, *keys, out, "bf16")
+    launch.merge_unrotated(device, *keys, out, real16)
     exact = np.zeros((n_entries, d))
-    np.add.at(exact, dest[dest >= 0], (from_words(back.get(), "bf16") * weight[:, None])[dest >= 0])
+    np.add.at(exact, dest[dest >= 0], (from_words(back.get(), real16) * weight[:, None])[dest >= 0])
     some = np.diff(first) > 0
-    near(from_words(out.get(), "bf16")[some], rotated(exact, angle[entry_pos], 1.1)[some], 0.01)
+    near(from_words(out.get(), real16)[some], rotated(exact, angle[entry_pos], 1.1)[some], 0.01)
     np.testing.assert_array_equal(out.get()[dest[alone]], words[alone])
 
 
-@pytest.mark.parametrize("real16", REALS)
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("real16, d", SIZES)
 def test_the_nearest_of_a_segment(device, rng, real16, d):
     """Of no candidates, of one, of many; of equal ones the first; rows of zeros are like nothing."""
     words = to_words(rng.normal(size=(40, d)), real16)
@@ -510,24 +559,24 @@ def test_the_neighbour_that_stays(device, rng, share):
 # clusters
 
 
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("real16, d", SIZES)
 @pytest.mark.parametrize(
     "kept", cases([512, 20, 0], races=[20])
 )  # rows of segments whose cosines are kept; longer ones go another way
-def test_greedy_clusters(device, rng, d, kept, monkeypatch):
+def test_greedy_clusters(device, rng, real16, d, kept, monkeypatch):
     monkeypatch.setattr(cuda_clusters, "KEPT_LENGTH", kept)
     lengths = np.array([1, 3, 70, 0, 33, 31, 2, 32])
     starts = np.cumsum(lengths) - lengths + np.arange(len(lengths))  # a row of no segment between two of them
     n = int((starts + lengths).max()) + 1
-    words = to_words(rng.normal(size=(n, d)) + 1.2 * rng.normal(size=d), "bf16")
+    words = to_words(rng.normal(size=(n, d)) + 1.2 * rng.normal(size=d), real16)
     words[5] = 0
-    rows = np.float64(from_words(words, "bf16"))
+    rows = np.float64(from_words(words, real16))
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
     taus = [-1.1, 0.5, 0.6, 0.7, 1.0]
     segments = cuda_clusters.segments(device, device.upload(starts), device.upload(lengths))
     rows = device.upload(np.arange(n))
-    clusters = cuda_clusters.GreedyClusters(device, "bf16", device.upload(words), rows, n, segments)
+    clusters = cuda_clusters.GreedyClusters(device, real16, device.upload(words), rows, n, segments)
     counts = clusters.counts(taus)
     for tau, count in zip(taus, counts, strict=True):
         expected = np.arange(n)

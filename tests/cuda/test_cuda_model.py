@@ -20,7 +20,12 @@ from minillm.files.config import RopeConfig
 from minillm.files.formats import FORMATS
 from minillm.profile import worth
 
-DTYPES = "auto", "int8"  # of pages
+DTYPES = "auto", "int8", "k5v4"  # of pages
+GEMMA = {  # all that tells a Gemma 3 from the others
+    **{"head_dim": 256, "n_heads": 2, "n_kv_heads": 1, "qk_norm": True, "output_norms": True, "tied_head": True},
+    **{"activation": "gelu_tanh", "embedding_scale": 8.0, "attention_scale": 0.05, "sliding_window": 40, "full": (1,)},
+    "local_rope": RopeConfig(theta=500.0),
+}
 
 
 @pytest.fixture
@@ -69,35 +74,35 @@ def test_most_of_the_matrices_decide_the_16_bit_type(device, ids, first, others,
         twins.close(twins.decode([token], [pair]))
 
 
+SHAPES = {
+    "mha": {"n_heads": 3, "n_kv_heads": 3},
+    "gqa3-d80": {"n_heads": 6, "head_dim": 80},
+    "gqa3-d128-window": {"n_heads": 6, "head_dim": 128, "sliding_window": 40},
+    "mqa-biases-tied": {
+        **{"n_heads": 8, "n_kv_heads": 1, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied_head": True}
+    },
+    "families": {  # what one family or another has
+        **{"qkv_bias": True, "qk_norm": True, "rotated_dim": 48, "unrotated": (0,), "sliding_window": 40, "full": (1,)},
+        **{"attention_scale": 0.2, "embedding_scale": 3.0, "temperature": 0.5, "logit_scale": 0.5},
+        "rope": RopeConfig(original_context=16),
+    },
+    "gemma": GEMMA,
+    "gelu-and-biases": {"activation": "gelu_tanh", "o_bias": True, "mlp_bias": True},
+    "norms-behind-biases": {"output_norms": True, "o_bias": True, "mlp_bias": True},
+}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "shape, dtype",
     [
-        {"n_heads": 3, "n_kv_heads": 3},
-        {"n_heads": 6, "head_dim": 128, "sliding_window": 40},
-        {"n_heads": 8, "n_kv_heads": 1, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied_head": True},
-        {  # what one family or another has
-            **{
-                "qkv_bias": True,
-                "qk_norm": True,
-                "rotated_dim": 48,
-                "unrotated": (0,),
-                "sliding_window": 40,
-                "full": (1,),
-            },
-            **{
-                "attention_scale": 0.2,
-                "embedding_scale": 3.0,
-                "temperature": 0.5,
-                "rope": RopeConfig(original_context=16),
-                "logit_scale": 0.5,
-            },
-        },
+        *[(shape, dtype) for shape in ("mha", "gqa3-d128-window", "mqa-biases-tied") for dtype in ("auto", "int8")],
+        *[("gqa3-d80", "auto"), ("gqa3-d80", "int8"), ("families", "auto"), ("families", "k5v4")],
+        *[("gemma", "auto"), ("gemma", "k5v4"), ("gelu-and-biases", "auto"), ("norms-behind-biases", "auto")],
     ],
-    ids=["mha", "gqa3-d128-window", "mqa-biases-tied", "families"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shapes_of_model(device, ids, changes, dtype):
-    twins = Twins(device, replace(SMALL, **changes), dtype=dtype)
+def test_shapes_of_model(device, ids, shape, dtype):
+    config = replace(SMALL, **SHAPES[shape])
+    twins = Twins(device, config, kind="BF16" if config.head_dim > 80 else "F16", dtype=dtype)
     pair = twins.caches()
     twins.close(twins.extend(ids[:50], pair))
     twins.close(twins.extend(ids[50:61], pair))  # a later turn, over stored entries
@@ -118,6 +123,12 @@ def test_a_batch_of_sequences(device, ids, batch, dtype):
     twins.close(twins.decode(ids[: batch - 1], pairs[1:]))
 
 
+def test_heads_that_there_are_no_kernels_for_are_refused(device):
+    for head_dim in (48, 72, 272):
+        with pytest.raises(MinillmError, match=f"heads of {head_dim} elements.* multiples of 16 from 64 to 256"):
+            Twins(device, replace(SMALL, head_dim=head_dim))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -129,12 +140,17 @@ def test_a_batch_of_sequences(device, ids, batch, dtype):
         {"cache": "streaming", "budget": 0.25},
         {"cache": "semanticache", "budget": 0.3, "dtype": "int8"},
         {"cache": "foresight", "budget": 0.3, "dtype": "int8"},
+        {"cache": "foresight", "budget": 0.3, "dtype": "k5v4"},
+        {"cache": "semanticache", "budget": 0.3, "dtype": "int8", "shape": "gqa3-d80"},
+        {"cache": "foresight", "budget": 0.3, "dtype": "k5v4", "shape": "gemma", "kind": "BF16"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_compressed_caches(device, ids, options):
     """Keys differ by the rounding of 16 bits, and so a cosine may fall on the other side of tau: a few entries."""
-    twins = Twins(device, recompress=8, **options)
+    options = dict(options)
+    config = replace(SMALL, **SHAPES.get(options.pop("shape", None), {}))
+    twins = Twins(device, config, recompress=8, **options)
     pair = twins.caches()
     twins.extend(ids[:150], pair)
     near = lambda: np.abs(pair[0].lengths - pair[1].lengths).max() <= 3  # noqa: E731
@@ -313,10 +329,10 @@ def test_pages_that_a_sliding_window_has_left_are_given_back(device, ids):
     assert twins.models[0].runner.step.graph
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16"])
-def test_entries_in_8_bits_that_stay_are_the_same_words(device, ids, kind):
+@pytest.mark.parametrize("kind, dtype", [("F16", "int8"), ("BF16", "int8"), ("F16", "k5v4")])
+def test_entries_in_fewer_bits_that_stay_are_the_same_words(device, ids, kind, dtype):
     """However often their layer is compressed again."""
-    twins = Twins(device, kind=kind, cache="streaming", budget=60, recompress=8, dtype="int8")
+    twins = Twins(device, kind=kind, cache="streaming", budget=60, recompress=8, dtype=dtype)
     pair = twins.caches()
     cache, model, compressor = pair[0], twins.models[0], twins.compressors[0]
 
@@ -348,7 +364,7 @@ def test_a_session_is_saved_forked_trimmed_and_restored(device, ids, dtype):
     cache, model = pair[0], twins.models[0]
     twins.extend(ids[:100], pair)
     state = cache_state.state(cache)
-    assert state["k"].dtype == (np.int8 if dtype == "int8" else np.uint16)
+    assert state["k"].dtype == {"auto": np.uint16, "int8": np.int8, "k5v4": np.uint8}[dtype]
     fork = cache.fork()
     other = KVCache(cache.pool, SMALL.n_layers, SMALL.n_kv_heads)
     expected = model.decode([1], [cache])

@@ -107,7 +107,7 @@ def test_the_whole_of_it_goes_on_where_a_part_fails(check, tmp_path, monkeypatch
 
 
 def test_kernels_are_compiled_side_by_side(check, monkeypatch):
-    monkeypatch.setattr(check.launch, "files", lambda: ["take", "add_bias", "swiglu"])
+    monkeypatch.setattr(check.launch, "files", lambda: ["take", "add_bias", "glu"])
     assert check.compiled(check.open_ops(0).device)["variants"] == 4
 
 

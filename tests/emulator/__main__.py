@@ -1,6 +1,8 @@
-"""Compiles every kernel file in every variant, side by side: python -m emulator, in tests/."""
+"""Compiles every kernel file in every variant that is tested, side by side: python -m emulator, in tests/."""
 
 from concurrent.futures import ThreadPoolExecutor
+
+from head_sizes import tested
 
 from minillm.ops import launch
 
@@ -8,6 +10,7 @@ from .build import forget, library
 from .module import translation_unit
 
 forget()
-units = [translation_unit(launch.source(file, defines)) for file in launch.files() for defines in launch.variants(file)]
+variants = [(file, defines) for file in launch.files() for defines in launch.variants(file) if tested(defines)]
+units = [translation_unit(launch.source(*variant)) for variant in variants]
 with ThreadPoolExecutor() as pool:
     print(f"{len(set(pool.map(library, units)))} libraries")

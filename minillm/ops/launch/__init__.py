@@ -2,6 +2,7 @@
 device (cuda_device.py, or the emulator of the tests) compiles and starts what it is given here, and knows nothing of
 any kernel.
 
+    head_sizes.py    the sizes of heads, and how each is shared out to threads
     sources.py       kernel files, the variants they are made for, and what their kernels take
     start.py         a kernel compiled, its arguments checked, started
     elementwise.py products.py rope.py attention.py sampling.py
@@ -14,7 +15,8 @@ One function a kernel or a few that belong together. Arrays are the device's, wi
 16-bit type, "half" or "bf16", whose words are uint16 on the host."""
 
 from minillm.ops.launch.attention import DecodeSpace, decode_attention, decode_plan, decode_space, prefill_attention
-from minillm.ops.launch.elementwise import add_bias, not_finite, rms_norm, swiglu
+from minillm.ops.launch.elementwise import add_bias, add_rms_norm, glu, not_finite, rms_norm
+from minillm.ops.launch.head_sizes import HEAD_SIZES
 from minillm.ops.launch.merging import clusters, keep_cosines, merge, merge_unrotated, nearest, take, unit_rows
 from minillm.ops.launch.pages import Paged, last_pages, read_entries, write_entries
 from minillm.ops.launch.planning import (
@@ -30,9 +32,9 @@ from minillm.ops.launch.planning import (
 from minillm.ops.launch.products import (
     dequantize,
     embed,
-    gemv_add,
+    gemv,
     norm_gemv,
-    norm_gemv_swiglu,
+    norm_gemv_glu,
     random_words,
     rows_at_once,
 )

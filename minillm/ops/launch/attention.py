@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minillm.ops.launch.head_sizes import HEAD_SIZES
 from minillm.ops.launch.start import WARP, blocks, head_defines, page_defines, run
 from minillm.ops.pages import PAGE_SIZE
 
@@ -69,6 +70,7 @@ def prefill_attention(device, q, k, v, past, out, lse, scale, window, real16, q_
     arguments = {"q": q, "k": k, "v": v, "q_pos": q_pos, "out": out, "lse": lse}
     arguments |= {"n": n, "m": m, "group": n_heads // n_kv_heads}
     arguments |= past.arguments() | {"seen": past.seen, "scale": scale, "window": window}
-    shared = (128 + 2 * 64) * head_dim * 2 + 2 * 64 * 8
-    grid, defines = (n_heads, blocks(n, 128)), head_defines(head_dim, real16)
+    queries = HEAD_SIZES[head_dim].queries
+    shared = (queries + 2 * 64) * head_dim * 2 + 2 * 64 * 8
+    grid, defines = (n_heads, blocks(n, queries)), head_defines(head_dim, real16)
     run(device, "prefill_attention", "prefill_attention", grid, (128,), arguments, defines=defines, shared=shared)

@@ -1,6 +1,6 @@
 """What becomes of rows: clusters of them, sums of them, some of them."""
 
-from minillm.ops.launch.start import blocks, head_defines, run
+from minillm.ops.launch.start import blocks, blocks_of_rows, head_defines, run
 
 
 def take(device, rows, index, out):
@@ -16,7 +16,7 @@ def merge(device, rows, order, first, weight, out, real16):
     (n, d), arguments = out.shape, {"rows": rows, "order": order, "first": first, "weight": weight, "out": out}
     assert len(first) == n + 1 and len(weight) == len(rows)
     arguments["n_entries"] = n
-    run(device, "merge", "merge", (blocks(n * d // 8, 256),), (256,), arguments, defines=head_defines(d, real16))
+    run(device, "merge", "merge", (blocks_of_rows(n, d),), (256,), arguments, defines=head_defines(d, real16))
 
 
 def merge_unrotated(device, rows, unrotated, pos, order, first, weight, entry_pos, cos, sin, out, real16):
@@ -25,15 +25,8 @@ def merge_unrotated(device, rows, unrotated, pos, order, first, weight, entry_po
     assert len(first) == n + 1 and len(entry_pos) == n and len(weight) == len(pos) == len(rows) == len(unrotated)
     arguments = {"rows": rows, "unrotated": unrotated, "pos": pos, "order": order, "first": first, "weight": weight}
     arguments |= {"entry_pos": entry_pos, "cos": cos, "sin": sin, "out": out, "n_entries": n}
-    run(
-        device,
-        "merge",
-        "merge_unrotated",
-        (blocks(n * d // 8, 256),),
-        (256,),
-        arguments,
-        defines=head_defines(d, real16),
-    )
+    grid, defines = (blocks_of_rows(n, d),), head_defines(d, real16)
+    run(device, "merge", "merge_unrotated", grid, (256,), arguments, defines=defines)
 
 
 def nearest(device, keys, rows, others, first, last, found, cosine, real16):

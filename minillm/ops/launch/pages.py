@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minillm.ops.launch.start import blocks, page_defines, run
+from minillm.ops.launch.start import blocks, blocks_of_rows, page_defines, run
 from minillm.ops.pages import PageFormat
 
 
@@ -50,7 +50,7 @@ def _entries(device, kernel, arguments, n, past, first, start, d, real16):
     arguments |= {"first": first, "start": start} | past.arguments() | {"n_kv_heads": n_kv_heads, "n_rows": n}
     del arguments["lengths"]
     defines = page_defines(d, real16, past.format)
-    run(device, "entries", kernel, (blocks(n * d // 8, 256),), (256,), arguments, defines=defines)
+    run(device, "entries", kernel, (blocks_of_rows(n, d),), (256,), arguments, defines=defines)
 
 
 def last_pages(device, pages, lengths, last):

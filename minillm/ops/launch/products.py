@@ -33,10 +33,11 @@ def rows_at_once(device, n_in):
     return min(max(ROWS), (device.shared_memory - static) // (2 * n_in))
 
 
-def gemv_add(device, x, weight, y):
-    """y (rows, n_out) float32 += x W^T; x (rows, n_in) real16, rows <= 8."""
-    _gemv(device, "gemv_add", weight, len(x), weight.shape[0], {"x_words": x, "y": y, "n_out": weight.shape[0]})
+def gemv(device, x, weight, y, add=False):
+    """y (rows, n_out) float32 = or += x W^T; x (rows, n_in) real16, rows <= 8."""
     assert x.shape[1] == weight.shape[1] and y.shape == (len(x), weight.shape[0])
+    arguments = {"x_words": x, "y": y, "n_out": weight.shape[0], "add": add}
+    _gemv(device, "gemv", weight, len(x), weight.shape[0], arguments)
 
 
 def norm_gemv(device, x, norm, eps, weight, y, column=0):
@@ -49,12 +50,14 @@ def norm_gemv(device, x, norm, eps, weight, y, column=0):
     _gemv(device, kernel, weight, len(x), n_out, arguments, normalised=True)
 
 
-def norm_gemv_swiglu(device, x, norm, eps, weight, bias, y):
-    """y (rows, ffn) real16 = silu(gate) * up of norm(x); weight (2 ffn, n_in): gate above up; bias (2 ffn,) or None."""
+def norm_gemv_glu(device, x, norm, eps, weight, bias, activation, y):
+    """y (rows, ffn) real16 = act(gate) * up of norm(x); weight (2 ffn, n_in): gate above up; bias (2 ffn,) or None;
+    activation: as of `glu`."""
     ffn = weight.shape[0] // 2
     assert x.shape[1] == weight.shape[1] and y.shape == (len(x), ffn)
     arguments = {"x": x, "norm": norm, "eps": eps, "bias": bias, "y_words": y, "ffn": ffn}
-    _gemv(device, "norm_gemv_swiglu", weight, len(x), 2 * ffn, arguments, normalised=True)
+    arguments |= dict(zip(("linear", "cubic"), activation, strict=True))
+    _gemv(device, "norm_gemv_glu", weight, len(x), 2 * ffn, arguments, normalised=True)
 
 
 def _gemv(device, kernel, weight, rows, n_out, arguments, normalised=False):

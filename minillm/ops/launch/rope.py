@@ -1,6 +1,6 @@
 """Rotation: of new queries and keys, on their way into pages too, and back."""
 
-from minillm.ops.launch.start import blocks, head_defines, page_defines, run
+from minillm.ops.launch.start import blocks_of_rows, head_defines, page_defines, run
 
 
 def rope_split(device, qkv, bias, norms, eps, cos, sin, temperature, q, k, v, real16):
@@ -12,7 +12,7 @@ def rope_split(device, qkv, bias, norms, eps, cos, sin, temperature, q, k, v, re
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "k": k, "v": v}
     arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps, "temperature": temperature}
     arguments |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    grid = n, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
+    grid = n, blocks_of_rows(n_heads + 2 * n_kv_heads, d)
     run(device, "rope", "rope_split", grid, (256,), arguments, defines=head_defines(d, real16))
 
 
@@ -24,7 +24,7 @@ def rope_append(device, qkv, bias, norms, eps, cos, sin, temperature, q, past, r
     arguments = {"qkv": qkv, "bias": bias, "cos": cos, "sin": sin, "q": q, "seen": past.seen}
     arguments |= {"q_norm": norms[0], "k_norm": norms[1], "eps": eps, "temperature": temperature}
     arguments |= past.arguments() | {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    grid = batch, blocks((n_heads + 2 * n_kv_heads) * d // 4, 256)
+    grid = batch, blocks_of_rows(n_heads + 2 * n_kv_heads, d)
     defines = page_defines(d, real16, past.format)
     run(device, "rope_append", "rope_append", grid, (256,), arguments, defines=defines)
 
@@ -34,4 +34,4 @@ def unrotate(device, rows, pos, cos, sin, factor, out, real16):
     for each pair, (d/2,), or none."""
     n, d = rows.shape
     arguments = {"rows": rows, "pos": pos, "cos": cos, "sin": sin, "factor": factor, "out": out, "n": n}
-    run(device, "rope", "unrotate", (blocks(n * d // 4, 256),), (256,), arguments, defines=head_defines(d, real16))
+    run(device, "rope", "unrotate", (blocks_of_rows(n, d),), (256,), arguments, defines=head_defines(d, real16))

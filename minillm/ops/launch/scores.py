@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minillm.ops.launch.head_sizes import HEAD_SIZES
 from minillm.ops.launch.start import blocks, head_defines, run
 
 
@@ -26,7 +27,7 @@ class Rows:
 def score_splits(device, q, rows):
     """Into how many parts score_lse should split the rows of a head to fill the card."""
     n_kv_heads = len(rows.starts) - 1
-    here = n_kv_heads * blocks(len(q) // n_kv_heads * q.shape[1], 128)
+    here = n_kv_heads * blocks(len(q) // n_kv_heads * q.shape[1], HEAD_SIZES[q.shape[2]].queries)
     return max(1, min(2 * device.processors // max(here, 1), rows.longest // 512))
 
 
@@ -35,8 +36,8 @@ def score_lse(device, q, rows, q_pos, lse, scale, window, real16):
     (Hq, n, d) at q_pos (n,), ascending."""
     arguments = rows.arguments(q, q_pos, scale, window) | {"lse": lse}
     assert lse.shape[1:] == q.shape[:2]
-    grid = blocks(arguments["group"] * q.shape[1], 128), len(rows.starts) - 1, len(lse)
-    _scores(device, "score_lse", grid, q.shape[2], 128, 2 * 64, 2, arguments, real16)
+    grid = blocks(arguments["group"] * q.shape[1], HEAD_SIZES[q.shape[2]].queries), len(rows.starts) - 1, len(lse)
+    _scores(device, "score_lse", grid, q.shape[2], 1, 2 * 64, 2, arguments, real16)
 
 
 def window_scores(device, q, rows, q_pos, lse, out, scale, window, real16):
@@ -44,8 +45,9 @@ def window_scores(device, q, rows, q_pos, lse, out, scale, window, real16):
     total, arguments = len(rows.pos), rows.arguments(q, q_pos, scale, window)
     assert out.shape == (arguments["group"], q.shape[1], total) and lse.shape[1:] == q.shape[:2]
     arguments |= {"lse": lse, "splits": len(lse), "out": out, "total": total}
-    grid = blocks(rows.longest, 64), blocks(arguments["group"] * q.shape[1], 128), len(rows.starts) - 1
-    _scores(device, "window_scores", grid, q.shape[2], 128, 64, 1, arguments, real16)
+    tiles = blocks(arguments["group"] * q.shape[1], HEAD_SIZES[q.shape[2]].queries)
+    grid = blocks(rows.longest, 64), tiles, len(rows.starts) - 1
+    _scores(device, "window_scores", grid, q.shape[2], 1, 64, 1, arguments, real16)
 
 
 def column_scores(device, q, rows, q_pos, lse, out, scale, window, largest, min_distance, real16):
@@ -56,9 +58,10 @@ def column_scores(device, q, rows, q_pos, lse, out, scale, window, largest, min_
     arguments |= {"lse": lse, "splits": len(lse), "out": out, "total": total}
     arguments |= {"largest": largest, "min_distance": min_distance}
     grid = blocks(rows.longest, 64), len(q)
-    _scores(device, "column_scores", grid, q.shape[2], 2 * 128, 64, 1, arguments, real16)
+    _scores(device, "column_scores", grid, q.shape[2], 2, 64, 1, arguments, real16)
 
 
-def _scores(device, kernel, grid, head_dim, n_queries, n_keys, n_biases, arguments, real16):
-    shared = (n_queries + n_keys) * head_dim * 2 + n_biases * 64 * 8
+def _scores(device, kernel, grid, head_dim, n_tiles, n_keys, n_biases, arguments, real16):
+    """n_tiles: of queries in shared memory."""
+    shared = (n_tiles * HEAD_SIZES[head_dim].queries + n_keys) * head_dim * 2 + n_biases * 64 * 8
     run(device, "scores", kernel, grid, (128,), arguments, defines=head_defines(head_dim, real16), shared=shared)

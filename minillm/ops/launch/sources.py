@@ -5,10 +5,11 @@ import itertools
 import re
 from pathlib import Path
 
+from minillm.ops.launch.head_sizes import HEAD_SIZES
 from minillm.ops.pages import PAGE_FORMATS
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
-_NAMED = {"page formats": sorted({format.cuda for format in PAGE_FORMATS.values() if format.cuda})}
+_FORMATS = sorted({format.cuda for format in PAGE_FORMATS.values() if format.cuda})
 _SIGNATURE = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 
 
@@ -45,18 +46,21 @@ def files():
 
 
 @functools.cache
-def variants(file):
+def variants(file, head_sizes=tuple(HEAD_SIZES)):
     """What a file may be compiled with, as its line `// Defines: NAME = a, b; OTHER = c, d` says: a list of dicts, one
-    for each combination. Instead of values stands what they are: page formats."""
+    for each combination. Instead of values stands what they are: page formats, head sizes (those asked for)."""
+    named = {"page formats": _FORMATS, "head sizes": [str(d) for d in head_sizes]}
     match = re.search(r"^// Defines: (.*)$", _text(f"{file}.cu"), re.MULTILINE)
     names = [part.split(" = ") for part in match[1].split("; ")] if match else []
-    choices = [[(name, value) for value in _NAMED.get(values) or values.split(", ")] for name, values in names]
+    choices = [[(name, value) for value in named.get(values) or values.split(", ")] for name, values in names]
     return [dict(choice) for choice in itertools.product(*choices)]
 
 
 def source(file, defines):
     """The text that is compiled for one of the variants of a file."""
     assert defines in variants(file), f"{file}.cu is not made for {defines}"
+    if "HEAD_DIM" in defines:
+        defines = defines | HEAD_SIZES[int(defines["HEAD_DIM"])].defines()
     return "".join(f"#define {name} {value}\n" for name, value in defines.items()) + _text(f"{file}.cu")
 
 

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from minillm.ops.launch.head_sizes import HEAD_SIZES
 from minillm.ops.launch.sources import parameters, source
 
 WARP = 32
@@ -69,6 +70,11 @@ def _checked(device, kernel, name, value, dtype, pointer):
 def blocks(n, size):
     """Blocks of `size` that n takes."""
     return math.ceil(n / size)
+
+
+def blocks_of_rows(n, d):
+    """Blocks of 256 threads that n rows of d elements take, a team to each."""
+    return blocks(n * HEAD_SIZES[d].team, 256)
 
 
 def head_defines(d, real16):
