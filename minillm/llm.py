@@ -199,9 +199,13 @@ class LLM:
                 f"{reprlib.repr(prompt)} is no prompt: give a text, a list of token ids (whole numbers), or a list of "
                 'chat messages ({"role": ..., "content": ...})'
             ) from None
-        if beyond := self._not_embedded(ids):
-            raise UsageError(f"token id {beyond[0]} is not in 0..{self.config.vocab_size - 1}")
+        self.check_ids(ids)
         return ids
+
+    def check_ids(self, ids, where=""):
+        """Raise UsageError, which begins with `where`, if one of them is no row of the embedding."""
+        if beyond := self._not_embedded(ids):
+            raise UsageError(f"{where}token id {beyond[0]} is not in 0..{self.config.vocab_size - 1}")
 
     def _not_embedded(self, ids):
         return [token for token in ids if not 0 <= token < self.config.vocab_size]

@@ -82,7 +82,8 @@ class Session:
     def request(self, params=None, whole=False, result=0, hidden=None, settles=()):
         """A Request that reads what was fed and, with `params`, answers. whole: nothing is compressed; result: bytes
         that the outcome takes; hidden: (1, dim) state after what was read, where nothing is left to be; settles: see
-        Request. Raises MinillmError if what was fed is nothing or does not fit into the context."""
+        Request. Raises MinillmError if what was fed is nothing or does not fit into the context, and for params that
+        this model cannot follow."""
         llm = self.llm
         if not self.unread and hidden is None:
             raise MinillmError("the prompt is empty: give some text")
@@ -96,6 +97,7 @@ class Session:
         request.hidden, request.settles = hidden, tuple(settles)
         request.check_memory = functools.partial(self._check_memory, self.seen_soon, len(self.unread), whole, result)
         if params is not None:
+            llm.check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
             request.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
             if llm.tokenizer:
                 request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not self.new_turn)

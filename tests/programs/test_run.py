@@ -71,11 +71,12 @@ def start(*flags, **options):
 def test_every_flag_arrives():
     flags = "-m owner/name -c 512 --dtype stored --quantize q8_0 --device cpu -t 2 --offline -p hi -sys be"
     flags += " --chat-template chatml -n 7 --temp 0.5 --top-k 3 --top-p 0.8 --min-p 0.1"
+    flags += " --presence-penalty 0.3 --frequency-penalty -0.2"
     flags += " --repeat-penalty 1.5 -s 42 --stop a --stop b --ignore-eos --kv-method semanticache --kv-budget 0.25"
     flags += " --kv-window 8 --kv-sinks 2 --kv-recompress 64 --no-display-prompt --kv-set rope=cached"
     flags += " --kv-set chunking=fixed:64 --kv-set log_size=false --json -v -q"
     args = cli.parse(flags.split())
-    assert args.params == SamplingParams(7, 0.5, 3, 0.8, 0.1, 1.5, 42, ("a", "b"), True)
+    assert args.params == SamplingParams(7, 0.5, 3, 0.8, 0.1, 1.5, 42, ("a", "b"), True, 0.3, -0.2)
     options = {"rope": "cached", "chunking": "fixed:64", "log_size": False}
     wanted = CacheConfig("semanticache", 0.25, window=8, sinks=2, recompress=64, **options)
     assert args.cache.as_dict() == wanted.as_dict()
@@ -134,6 +135,8 @@ BAD_VALUES = {
     "--temp 1 --top-k -1": "top_k",
     "--top-p 0.9": "--top-p means nothing to greedy decoding",
     "--repeat-penalty 0": "repeat_penalty",
+    "--presence-penalty 101": "presence_penalty",
+    "--frequency-penalty nan": "frequency_penalty",
     "-s -1": "seed must be 0 or more",
     "--stop=": "stop",
     "--tau 2": "tau: 2.0 is not a number from -1 to 1",
