@@ -18,6 +18,7 @@ from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.constraint import Matchers
 from minillm.document import Document
 from minillm.engine.admission import cache_bytes, fitting_dtype, in_entries, require, require_room
 from minillm.engine.engine import Engine
@@ -201,6 +202,16 @@ class LLM:
             ) from None
         self.check_ids(ids)
         return ids
+
+    def matcher(self, params):
+        """The Matcher of an answer by SamplingParams, or None without a constraint. UsageError for params that this
+        model cannot follow, MinillmError where llguidance is not installed."""
+        self.check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
+        return self.matchers.matcher(params.constraint) if params.constraint else None
+
+    @cached_property
+    def matchers(self):
+        return Matchers(self._needs_tokenizer(), self.config.vocab_size, self.stop_ids)
 
     def check_ids(self, ids, where=""):
         """Raise UsageError, which begins with `where`, if one of them is no row of the embedding."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from minillm.constraint import Constraint
 from minillm.errors import MinillmError, UsageError
 from minillm.logprobs import MOST_LIKELY, Logprob, ranked
 
@@ -30,6 +31,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted as many times as the answer has it
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), or a mapping; -inf: never
     logprobs: int | None = None  # each token with its Logprob, and so many of the likeliest there; None: without
+    constraint: Constraint | None = None  # what the text of the answer must be
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -48,17 +50,21 @@ class SamplingParams:
                 "of values from -100 to 100, or -inf (never)",
             ),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MOST_LIKELY, f"in 0..{MOST_LIKELY}, or None"),
+            "constraint": (self.constraint is None or isinstance(self.constraint, Constraint), "a Constraint, or None"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "stop": (all(self.stop), "texts that are not empty"),
         }
         for name, (right, valid) in rules.items():
             if not right:
                 raise UsageError(f"{name} must be {valid}, not {getattr(self, name)!r}")
+        if self.constraint and self.ignore_eos:
+            raise UsageError("a constraint says where an answer ends, and ignore_eos goes on: leave one of them out")
 
     @property
     def on_host(self):
         """Whether an answer takes more than kernels/cuda/sample.cu does: the logits themselves, on the host."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias) or self.logprobs is not None
+        changed = self.presence_penalty or self.frequency_penalty or self.logit_bias or self.constraint
+        return bool(changed) or self.logprobs is not None
 
     @classmethod
     def names(cls):
@@ -84,6 +90,7 @@ class Draw:
     recent: np.ndarray  # (m,) int32 ids that the repeat penalty is for, ascending; m <= PENALTY_WINDOW
     uniform: float  # in [0, 1): the first id at which the sum of the weights so far is more than this share is taken
     added: tuple[np.ndarray, np.ndarray] | None = None  # (n,) ids, each once, and float32 that is added to their logits
+    allowed: np.ndarray | None = None  # (vocab,) bool: tokens that may come; None: all
 
 
 GREEDY = Draw(SamplingParams(), np.zeros(0, np.int32), 0.0)
@@ -100,8 +107,10 @@ class Drawn:
 class Sampler:
     """Draws the tokens of one answer; its random numbers depend on the seed alone."""
 
-    def __init__(self, params):
-        self.params = params
+    def __init__(self, params, matcher=None):
+        """matcher: constraint.Matcher of the constraint, where there is one."""
+        assert (matcher is None) == (params.constraint is None), "a constraint needs its matcher"
+        self.params, self.matcher = params, matcher
         self.rng = np.random.default_rng(params.seed)
         self.bias = dict(params.logit_bias)
         self.counts = Counter()  # of the tokens of the answer
@@ -116,7 +125,8 @@ class Sampler:
         uniform = 0.0 if params.temperature == 0 else self.rng.random()
         added = self.added | dict.fromkeys(never, -np.inf)
         arrays = (np.array([*added], np.int64), np.array([*added.values()], np.float32)) if added else None
-        return Draw(params, np.unique(np.asarray(ids, np.int32)), uniform, arrays)
+        allowed = self.matcher.allowed() if self.matcher else None
+        return Draw(params, np.unique(np.asarray(ids, np.int32)), uniform, arrays, allowed)
 
     def take(self, token_id):
         """The next token of the answer is this one."""
@@ -125,6 +135,8 @@ class Sampler:
             self.counts[token_id] += 1
             penalty = params.presence_penalty + self.counts[token_id] * params.frequency_penalty
             self.added[token_id] = self.bias.get(token_id, 0.0) - penalty
+        if self.matcher:
+            self.matcher.take(token_id)
 
 
 def drawn(logits, draw):
@@ -134,8 +146,8 @@ def drawn(logits, draw):
 
 
 def sample(logits, draw):
-    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does, but for what is `added`. Raises
-    MinillmError where no token is left."""
+    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does, but for what is added and
+    allowed. Raises MinillmError where no token is left."""
     params, logits = draw.params, changed(logits, draw)
     if params.temperature == 0:
         return int(logits.argmax())
@@ -144,8 +156,8 @@ def sample(logits, draw):
 
 
 def changed(logits, draw):
-    """The logits (vocab,) that a token is drawn from: the repeat penalty first, then what is added: biases, and
-    presence and frequency penalties."""
+    """The logits (vocab,) that a token is drawn from: the repeat penalty first, then what is added (biases, and
+    presence and frequency penalties), and at last -inf for tokens that are not allowed."""
     seen = draw.recent
     if len(seen):
         logits = logits.copy()
@@ -155,8 +167,10 @@ def changed(logits, draw):
         ids, values = draw.added
         logits = logits.copy()
         logits[ids] += values
-        if logits.max() == -np.inf:
-            raise MinillmError("no token is left to come next: logit_bias leaves all of them out")
+    if draw.allowed is not None:
+        logits = np.where(draw.allowed, logits, np.float32(-np.inf))
+    if logits.max() == -np.inf:
+        raise MinillmError("no token is left to come next: constraint and logit_bias leave all of them out")
     return logits
 
 

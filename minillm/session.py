@@ -93,14 +93,16 @@ class Session:
                 f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
             )
         compressor = None if whole else self.compressor
-        request = Request(self.compressor.model, compressor, self.cache, self.unread, params, context=llm.context)
+        matcher = llm.matcher(params) if params else None
+        model, cache = self.compressor.model, self.cache
+        request = Request(model, compressor, cache, self.unread, params, context=llm.context, matcher=matcher)
         request.hidden, request.settles = hidden, tuple(settles)
         request.check_memory = functools.partial(self._check_memory, self.seen_soon, len(self.unread), whole, result)
         if params is not None:
-            llm.check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
             request.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
             if llm.tokenizer:
-                request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not self.new_turn)
+                continues = not self.new_turn or matcher is not None  # a constraint is of the leading space, too
+                request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=continues)
             elif params.stop:
                 raise MinillmError("stop texts need a tokenizer, and this model has none: add its tokenizer.json")
         return request

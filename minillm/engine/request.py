@@ -44,12 +44,18 @@ class Request:
     state: waiting (for memory) -> reading -> generating -> done, cancelled or failed. A failed request has its own
     exception in `error`. pieces: what was generated and not taken yet."""
 
-    def __init__(self, model, compressor, cache, unread, params=None, *, context=None, stop_ids=frozenset()):
+    def __init__(
+        self, model, compressor, cache, unread, params=None, *, context=None, stop_ids=frozenset(), matcher=None
+    ):
         """compressor: None stores everything. unread: token ids; those that are read leave this list, and the one
-        generated last is in it. params: SamplingParams; None: only read. context: positions there are; None: enough."""
+        generated last is in it. params: SamplingParams; None: only read. context: positions there are; None: enough.
+        matcher: constraint.Matcher of this answer, where params have a constraint."""
         self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
         self.params, self.context, self.stop_ids = params, context, stop_ids
-        self.sampler, self.decoder = params and Sampler(params), None  # decoder: StreamDecoder, where there is text
+        self.sampler, self.decoder = (
+            params and Sampler(params, matcher),
+            None,
+        )  # decoder: StreamDecoder, where there is text
         self.answers = ()  # SamplingParams of answers that follow in forks: one is promised for with what is read
         self.settles = ()  # numbers of tokens: when so many have been read, they settle, see KVCache.settle
         self.settled = None  # called with the cache each time that is so, by whoever owns the model
