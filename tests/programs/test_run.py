@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -138,6 +139,11 @@ BAD_VALUES = {
     "--presence-penalty 101": "presence_penalty",
     "--frequency-penalty nan": "frequency_penalty",
     "-s -1": "seed must be 0 or more",
+    "--json-schema {} --grammar root::=a": "--json-schema and --grammar each say what the answer must be",
+    "--json-schema {": "the JSON schema '{' is no JSON",
+    "--json-schema absent.json": "absent.json cannot be read: No such file",
+    "--grammar .": "--grammar . cannot be read",
+    "--json-schema {} --ignore-eos": "ignore_eos",
     "--stop=": "stop",
     "--tau 2": "tau: 2.0 is not a number from -1 to 1",
     "--tau 0.8 --kv-budget 0.2": "exclude each other",
@@ -329,6 +335,20 @@ def test_stop_and_ignore_eos(minillm, llm):
     assert ended == llm.generate(user("hello"), SamplingParams(100))
     longer = minillm("hello", "--ignore-eos", "-qn", 100, "--kv-budget", "full")[1]
     assert longer.startswith(ended) and len(longer) > len(ended) + 1
+
+
+def test_json_schema_and_grammar(minillm, tmp_path):
+    """As a text and as a file."""
+    schema, grammar = '{"enum": ["cats", "dogs", 17]}', 'root ::= "it is " [a-d]{3}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "grammar.gbnf").write_text(grammar)
+    flags = ["x", "-q", "--temp", 1, "-s", 4]
+    for given in (schema, tmp_path / "schema.json"):
+        assert json.loads(minillm(*flags, "--json-schema", given)[1]) in ("cats", "dogs", 17)
+    for given in (grammar, tmp_path / "grammar.gbnf"):
+        assert re.fullmatch("it is [a-d]{3}\n", minillm(*flags, "--grammar", given)[1])
+    status, _, err = minillm(*flags, "--json-schema", '{"type": "hiccup"}')
+    assert status == 2 and err.endswith("cannot be used: Invalid type: hiccup\n")
 
 
 def test_seed(minillm):
