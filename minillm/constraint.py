@@ -64,14 +64,14 @@ class Matchers:
 
     def __init__(self, tokenizer, vocab_size, stop_ids):
         """tokenizer: text.tokenizer.Tokenizer. vocab_size: of the model's logits. stop_ids: that end an answer; they
-        may come only where the constraint is satisfied. Raises MinillmError."""
+        may come only where the constraint is satisfied. Raises UsageError where there is none, or no llguidance."""
         try:
             import llguidance
         except ImportError:
-            raise MinillmError(MISSING) from None
+            raise UsageError(MISSING) from None
         ends = sorted(i for i in stop_ids if i < vocab_size)
         if not ends:
-            raise MinillmError("a constraint needs a token that ends an answer, and this model names none")
+            raise UsageError("a constraint needs a token that ends an answer, and this model names none")
         self.library, self.vocab_size = llguidance, vocab_size
         words = _Words(tokenizer, vocab_size, ends)
         self.words = words.library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=ends)

@@ -13,14 +13,14 @@ from functools import cached_property
 
 import numpy as np
 
-from minillm import ops, questions
+from minillm import likelihood, ops, questions
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
 from minillm.constraint import Matchers
 from minillm.document import Document
-from minillm.engine.admission import cache_bytes, fitting_dtype, in_entries, require, require_room
+from minillm.engine.admission import asked_dtype, cache_bytes, fitting_dtype, in_entries, require, require_room
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
@@ -32,8 +32,6 @@ from minillm.model import MLP_ROWS, Model
 from minillm.sampling import SamplingParams
 from minillm.session import SESSION_FORMAT, Session, is_chat
 from minillm.text.tokenizer import Tokenizer
-
-DTYPES = ("auto", "float32", "stored")
 
 
 class LLM:
@@ -142,7 +140,7 @@ class LLM:
         does not fit waits (None: the free memory). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
-        dtype = _asked_dtype(dtype, quantize)
+        dtype = asked_dtype(dtype, quantize)
         backend = ops.backend(device, threads)
         stored = open_model(hub.resolve(model, offline=offline, progress=progress))
         tokenizer = Tokenizer.of(stored, chat_template)
@@ -204,8 +202,8 @@ class LLM:
         return ids
 
     def matcher(self, params):
-        """The Matcher of an answer by SamplingParams, or None without a constraint. UsageError for params that this
-        model cannot follow, MinillmError where llguidance is not installed."""
+        """The Matcher of an answer by SamplingParams, or None without a constraint. UsageError for params that cannot
+        be followed here."""
         self.check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
         return self.matchers.matcher(params.constraint) if params.constraint else None
 
@@ -317,6 +315,11 @@ class LLM:
         finally:
             session.close()
 
+    def logprobs(self, prompt, top=0):
+        """How likely a prompt is: of each of its tokens the Logprob after those before it, with the `top` likeliest at
+        its place; None of the first token, which nothing is before. Read with the full cache."""
+        return likelihood.of_prompt(self, prompt, top)
+
     def identity(self, compressor):
         """What the file of a session with this Compressor must agree with. Raises MinillmError."""
         if self.weights_digest is None:
@@ -365,16 +368,3 @@ class _Closed:
 
     def __getattr__(self, name):
         raise MinillmError("this LLM is closed and its memory given back: load it again")
-
-
-def _asked_dtype(dtype, quantize):
-    """How weights are to be held: one of DTYPES or of QUANTIZED. Raises UsageError."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if quantize is None:
-        return dtype
-    if quantize not in QUANTIZED:
-        raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
-    if dtype != "auto":
-        raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
-    return quantize

@@ -22,7 +22,7 @@ class Piece:
 
     token_id: int  # -1: none, the piece is the rest of the text
     text: str
-    logprob: Logprob | None = None  # of the token, where SamplingParams ask for it
+    logprob: Logprob | None = None  # of the token, or of the one that ended the answer; where SamplingParams ask for it
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Request:
         self.wake = None  # called when there is something new, where nobody waits in a thread
 
         self.state, self.error, self.pieces = "waiting", None, deque()
-        self.token_ids, self.logprobs, self.text = [], [], ""  # logprobs: of each token, or none
+        self.token_ids, self.logprobs, self.text = [], [], ""  # logprobs: also of the token that ended it
         self.stop_reason = None  # "eos", "stop" or "length"
         self.share = 0.0  # of the reading
         self.timings = Timings(prompt_tokens=len(unread), cached_tokens=cache.seen)
@@ -206,8 +206,11 @@ class Request:
             self._begin, timings.prompt_seconds = now, now - self.admitted
         if token in self.stop_ids:
             self.stop_reason = "eos"
-            if rest := self._rest():
-                self.pieces.append(Piece(-1, rest))
+            rest = self._rest()
+            if following.logprob:
+                self.logprobs.append(following.logprob)
+            if rest or following.logprob:
+                self.pieces.append(Piece(-1, rest, following.logprob))
             self.finish()
             return
         self.unread.append(token)

@@ -3,10 +3,10 @@
 import argparse
 
 from minillm.compress.config import TABLES, CacheConfig
+from minillm.engine.admission import DTYPES
 from minillm.errors import UsageError
 from minillm.files.formats import QUANTIZED
 from minillm.files.hub import DEFAULT_MODEL
-from minillm.llm import DTYPES
 from minillm.ops.pages import DTYPES as KV_DTYPES
 from minillm.sampling import SamplingParams
 

@@ -76,7 +76,7 @@ def test_a_token_that_may_not_come_is_an_error(tokenizer):
 
 
 def test_a_model_that_names_no_end(tokenizer):
-    with pytest.raises(MinillmError, match="needs a token that ends an answer"):
+    with pytest.raises(UsageError, match="needs a token that ends an answer"):
         Matchers(tokenizer, tokenizer.vocab_size, frozenset())
 
 
@@ -211,7 +211,7 @@ def test_what_makes_no_sense(llm, said):
 def test_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with LLM.load(tiny_chat.make(tmp_path / "tiny")) as llm:
-        with pytest.raises(MinillmError, match=r"needs llguidance: pip install 'minillm-engine\[grammar\]'$"):
+        with pytest.raises(UsageError, match=r"needs llguidance: pip install 'minillm-engine\[grammar\]'$"):
             llm.generate("x", SamplingParams(5, constraint=Constraint.json_object()))
         assert llm.generate("x", SamplingParams(3)) and llm.pool.bytes_in_use == 0
 

@@ -145,3 +145,37 @@ def test_an_answer_that_no_token_is_left_for_ends_alone(llm):
     assert good.text == llm.generate("abc", SamplingParams(5))
     for session in sessions:
         session.close()
+
+
+def test_the_token_that_ends_an_answer_is_told_last(llm):
+    params = SamplingParams(100, logprobs=0, logit_bias={257: 1.5})
+    *pieces, last = llm.stream("hello", params)
+    ids = [*llm.encode("hello"), *(piece.token_id for piece in pieces)]
+    assert len(pieces) < 100 and last.token_id == -1 and last.logprob.token_id in llm.stop_ids
+    expected = literal_logprobs(llm.logits(ids)[-1])[last.logprob.token_id]
+    assert abs(last.logprob.logprob - expected) < 1e-4
+
+
+# how likely a prompt is
+
+
+def test_logprobs_of_a_prompt(llm):
+    """By the logits of the full cache, whatever cache the LLM has, over several blocks of rows."""
+    text = "the cat sat on the mat. " * 7
+    ids = llm.encode(text)
+    rows, before = llm.logits(ids), llm.cache_config
+    assert len(ids) > 2 * 64 + 1
+    llm.set_cache(CacheConfig("streaming", 32))
+    try:
+        found = llm.logprobs(text, top=2)
+    finally:
+        llm.set_cache(before)
+    assert len(found) == len(ids) and found[0] is None and llm.logprobs(ids[:1]) == [None]
+    for row, token, one in zip(rows, ids[1:], found[1:], strict=False):
+        known = literal_logprobs(row)
+        assert one.token_id == token and abs(one.logprob - known[token]) < 1e-4
+        assert [token for token, _ in one.top] == sorted(range(258), key=lambda i: (-known[i], i))[:2]
+    assert [one.top for one in llm.logprobs(ids)[1:]] == [()] * (len(ids) - 1)
+    with pytest.raises(UsageError, match=r"^top must be in 0\.\.20, not 21"):
+        llm.logprobs(text, top=21)
+    assert llm.pool.bytes_in_use == 0
