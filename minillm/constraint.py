@@ -12,6 +12,7 @@ import numpy as np
 
 from minillm.errors import MinillmError, UsageError
 
+NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "Lark grammar", "gbnf": "GBNF grammar"}
 MISSING = "a constraint needs llguidance: pip install 'minillm-engine[grammar]'"
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|\.', re.DOTALL)
@@ -22,12 +23,12 @@ class Constraint:
     """All that an answer may be, from its first character to its last. Made by one of the methods below; whether the
     text makes sense is seen where an answer is asked for."""
 
-    kind: str  # "json_schema", "regex", "lark" or "gbnf"
+    kind: str  # one of NAMES
     text: str
 
     def __post_init__(self):
         if not isinstance(self.text, str):
-            raise UsageError(f"a constraint's {self.kind} must be a text, not {reprlib.repr(self.text)}")
+            raise UsageError(f"a constraint's {NAMES[self.kind]} must be a text, not {reprlib.repr(self.text)}")
 
     @classmethod
     def json_schema(cls, schema):
@@ -86,7 +87,7 @@ class Matchers:
         except ValueError as error:
             reason = str(error)
         if reason:
-            raise UsageError(f"the {constraint.kind} of the constraint cannot be used: {_one_line(reason)}")
+            raise UsageError(f"the {NAMES[constraint.kind]} of the constraint cannot be used: {_one_line(reason)}")
         return Matcher(found, self.vocab_size)
 
     def _grammar(self, constraint):
