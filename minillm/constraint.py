@@ -27,6 +27,8 @@ class Constraint:
     text: str
 
     def __post_init__(self):
+        if self.kind not in NAMES:
+            raise UsageError(f"a constraint is one of {', '.join(NAMES)}, not {self.kind!r}")
         if not isinstance(self.text, str):
             raise UsageError(f"a constraint's {NAMES[self.kind]} must be a text, not {reprlib.repr(self.text)}")
 

@@ -163,6 +163,8 @@ def changed(logits, draw):
         logits = logits.copy()
         factor = np.float32(draw.params.repeat_penalty)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / factor, logits[seen] * factor)
+    if draw.added is None and draw.allowed is None:
+        return logits
     if draw.added is not None:
         ids, values = draw.added
         logits = logits.copy()

@@ -64,7 +64,7 @@ def wanted(body, defaults, cache, chat):
     except UsageError as error:
         raise bad(str(error)) from None
     config, scores = cache_config(body, cache), params[0].logprobs if echo else None
-    if scores is not None and config is None:  # how likely a text is, is asked of the model and not of what it forgot
+    if scores is not None and config is None:  # the likelihood is the model's, not its cache's
         config = CacheConfig("full", dtype=cache.dtype)
     include_usage, params = truth(options, "include_usage"), (None,) if most == 0 else params
     return Wanted(params, truth(body, "stream"), include_usage, config, *prefixes(body), echo, scores)

@@ -197,6 +197,7 @@ WRONG = {
     "'foo' not found": lambda: Constraint.gbnf("root ::= foo"),
     "No 'root' rule": lambda: Constraint.gbnf('rot ::= "a"'),
     "is no character": lambda: Constraint.gbnf('root ::= "\\ud800"'),
+    "one of json_schema, regex, lark, gbnf, not 'yaml'": lambda: Constraint("yaml", "a: b"),
     "no start rule": lambda: Constraint.lark('x: "a"'),
 }
 
