@@ -75,7 +75,7 @@ def _pairs(bias):
     """(token id, value) of a logit bias, by id. Raises UsageError."""
     try:
         pairs = [(operator.index(i), float(x)) for i, x in (bias.items() if hasattr(bias, "items") else bias)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"logit_bias must map token ids to numbers, not {reprlib.repr(bias)}") from None
     if len(dict(pairs)) < len(pairs):
         raise UsageError(f"logit_bias must name each token once, and {reprlib.repr(bias)} does not")
@@ -146,8 +146,8 @@ def drawn(logits, draw):
 
 
 def sample(logits, draw):
-    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does, but for what is added and
-    allowed. Raises MinillmError where no token is left."""
+    """logits (vocab,) float32 -> token id. What kernels/cuda/sample.cu does, but for what is added and allowed. Raises
+    MinillmError where no token is left."""
     params, logits = draw.params, changed(logits, draw)
     if params.temperature == 0:
         return int(logits.argmax())

@@ -9,7 +9,6 @@ from minillm.logprobs import Logprob
 from minillm.server import errors, fields, messages, prompt, shapes
 from minillm.server.errors import ApiError, bad
 from minillm.server.http import Json, encoded, json_body
-from minillm.server.likely import spelled
 from minillm.server.metrics import Watch
 from minillm.server.places import Gone, until
 from minillm.server.snapshots import Prefix, boundaries, keys
@@ -168,9 +167,8 @@ class Answer:
         if not tokens:
             return None
         if index not in self.told:
-            llm, prompt = self.server.llm, self.work.choices[index].prompt
-            before = len(spelled(llm, prompt.ids)) - len(prompt.text) if self.wanted.echo else 0
-            self.told[index] = self.shape.logprobs(llm, before)
+            prompt = self.work.choices[index].prompt if self.wanted.echo else None
+            self.told[index] = self.shape.logprobs(self.server.llm, prompt)
         return self.told[index].tell(tokens)
 
     async def _all(self):

@@ -123,7 +123,7 @@ def biases(body):
     found = []
     for pair in pairs if isinstance(pairs, list) else [None]:
         token, bias = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
-        token = int(token) if isinstance(token, str) and token.isdecimal() else token
+        token = int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 20 else token
         bias = float("-inf") if bias is False else bias
         if not is_id(token) or not isinstance(bias, int | float) or isinstance(bias, bool):
             raise bad('logit_bias must be an object {"token id": bias}, or a list of [token id, bias]', "logit_bias")

@@ -6,9 +6,8 @@ import codecs
 class ChatLogprobs:
     """Tokens that are never shown are left out: the texts of the others join to the content, up to a stop text."""
 
-    def __init__(self, llm, before=0):
-        self.llm = llm
-        self.hidden = llm.tokenizer.special_ids if llm.tokenizer else llm.stop_ids
+    def __init__(self, llm, prompt=None):
+        self.llm, self.hidden = llm, hidden(llm)
 
     def tell(self, tokens):
         """The object for Logprobs of tokens that follow those told before; None where all are left out."""
@@ -27,9 +26,12 @@ class ChatLogprobs:
 class TextLogprobs:
     """All tokens, the one that ended the answer, too. Those with the same text count once, as the likeliest of them."""
 
-    def __init__(self, llm, before=0):
-        """before: characters that the first tokens spell before the text begins."""
-        self.llm, self.offset = llm, -before
+    def __init__(self, llm, prompt=None):
+        """prompt: the Prompt that is told first, if any. Its tokens may spell more than its text, at the beginning; and
+        what control tokens are called is a part of it, and not of an answer."""
+        self.llm, self.hidden, self.echoed, self.offset = llm, hidden(llm), 0, 0
+        if prompt:
+            self.echoed, self.offset = len(prompt.ids), len(prompt.text) - len(spelled(llm, prompt.ids))
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def tell(self, tokens):
@@ -58,8 +60,15 @@ class TextLogprobs:
     def _next(self, token):
         """Characters of the text before a token."""
         before = max(self.offset, 0)
-        self.offset += len(self.utf8.decode(word_of(self.llm, token)))
+        if self.echoed > 0 or token not in self.hidden:
+            self.offset += len(self.utf8.decode(word_of(self.llm, token)))
+        self.echoed -= 1
         return before
+
+
+def hidden(llm):
+    """Ids that are never shown in an answer."""
+    return llm.tokenizer.special_ids if llm.tokenizer else llm.stop_ids
 
 
 def word_of(llm, token):

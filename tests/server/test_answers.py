@@ -240,6 +240,8 @@ MORE = [
     ("grammar", 5),
     ("logit_bias", {"x": 2}),
     ("logit_bias", {"258": 2}),
+    ("logit_bias", {"9" * 5000: 2}),
+    ("logit_bias", {"1": 10**400}),
     ("logit_bias", {"1": 101}),
     ("logit_bias", [[1, True]]),
     ("logit_bias", [[1, 2], [1, 3]]),

@@ -155,6 +155,19 @@ def test_an_echo_is_the_prompt_and_the_answer(client, llm):
     assert choice_of(complete(client, llm.encode("a<|im_end|>"), echo=True))["text"].startswith("a<|im_end|>")
 
 
+def test_tokens_that_are_never_shown(client, llm):
+    """A control token of the prompt is a part of the text, one of the answer is not; a chat does not tell of it."""
+    end = {"logit_bias": {"257": 100}, "max_tokens": 3, "ignore_eos": True}
+    choice = choice_of(complete(client, "a<|im_end|>b", echo=True, logprobs=0, **end))
+    assert choice["text"] == "a<|im_end|>b"
+    assert choice["logprobs"]["tokens"] == ["a", "<|im_end|>", "b", *["<|im_end|>"] * 3]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 11, 12, 12, 12]
+    choice = choice_of(chat(client, logprobs=True, **end))
+    assert choice["message"]["content"] == "" and choice["logprobs"] is None
+    choice = choice_of(complete(client, logprobs=1, logit_bias={"257": 100}))
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("", "stop", ["<|im_end|>"])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_of_the_prompt_alone(client, llm, stream):
     for fields in ({}, {"logprobs": 1}):
