@@ -133,12 +133,10 @@ class _Words:
 
     def __init__(self, tokenizer, vocab_size, ends):
         self.tokenizer, self.library = tokenizer, None
-        self.special_token_ids = sorted({i for i in tokenizer.special_ids if i < vocab_size} | {*ends})
-        special = frozenset(self.special_token_ids)
-        words = ((i, tokenizer.token_bytes(i)) for i in range(vocab_size))
-        self.tokens = [(word or b"<%d>" % i) if i in special else word for i, word in words]
+        self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
+        self._special = {i for i in tokenizer.special_ids if i < vocab_size} | {*ends}
+        self.special_token_ids = sorted(self._special)
         self.eos_token_id, self.bos_token_id = ends[0], None
-        self._special = special
 
     def __call__(self, data):
         """Token ids of text that is sure to come: how the tokenizer would write it, where it would write just that."""

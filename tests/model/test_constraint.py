@@ -69,6 +69,15 @@ def test_allowed_tokens_are_those_of_the_texts(tokenizer, constraint):
     assert ended == set(TEXTS) and free > 5
 
 
+def test_an_end_that_the_tokenizer_does_not_know(tokenizer):
+    """A model's config may name one."""
+    end = tokenizer.vocab_size + 2
+    matcher = Matchers(tokenizer, end + 5, {end, *tokenizer.stop_ids}).matcher(Constraint.regex("a|"))
+    allowed = matcher.allowed()
+    assert allowed[[end, *tokenizer.stop_ids]].all() and allowed[tokenizer.encode("a", bos=False)].all()
+    assert allowed.sum() == sum(tokenizer.token_bytes(i) == b"a" for i in range(end)) + 1 + len(tokenizer.stop_ids)
+
+
 def test_a_token_that_may_not_come_is_an_error(tokenizer):
     matcher = Matchers(tokenizer, tokenizer.vocab_size, tokenizer.stop_ids).matcher(Constraint.regex("a+"))
     with pytest.raises(MinillmError, match="^the constraint cannot be followed any more: "):
