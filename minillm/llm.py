@@ -209,6 +209,7 @@ class LLM:
 
     @cached_property
     def matchers(self):
+        """Matchers of this model's vocabulary, made for the first constraint."""
         return Matchers(self._needs_tokenizer(), self.config.vocab_size, self.stop_ids)
 
     def check_ids(self, ids, where=""):
