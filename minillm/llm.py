@@ -11,17 +11,18 @@ from functools import cached_property
 
 import numpy as np
 
-from minillm import ops, questions
+from minillm import likelihood, ops, questions
 from minillm.cache.kv_cache import KVCache
 from minillm.cache.page_pool import PagePool
 from minillm.compress.compressor import Compressor
 from minillm.compress.config import CacheConfig
+from minillm.constraint import Matchers
 from minillm.document import Document
-from minillm.engine.admission import cache_bytes, fitting_dtype, in_entries, require, require_room
+from minillm.engine.admission import asked_dtype, cache_bytes, fitting_dtype, in_entries, require, require_room
 from minillm.engine.engine import Engine
 from minillm.errors import MinillmError, UsageError
 from minillm.files import hub
-from minillm.files.formats import BF16, QUANTIZED
+from minillm.files.formats import BF16
 from minillm.files.profile_file import find as find_profile
 from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
@@ -29,8 +30,6 @@ from minillm.model import MLP_ROWS, Model
 from minillm.sampling import SamplingParams
 from minillm.session import Session, is_chat
 from minillm.text.tokenizer import Tokenizer
-
-DTYPES = ("auto", "float32", "stored")
 
 
 class LLM:
@@ -139,7 +138,7 @@ class LLM:
         does not fit waits (None: the free memory). progress: bars on a terminal's stderr. Raises MinillmError."""
         start = time.perf_counter()
         cache = CacheConfig() if cache is None else cache
-        dtype = _asked_dtype(dtype, quantize)
+        dtype = asked_dtype(dtype, quantize)
         backend = ops.backend(device, threads)
         stored = open_model(hub.resolve(model, offline=offline, progress=progress))
         tokenizer = Tokenizer.of(stored, chat_template)
@@ -197,9 +196,24 @@ class LLM:
                 f"{reprlib.repr(prompt)} is no prompt: give a text, a list of token ids (whole numbers), or a list of "
                 'chat messages ({"role": ..., "content": ...})'
             ) from None
-        if beyond := self._not_embedded(ids):
-            raise UsageError(f"token id {beyond[0]} is not in 0..{self.config.vocab_size - 1}")
+        self.check_ids(ids)
         return ids
+
+    def matcher(self, params):
+        """The Matcher of an answer by SamplingParams, or None without a constraint. UsageError for params that cannot
+        be followed here."""
+        self.check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
+        return self.matchers.matcher(params.constraint) if params.constraint else None
+
+    @cached_property
+    def matchers(self):
+        """Matchers of this model's vocabulary, made for the first constraint."""
+        return Matchers(self._needs_tokenizer(), self.config.vocab_size, self.stop_ids)
+
+    def check_ids(self, ids, where=""):
+        """Raise UsageError, which begins with `where`, if one of them is no row of the embedding."""
+        if beyond := self._not_embedded(ids):
+            raise UsageError(f"{where}token id {beyond[0]} is not in 0..{self.config.vocab_size - 1}")
 
     def _not_embedded(self, ids):
         return [token for token in ids if not 0 <= token < self.config.vocab_size]
@@ -300,6 +314,11 @@ class LLM:
         finally:
             session.close()
 
+    def logprobs(self, prompt, top=0):
+        """How likely a prompt is: of each of its tokens the Logprob after those before it, with the `top` likeliest at
+        its place; None of the first token, which nothing is before. Read with the full cache."""
+        return likelihood.of_prompt(self, prompt, top)
+
     def cache_bytes(self, n):
         """About the bytes of the pages of n tokens, at the budget of this cache."""
         return cache_bytes(self.config, self.cache_config, self.model.ops, n)
@@ -333,16 +352,3 @@ class _Closed:
 
     def __getattr__(self, name):
         raise MinillmError("this LLM is closed and its memory given back: load it again")
-
-
-def _asked_dtype(dtype, quantize):
-    """How weights are to be held: one of DTYPES or of QUANTIZED. Raises UsageError."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if quantize is None:
-        return dtype
-    if quantize not in QUANTIZED:
-        raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
-    if dtype != "auto":
-        raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
-    return quantize

@@ -78,7 +78,8 @@ class Session:
     def request(self, params=None, whole=False, result=0, hidden=None, settles=()):
         """A Request that reads what was fed and, with `params`, answers. whole: nothing is compressed; result: bytes
         that the outcome takes; hidden: (1, dim) state after what was read, where nothing is left to be; settles: see
-        Request. Raises MinillmError if what was fed is nothing or does not fit into the context."""
+        Request. Raises MinillmError if what was fed is nothing or does not fit into the context, and for params that
+        this model cannot follow."""
         llm = self.llm
         if not self.unread and hidden is None:
             raise MinillmError("the prompt is empty: give some text")
@@ -88,13 +89,16 @@ class Session:
                 f"-c/--ctx-size (the model's own limit is {llm.config.context}), or take a model with a longer context"
             )
         compressor = None if whole else self.compressor
-        request = Request(self.compressor.model, compressor, self.cache, self.unread, params, context=llm.context)
+        matcher = llm.matcher(params) if params else None
+        model, cache = self.compressor.model, self.cache
+        request = Request(model, compressor, cache, self.unread, params, context=llm.context, matcher=matcher)
         request.hidden, request.settles = hidden, tuple(settles)
         request.check_memory = functools.partial(self._check_memory, self.seen_soon, len(self.unread), whole, result)
         if params is not None:
             request.stop_ids = frozenset() if params.ignore_eos else llm.stop_ids
             if llm.tokenizer:
-                request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=not self.new_turn)
+                continues = not self.new_turn or matcher is not None  # a constraint is of the leading space, too
+                request.decoder = StreamDecoder(llm.tokenizer, params.stop, continues=continues)
             elif params.stop:
                 raise MinillmError("stop texts need a tokenizer, and this model has none: add its tokenizer.json")
         return request

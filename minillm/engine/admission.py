@@ -8,9 +8,11 @@ import numpy as np
 from minillm.compress.compressor import BLOCK_TOKENS
 from minillm.compress.plan import SHORT
 from minillm.errors import MemoryShort, UsageError
+from minillm.files.formats import QUANTIZED
 from minillm.model import MLP_ROWS
 from minillm.ops.pages import PAGE_FORMATS, PAGE_SIZE, page_format
 
+DTYPES = ("auto", "float32", "stored")  # how weights may be held, beside QUANTIZED
 LEAST_LOST = ("k5v4", "int8")  # the dtypes in which entries of a share of memory lose least, the first that there is
 
 
@@ -141,6 +143,19 @@ def require(ops, name, n, *, weights=0, cache=0, workspace=0):
     raise MemoryShort(
         f"{name} needs {gib(needed)} ({', '.join(parts)}) and {gib(free)} are free: try {' or '.join(fixes)}"
     )
+
+
+def asked_dtype(dtype, quantize):
+    """How weights are to be held: one of DTYPES or of QUANTIZED. Raises UsageError."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if quantize is None:
+        return dtype
+    if quantize not in QUANTIZED:
+        raise UsageError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
+    if dtype != "auto":
+        raise UsageError(f"dtype {dtype} and quantize {quantize} exclude each other: leave one out")
+    return quantize
 
 
 def fitting_dtype(stored, dtype, backend):

@@ -3,11 +3,14 @@ sampling, outcome."""
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from minillm.compress.reading import read, recompress
 from minillm.engine.admission import promise
-from minillm.sampling import PENALTY_WINDOW, Sampler, sample_each
+from minillm.logprobs import Logprob
+from minillm.sampling import PENALTY_WINDOW, Drawn, Sampler, drawn
 
 OVER = ("done", "cancelled", "failed")
 
@@ -19,6 +22,7 @@ class Piece:
 
     token_id: int  # -1: none, the piece is the rest of the text
     text: str
+    logprob: Logprob | None = None  # of the token, or of the one that ended the answer; where SamplingParams ask for it
 
 
 @dataclass
@@ -40,12 +44,18 @@ class Request:
     state: waiting (for memory) -> reading -> generating -> done, cancelled or failed. A failed request has its own
     exception in `error`. pieces: what was generated and not taken yet."""
 
-    def __init__(self, model, compressor, cache, unread, params=None, *, context=None, stop_ids=frozenset()):
+    def __init__(
+        self, model, compressor, cache, unread, params=None, *, context=None, stop_ids=frozenset(), matcher=None
+    ):
         """compressor: None stores everything. unread: token ids; those that are read leave this list, and the one
-        generated last is in it. params: SamplingParams; None: only read. context: positions there are; None: enough."""
+        generated last is in it. params: SamplingParams; None: only read. context: positions there are; None: enough.
+        matcher: constraint.Matcher of this answer, where params have a constraint."""
         self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
         self.params, self.context, self.stop_ids = params, context, stop_ids
-        self.sampler, self.decoder = params and Sampler(params), None  # decoder: StreamDecoder, where there is text
+        self.sampler, self.decoder = (
+            params and Sampler(params, matcher),
+            None,
+        )  # decoder: StreamDecoder, where there is text
         self.answers = ()  # SamplingParams of answers that follow in forks: one is promised for with what is read
         self.settles = ()  # numbers of tokens: when so many have been read, they settle, see KVCache.settle
         self.settled = None  # called with the cache each time that is so, by whoever owns the model
@@ -61,7 +71,7 @@ class Request:
         self.wake = None  # called when there is something new, where nobody waits in a thread
 
         self.state, self.error, self.pieces = "waiting", None, deque()
-        self.token_ids, self.text = [], ""
+        self.token_ids, self.logprobs, self.text = [], [], ""  # logprobs: also of the token that ended it
         self.stop_reason = None  # "eos", "stop" or "length"
         self.share = 0.0  # of the reading
         self.timings = Timings(prompt_tokens=len(unread), cached_tokens=cache.seen)
@@ -142,7 +152,7 @@ class Request:
             return
         last, self.hidden = self.hidden[-1:], None
         self.state = "generating"
-        self.take(drawn(lambda draws: self.model.draw(last, draws), [self.draw()])[0])
+        self.take(self._drawn(self.model.logits(last)[0] if self.on_host else self.model.draw(last, [self.draw()])[0]))
 
     def _begin_part(self):
         self._n = self.parts[0]
@@ -156,39 +166,58 @@ class Request:
         if self.settled:
             self.settled(self.cache)
 
+    @property
+    def _early(self):
+        return len(self.token_ids) < self.min_tokens
+
+    @property
+    def on_host(self):
+        """Whether its next token is drawn here from the logits; else the model draws it by `draw`."""
+        return self.params.on_host or self._early
+
     def draw(self):
         """The Draw of the token after those read and unread. The same until that token is taken."""
         if self._draw is None:
-            draw = self.sampler.draw([*self.cache.token_ids[-PENALTY_WINDOW:], *self.unread])
-            early = len(self.token_ids) < self.min_tokens
-            self._draw = replace(draw, forbidden=tuple(self.stop_ids)) if early else draw
+            recent = [*self.cache.token_ids[-PENALTY_WINDOW:], *self.unread]
+            self._draw = self.sampler.draw(recent, never=self.stop_ids if self._early else ())
         return self._draw
 
-    def decoded(self, token):
-        """`unread` was decoded, and `token` comes next."""
+    def _drawn(self, found):
+        """The Drawn of what the model found: the token that comes next, or the logits (vocab,) of it."""
+        return drawn(found, self.draw()) if isinstance(found, np.ndarray) else Drawn(found)
+
+    def decoded(self, found):
+        """`unread` was decoded; found: the token that comes next, or the logits (vocab,) of it."""
         self.unread.clear()
+        following = self._drawn(found)
         try:
             if self.compressor and self.compressor.due(self.cache):
                 recompress(self.model, self.cache, self.compressor)
         except BaseException:
-            self.unread.append(token)  # whoever goes on with this sequence loses nothing
+            self.unread.append(following.token_id)  # whoever goes on with this sequence loses nothing
             raise
-        self.take(token)
+        self.take(following)
 
-    def take(self, token):
-        """The next token."""
-        now, timings = time.perf_counter(), self.timings
+    def take(self, following):
+        """The next token, as it was Drawn."""
+        now, timings, token = time.perf_counter(), self.timings, following.token_id
         self._draw = None
         if self._begin is None:
             self._begin, timings.prompt_seconds = now, now - self.admitted
         if token in self.stop_ids:
             self.stop_reason = "eos"
-            if rest := self._rest():
-                self.pieces.append(Piece(-1, rest))
+            rest = self._rest()
+            if following.logprob:
+                self.logprobs.append(following.logprob)
+            if rest or following.logprob:
+                self.pieces.append(Piece(-1, rest, following.logprob))
             self.finish()
             return
         self.unread.append(token)
         self.token_ids.append(token)
+        self.sampler.take(token)
+        if following.logprob:
+            self.logprobs.append(following.logprob)
         timings.generated_tokens += 1
         timings.first_token_seconds = timings.first_token_seconds or now - self._start
         text = self.decoder.push(token) if self.decoder else ""
@@ -197,7 +226,7 @@ class Request:
             self.stop_reason = "stop"
         elif len(self.token_ids) == self.params.max_tokens or self._full():
             self.stop_reason = "length"
-        self.pieces.append(Piece(token, text + self._rest() if self.stop_reason else text))
+        self.pieces.append(Piece(token, text + self._rest() if self.stop_reason else text, following.logprob))
         timings.generation_seconds = time.perf_counter() - self._begin
         if self.stop_reason:
             self.finish()
@@ -218,8 +247,3 @@ class Request:
         self._reading, self.state, self.error = None, state, error
         if self._begin is not None:
             self.timings.generation_seconds = time.perf_counter() - self._begin
-
-
-def drawn(draw, draws):
-    """Tokens by Draws: draw(draws), or out of the logits draw(None) where a Draw forbids ids: only the host does."""
-    return sample_each(draw(None), draws) if any(one.forbidden for one in draws) else draw(draws)

@@ -4,7 +4,6 @@ import time
 import traceback
 
 from minillm.engine.admission import HELD, promise
-from minillm.engine.request import drawn
 from minillm.errors import MemoryShort
 
 PATIENCE = 10.0  # seconds that a request waits for memory while nothing goes on that would free it
@@ -110,10 +109,11 @@ class Scheduler:
 
     def _decode(self, batch):
         """One token of each of a batch. Where that fails, of each alone."""
-        model, caches = batch[0].model, [request.cache for request in batch]
-        ids, draws = [request.unread[0] for request in batch], [request.draw() for request in batch]
+        ids, caches = [request.unread[0] for request in batch], [request.cache for request in batch]
+        on_host = any(request.on_host for request in batch)
         try:
-            tokens = drawn(lambda draws: model.decode(ids, caches, draws), draws)
+            draws = None if on_host else [request.draw() for request in batch]
+            found = batch[0].model.decode(ids, caches, draws)
         except Exception as error:
             if len(batch) == 1:
                 self.end(batch[0], "failed", error)
@@ -121,8 +121,8 @@ class Scheduler:
                 for request in batch:
                     self._decode([request])
             return
-        for request, token in zip(batch, tokens, strict=True):
-            self._alone(request, request.decoded, token)
+        for request, one in zip(batch, found, strict=True):  # a token, or the logits of it
+            self._alone(request, request.decoded, one)
 
 
 def batches(requests):

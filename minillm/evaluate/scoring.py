@@ -9,7 +9,8 @@ from minillm.engine.admission import cache_bytes
 from minillm.engine.request import Request
 from minillm.errors import MinillmError
 from minillm.evaluate.continuation import local_errors
-from minillm.sampling import SamplingParams, log_softmax
+from minillm.logprobs import log_softmax
+from minillm.sampling import SamplingParams
 
 LOGIT_ROWS = 64  # rows of logits that exist at a time
 FREE_SHARE = 0.5  # of the free memory that the caches of one prefill may take

@@ -8,8 +8,8 @@ foretells afterwards says what an entry of the head is worth. The log of it is a
 import numpy as np
 
 from minillm.compress.config import CacheConfig, Recipe
+from minillm.logprobs import log_softmax
 from minillm.profile.fit import layer_of
-from minillm.sampling import log_softmax
 
 BUDGET = 0.1
 TOKENS = 1024  # of a text, at most

@@ -15,6 +15,7 @@ import time
 from minillm import LLM, CacheConfig, MinillmError, SamplingParams
 from minillm.engine.request import Request
 from minillm.memory import peak_memory
+from minillm.sampling import Drawn
 
 
 def main():
@@ -82,8 +83,8 @@ def measure(llm, cache, ids, kind):
 class Given(Request):
     """Decodes given tokens, whatever the model says."""
 
-    def take(self, token):
-        super().take(self.given[len(self.token_ids)])
+    def take(self, following):
+        super().take(Drawn(self.given[len(self.token_ids)]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minillm import ops
+from minillm.constraint import Constraint
 from minillm.errors import UsageError
 from minillm.programs import flags
 from minillm.text.chat_template import ChatTemplate, find_template
@@ -34,7 +35,8 @@ def parse(argv):
         return args
     args.cache = flags.cache_config(args)
     params = flags.sampling_params(args)
-    args.params = replace(params, stop=args.stop or (), ignore_eos=args.ignore_eos)
+    ends = {"stop": args.stop or (), "ignore_eos": args.ignore_eos}
+    args.params = replace(params, **ends, constraint=_constraint(args))
     ops.backend(args.device)
     if args.chat_template is not None:
         ChatTemplate(find_template(args.chat_template))
@@ -78,6 +80,13 @@ def _parser():
     flags.sampling_flags(add)
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text (repeatable)")
     add("--ignore-eos", action="store_true", help="go on after the end")
+    add(
+        "-j",
+        "--json-schema",
+        metavar="SCHEMA",
+        help="answer in JSON by this schema: a file, or its text ({}: any JSON)",
+    )
+    add("--grammar", metavar="GBNF", help="answer by this grammar, as llama.cpp writes them: a file, or its text")
 
     add = parser.add_argument_group("key-value cache").add_argument
     flags.method_flags(add)
@@ -89,6 +98,19 @@ def _parser():
     add("-v", "--verbose", action="store_true", help="more on stderr, and where an error came from")
     add("-q", "--quiet", action="store_true", help="nothing but errors on stderr")
     return parser
+
+
+def _constraint(args):
+    """The Constraint of an answer, or None."""
+    schema, grammar = args.json_schema, args.grammar
+    if schema is not None and grammar is not None:
+        raise UsageError("--json-schema and --grammar each say what the answer must be: leave one of them out")
+    if schema is not None:
+        is_text = schema.lstrip().startswith("{")
+        return Constraint.json_schema(schema if is_text else read_text(schema, "--json-schema"))
+    if grammar is not None:
+        return Constraint.gbnf(grammar if "::=" in grammar else read_text(grammar, "--grammar"))
+    return None
 
 
 def _texts(args):

@@ -3,10 +3,10 @@
 import argparse
 
 from minillm.compress.config import TABLES, CacheConfig
+from minillm.engine.admission import DTYPES
 from minillm.errors import UsageError
 from minillm.files.formats import QUANTIZED
 from minillm.files.hub import DEFAULT_MODEL
-from minillm.llm import DTYPES
 from minillm.ops.pages import DTYPES as KV_DTYPES
 from minillm.sampling import SamplingParams
 
@@ -48,6 +48,8 @@ def sampling_flags(add, temperature="0: greedy (the default)"):
     add("--top-p", type=_sampling("top_p", float), metavar="P", help="... from the fewest that reach probability P")
     add("--min-p", type=_sampling("min_p", float), metavar="P", help="... from those at least P times the likeliest")
     add("--repeat-penalty", type=_sampling("repeat_penalty", float), metavar="X", help="of the last 64 tokens; 1: none")
+    add("--presence-penalty", type=_sampling("presence_penalty", float), metavar="X", help="of tokens in the answer")
+    add("--frequency-penalty", type=_sampling("frequency_penalty", float), metavar="X", help="each time they came")
     add("-s", "--seed", type=_sampling("seed", int), metavar="N", help="of the random numbers (default: a new one)")
 
 
@@ -164,6 +166,8 @@ def sampling_params(args):
         "top_p": args.top_p,
         "min_p": args.min_p,
         "repeat_penalty": args.repeat_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
         "seed": args.seed,
         "stop": getattr(args, "stop", None),
     }

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 from functools import lru_cache
 
+from minillm.logprobs import Logprob
 from minillm.server import errors, fields, messages, prompt, shapes
 from minillm.server.errors import ApiError, bad
 from minillm.server.http import Json, encoded, json_body
@@ -55,7 +56,7 @@ class Answers:
         return [prompt.of_text(self.llm, one) for one in given]
 
     async def _answer(self, request, body, shape, prompts_of):
-        wanted = fields.wanted(body, self.settings.params, self.llm.cache_config)
+        wanted = fields.wanted(body, self.settings.params, self.llm.cache_config, chat=shape is shapes.Chat)
         work = await asyncio.to_thread(self._work, body, wanted, prompts_of)
         shape = shape(self.server.model_id, self.fingerprint)
         answer = Answer(self.server, work, shape, wanted)
@@ -76,7 +77,7 @@ class Answers:
             ends = boundaries(one, compressor, wanted.explicit)
             found = keys(self.llm, compressor, one.ids, ends, wanted.salt)
             one.prefix = Prefix(self.server.snapshots, ends, found, wanted.cache_prompt)
-        return Work(self.llm, compressor, prompts, wanted.params, self.settings.ping_interval)
+        return Work(self.llm, compressor, prompts, wanted.params, self.settings.ping_interval, wanted.scores)
 
     @property
     def fingerprint(self):
@@ -91,7 +92,7 @@ class Answer:
 
     def __init__(self, server, work, shape, wanted):
         self.server, self.work, self.shape, self.wanted = server, work, shape, wanted
-        self.place, self.gone = None, False
+        self.place, self.gone, self.told = None, False, {}  # told: index of a choice -> shape.logprobs of it
         self.watch = Watch(server.metrics)
         self.deadline = asyncio.get_running_loop().time() + server.settings.timeout
 
@@ -144,10 +145,31 @@ class Answer:
         """The object of the answer. Raises Gone where nobody waits for it any more."""
         try:
             await self._until(self._all(), receive)
-            found = [(choice.request.text, shapes.REASONS[choice.request.stop_reason]) for choice in self.work.choices]
+            found = [self._choice(i, choice.request) for i, choice in enumerate(self.work.choices)]
             return self.shape.whole(found, self.usage(), shapes.timings(self.work.timings(0)))
         finally:
             await self.leave()
+
+    def _choice(self, index, request):
+        """(text, reason, logprobs)"""
+        text, scored = self._echo(index)
+        return text + request.text, shapes.REASONS[request.stop_reason], self._tell(index, scored + request.logprobs)
+
+    def _echo(self, index):
+        """(text, Logprobs) of a prompt, where that is a part of the answer."""
+        choice = self.work.choices[index]
+        first, scored = choice.prompt.ids[0], choice.logprobs
+        text = choice.prompt.text if self.wanted.echo else ""
+        return text, [Logprob(first, None, ()), *scored[1:]] if scored else []
+
+    def _tell(self, index, tokens):
+        """What the client is told of Logprobs of tokens that follow those told before; None where there are none."""
+        if not tokens:
+            return None
+        if index not in self.told:
+            prompt = self.work.choices[index].prompt if self.wanted.echo else None
+            self.told[index] = self.shape.logprobs(self.server.llm, prompt)
+        return self.told[index].tell(tokens)
 
     async def _all(self):
         async with contextlib.aclosing(self._pieces()) as pieces:
@@ -189,12 +211,17 @@ class Answer:
                     begun.add(index)
                     if first := self.shape.begin(index):
                         await say(event(self.shape.chunk([first])))
+                    if self.wanted.echo:
+                        text, scored = self._echo(index)
+                        await say(event(self.shape.chunk([self.shape.piece(index, text, self._tell(index, scored))])))
                 if piece is None:
                     reason = shapes.REASONS[self.work.choices[index].request.stop_reason]
                     about = shapes.timings(self.work.timings(index))
                     await say(event(self.shape.chunk([self.shape.end(index, reason)], timings=about)))
-                elif piece.text:
-                    await say(event(self.shape.chunk([self.shape.piece(index, piece.text)])))
+                    continue
+                logprobs = self._tell(index, [piece.logprob] if piece.logprob else [])
+                if piece.text or logprobs:
+                    await say(event(self.shape.chunk([self.shape.piece(index, piece.text, logprobs)])))
         if self.wanted.include_usage:
             await say(event(self.shape.chunk([], usage=self.usage())))
         await say(b"data: [DONE]\n\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from minillm.errors import MinillmError
 from minillm.server.errors import ApiError, bad
+from minillm.server.likely import spelled
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode has them for uses like this one
 
@@ -19,6 +20,7 @@ class Prompt:
     ends: list[tuple[int, bool]] = field(default_factory=list)  # (tokens, whether a client said so) where a part ends
     prefix: object = None  # snapshots.Prefix: what it shares with other prompts
     continues: bool = False  # whether the answer goes on where a text ended
+    text: str = ""  # of a completion, which it may have to repeat
 
 
 class Marks:
@@ -86,7 +88,8 @@ def plain_ids(llm, text, field, bos=True):
 
 def of_text(llm, text):
     """The Prompt of a text or of token ids, as they stand: control tokens are recognised."""
-    return checked(llm, Prompt(encoded(llm, text, "prompt"), continues=True))
+    ids = encoded(llm, text, "prompt")
+    return checked(llm, Prompt(ids, continues=True, text=text if isinstance(text, str) else spelled(llm, ids)))
 
 
 def encoded(llm, text, field, bos=True):

@@ -3,20 +3,22 @@
 import secrets
 import time
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+from minillm.server.likely import ChatLogprobs, TextLogprobs
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", None: "length"}  # None: it says nothing, as was asked
 
 
 class Shape:
     """The objects of one answer. model: its name; fingerprint: of the model and the settings that answer."""
 
-    prefix = kind = chunk_kind = None
+    prefix = kind = chunk_kind = logprobs = None
 
     def __init__(self, model, fingerprint):
         self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.kind, "created": int(time.time())}
         self.head |= {"model": model, "system_fingerprint": fingerprint}
 
     def whole(self, choices, usage, timings):
-        """The object of an answer that is complete. choices: (text, reason) of each."""
+        """The object of an answer that is complete. choices: (text, reason, logprobs) of each."""
         found = [self.choice(i, *one) for i, one in enumerate(choices)]
         return self.head | {"choices": found, "usage": usage, "timings": timings}
 
@@ -27,39 +29,41 @@ class Shape:
 
 class Chat(Shape):
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    logprobs = ChatLogprobs
 
-    def choice(self, index, text, reason):
+    def choice(self, index, text, reason, logprobs):
         message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def begin(self, index):
         """What comes before the first piece of a choice, or None."""
         return self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index, text):
-        return self._delta(index, {"content": text})
+    def piece(self, index, text, logprobs):
+        return self._delta(index, {"content": text}, logprobs=logprobs)
 
     def end(self, index, reason):
         return self._delta(index, {}, reason)
 
-    def _delta(self, index, delta, reason=None):
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(self, index, delta, reason=None, logprobs=None):
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 class Text(Shape):
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    logprobs = TextLogprobs
 
-    def choice(self, index, text, reason):
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def choice(self, index, text, reason, logprobs):
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def begin(self, index):
         return None
 
-    def piece(self, index, text):
-        return self.choice(index, text, None)
+    def piece(self, index, text, logprobs):
+        return self.choice(index, text, None, logprobs)
 
     def end(self, index, reason):
-        return self.choice(index, "", reason)
+        return self.choice(index, "", reason, None)
 
 
 def usage(prompts, answers):

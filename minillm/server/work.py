@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+from minillm import likelihood
 from minillm.engine import admission
 from minillm.engine.request import Timings
 
@@ -13,6 +14,7 @@ class Choice:
     def __init__(self, prompt, params):
         self.prompt, self.params = prompt, params
         self.session = self.request = None
+        self.logprobs = []  # of each token of the prompt, None of the first; where they are asked for
         self.reading = None  # Timings of the request that read the prompt, where several answers share that
 
 
@@ -22,11 +24,14 @@ class Work:
     Sessions and requests are made by `open`, and given back by `leave`, whatever happened in between. What may block
     is done in threads: `changing` is held by who makes or gives back."""
 
-    def __init__(self, llm, compressor, prompts, params, ping=None):
-        """prompts: each with its prefix. params: SamplingParams of each choice. ping: seconds, see `pieces`."""
+    def __init__(self, llm, compressor, prompts, params, ping=None, scores=None):
+        """prompts: each with its prefix. params: SamplingParams of each choice, or None, which says nothing. ping:
+        seconds, see `pieces`. scores: how many of the likeliest the tokens of prompts are told with; None: they are
+        only read."""
         self.llm, self.engine, self.compressor, self.ping = llm, llm.engine, compressor, ping
         self.choices = [Choice(prompt, one) for prompt in prompts for one in params]
-        self.several = len(params)
+        self.several, self.scores = len(params), scores
+        self.apart = self.several > 1 or scores is not None  # whether prompts are read before answers begin
         self.readings = {}  # Request that only reads -> the choices that wait for it
         self.readers = []  # Requests, one of each prompt, that read it
         self.changing, self.left = threading.Lock(), False
@@ -47,15 +52,19 @@ class Work:
         one.session = self.llm.session(self.compressor)
         one.session.new_turn = not one.prompt.continues
         one.session.feed(one.prompt.ids)
-        request = one.session.request(one.params if self.several == 1 else None)
-        request.answers = () if self.several == 1 else tuple(choice.params for choice in choices)
+        room = 0 if self.scores is None else likelihood.workspace(self.llm)
+        request = one.session.request(None if self.apart else one.params, result=room)
         one.prompt.prefix.attach(request)
+        if self.apart:
+            request.answers = tuple(choice.params for choice in choices if choice.params is not None)
+            for params in request.answers[:1]:
+                self.llm.matcher(params)  # what it refuses is refused now
         admission.check(request)
         self.readers.append(request)
-        if self.several == 1:
-            one.request = request
-        else:
+        if self.apart:
             self.readings[request] = choices
+        else:
+            one.request = request
 
     async def pieces(self):
         """Submits what `open` made, and yields (index of a choice, Piece); (index, None) where that answer is over;
@@ -74,7 +83,7 @@ class Work:
                 request.pop()
                 choices = await asyncio.to_thread(self._fork, request)
                 waiting |= {choice.request: self.choices.index(choice) for choice in choices}
-                self.engine.submit(*(choice.request for choice in choices))
+                self.engine.submit(*(choice.request for choice in choices if choice.request is not request))
             for request in [request for request in waiting if request.ready]:
                 over = request.over  # as it is now: what comes after this look is for the next round
                 while piece := request.pop():
@@ -91,11 +100,22 @@ class Work:
             choice.session.close()
 
     def _fork(self, reading):
-        """The prompt was read: a session and a request for each choice that waited for that. -> these choices"""
+        """The prompt was read: a session and a request for each choice that waited for that; the reading itself for one
+        that says nothing. -> these choices"""
         with self.changing:
-            choices, hidden = self.readings.pop(reading), reading.hidden[-1:]
-            first = choices[0].session
+            choices = self.readings.pop(reading)
+            first, scored = choices[0].session, []
+            if self.scores is not None:
+                for part in likelihood.of_read(self.llm, reading, choices[0].prompt.ids, self.scores):
+                    scored += part
+                    if self.left:
+                        break
+            hidden, reading.hidden = reading.hidden[-1:], None
             for choice in choices if not self.left else ():
+                choice.logprobs = scored
+                if choice.params is None:
+                    choice.request = reading
+                    continue
                 choice.session = choice.session or first.fork()
                 choice.request = choice.session.request(choice.params, hidden=hidden)
                 choice.reading = reading.timings

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from minillm.errors import UsageError
-from minillm.sampling import Draw, Sampler, SamplingParams, sample, weights
+from minillm.errors import MinillmError, UsageError
+from minillm.logprobs import Logprob
+from minillm.sampling import Draw, Sampler, SamplingParams, drawn, sample, weights
 
 F32 = np.float32
 
@@ -212,6 +213,118 @@ def test_repeat_penalty_comes_before_temperature():
         assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p)) + 1
 
 
+# presence and frequency penalties, biases
+
+
+def literal_answer(rows, bias, presence, frequency, repeat=1.0, prompt=()):
+    """Greedy tokens of logits (n, vocab) in float64, by OpenAI's formula: mu[j] - c[j] * frequency - (c[j] > 0) *
+    presence, where c[j] counts the tokens of the answer so far."""
+    answer = []
+    for row in rows:
+        best = None
+        for token, mu in enumerate(penalised(row, [*prompt, *answer], repeat)):
+            c = answer.count(token)
+            mu = mu + bias.get(token, 0.0) - c * frequency - (presence if c > 0 else 0.0)
+            if best is None or mu > best[0]:
+                best = mu, token
+        answer.append(best[1])
+    return answer
+
+
+def answer_of(rows, params, prompt=()):
+    sampler, answer = Sampler(params), []
+    for row in rows:
+        answer.append(token_of(sampler, row, [*prompt, *answer]))
+        sampler.take(answer[-1])
+    return answer
+
+
+@pytest.mark.parametrize(
+    "presence, frequency, repeat, bias",
+    [
+        (0.5, 0, 1, {}),
+        (0, 0.4, 1, {}),
+        (0.3, 0.2, 1, {3: 2.0, 7: -100, 0: 0.25}),
+        (-2, -0.1, 1, {5: 1.5}),
+        (0, 0, 1, {9: 100}),
+        (0.2, 0.6, 1.3, {2: 1.0, 4: -np.inf}),
+    ],
+)
+def test_presence_and_frequency_penalties_and_biases(presence, frequency, repeat, bias):
+    rows = np.random.default_rng(4).normal(0, 1, (60, 12)).astype(F32) + F32(2) * (np.arange(12) == 1)
+    before = rows.copy()
+    params = SamplingParams(
+        presence_penalty=presence, frequency_penalty=frequency, repeat_penalty=repeat, logit_bias=bias
+    )
+    found = answer_of(rows, params, prompt=[1, 1, 6])
+    assert found == literal_answer(rows, bias, presence, frequency, repeat, prompt=[1, 1, 6])
+    assert found != rows.argmax(axis=1).tolist()
+    np.testing.assert_array_equal(rows, before)  # they are the caller's
+
+
+def test_penalties_count_the_answer_and_not_the_prompt():
+    logits = np.array([3.0, 2.5, 0.0], F32)
+    for params in (SamplingParams(presence_penalty=1), SamplingParams(frequency_penalty=1)):
+        assert answer_of([logits] * 4, params, prompt=[0] * 9) == (
+            [0, 1, 0, 1] if params.frequency_penalty else [0, 1, 0, 0]
+        )
+
+
+def test_penalties_come_before_temperature():
+    logits = np.array([2.0, 1.0, -1.0], F32)
+    sampler, n = Sampler(SamplingParams(temperature=0.7, presence_penalty=1.5, seed=0)), 3000
+    sampler.take(0)
+    counts = np.bincount([token_of(sampler, logits) for _ in range(n)], minlength=3)
+    for token, p in literal(np.array([0.5, 1.0, -1.0]), temperature=0.7).items():
+        assert abs(counts[token] - n * p) < 5 * math.sqrt(n * p * (1 - p)) + 1
+
+
+def test_biases_that_leave_no_token():
+    sampler = Sampler(SamplingParams(logit_bias=[(0, -np.inf), (1, -np.inf)]))
+    with pytest.raises(MinillmError, match="^no token is left"):
+        token_of(sampler, np.zeros(2, F32))
+    assert token_of(sampler, np.zeros(3, F32)) == 2
+
+
+def test_a_bias_is_a_mapping_or_pairs():
+    assert SamplingParams(logit_bias={5: 1, 2: -3}).logit_bias == ((2, -3.0), (5, 1.0))
+    assert SamplingParams(logit_bias={5: 1}) == SamplingParams(logit_bias=[[np.int64(5), 1.0]])
+    for wrong in ({"a": 1}, {1: "x"}, 5, [1], [[1, 2, 3]], [[1, 2], [1, 3]]):
+        with pytest.raises(UsageError, match="^logit_bias must"):
+            SamplingParams(logit_bias=wrong)
+
+
+# log-probabilities
+
+
+def literal_logprobs(logits):
+    """log(exp(x) / sum of exp), in float64, token by token."""
+    values = [float(x) for x in logits]
+    best = max(values)
+    total = math.fsum(math.exp(x - best) for x in values)
+    return [x - best - math.log(total) for x in values]
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 20])
+def test_logprobs_are_of_the_logits_as_they_are(most):
+    """Whatever changes the draw."""
+    params = SamplingParams(temperature=1.7, top_k=9, repeat_penalty=2, logit_bias={3: 5}, logprobs=most, seed=1)
+    sampler, expected = Sampler(params), literal_logprobs(LOGITS)
+    first = sorted(range(200), key=lambda token: (-expected[token], token))[:most]
+    for _ in range(5):
+        found = drawn(LOGITS, sampler.draw([1, 2, 3]))
+        assert found.token_id == found.logprob.token_id and type(found.token_id) is int
+        assert abs(found.logprob.logprob - expected[found.token_id]) < 1e-12
+        assert [token for token, _ in found.logprob.top] == first
+        assert all(abs(p - expected[token]) < 1e-12 for token, p in found.logprob.top)
+
+
+def test_equally_likely_tokens_are_told_by_id():
+    found = Logprob.of(np.array([0, 1, 0, 1, 0, 0], F32), 5, 4)
+    assert [token for token, _ in found.top] == [1, 3, 0, 2]
+    assert len(Logprob.of(np.zeros(3, F32), 0, 20).top) == 3
+
+
 # what is refused
 
 
@@ -224,6 +337,9 @@ def test_repeat_penalty_comes_before_temperature():
         *(("min_p", x) for x in (-0.1, 1.1, math.nan)),
         *(("repeat_penalty", x) for x in (0, -1, math.nan, math.inf, 1e-300, 1e39)),
         *(("max_tokens", x) for x in (0, -5)),
+        *((name, x) for name in ("presence_penalty", "frequency_penalty") for x in (-101, 101, math.nan, math.inf)),
+        *(("logit_bias", {1: x}) for x in (-101, 101, math.nan, math.inf)),
+        *(("logprobs", x) for x in (-1, 21)),
         ("seed", -1),
         *(("stop", x) for x in ("", ["a", ""])),
     ],

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -71,11 +72,12 @@ def start(*flags, **options):
 def test_every_flag_arrives():
     flags = "-m owner/name -c 512 --dtype stored --quantize q8_0 --device cpu -t 2 --offline -p hi -sys be"
     flags += " --chat-template chatml -n 7 --temp 0.5 --top-k 3 --top-p 0.8 --min-p 0.1"
+    flags += " --presence-penalty 0.3 --frequency-penalty -0.2"
     flags += " --repeat-penalty 1.5 -s 42 --stop a --stop b --ignore-eos --kv-method semanticache --kv-budget 0.25"
     flags += " --kv-window 8 --kv-sinks 2 --kv-recompress 64 --no-display-prompt --kv-set rope=cached"
     flags += " --kv-set chunking=fixed:64 --kv-set log_size=false --json -v -q"
     args = cli.parse(flags.split())
-    assert args.params == SamplingParams(7, 0.5, 3, 0.8, 0.1, 1.5, 42, ("a", "b"), True)
+    assert args.params == SamplingParams(7, 0.5, 3, 0.8, 0.1, 1.5, 42, ("a", "b"), True, 0.3, -0.2)
     options = {"rope": "cached", "chunking": "fixed:64", "log_size": False}
     wanted = CacheConfig("semanticache", 0.25, window=8, sinks=2, recompress=64, **options)
     assert args.cache.as_dict() == wanted.as_dict()
@@ -134,7 +136,14 @@ BAD_VALUES = {
     "--temp 1 --top-k -1": "top_k",
     "--top-p 0.9": "--top-p means nothing to greedy decoding",
     "--repeat-penalty 0": "repeat_penalty",
+    "--presence-penalty 101": "presence_penalty",
+    "--frequency-penalty nan": "frequency_penalty",
     "-s -1": "seed must be 0 or more",
+    "--json-schema {} --grammar root::=a": "--json-schema and --grammar each say what the answer must be",
+    "--json-schema {": "the JSON schema '{' is no JSON",
+    "--json-schema absent.json": "absent.json cannot be read: No such file",
+    "--grammar .": "--grammar . cannot be read",
+    "--json-schema {} --ignore-eos": "ignore_eos",
     "--stop=": "stop",
     "--tau 2": "tau: 2.0 is not a number from -1 to 1",
     "--tau 0.8 --kv-budget 0.2": "exclude each other",
@@ -326,6 +335,20 @@ def test_stop_and_ignore_eos(minillm, llm):
     assert ended == llm.generate(user("hello"), SamplingParams(100))
     longer = minillm("hello", "--ignore-eos", "-qn", 100, "--kv-budget", "full")[1]
     assert longer.startswith(ended) and len(longer) > len(ended) + 1
+
+
+def test_json_schema_and_grammar(minillm, tmp_path):
+    """As a text and as a file."""
+    schema, grammar = '{"enum": ["cats", "dogs", 17]}', 'root ::= "it is " [a-d]{3}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "grammar.gbnf").write_text(grammar)
+    flags = ["x", "-q", "--temp", 1, "-s", 4]
+    for given in (schema, tmp_path / "schema.json"):
+        assert json.loads(minillm(*flags, "--json-schema", given)[1]) in ("cats", "dogs", 17)
+    for given in (grammar, tmp_path / "grammar.gbnf"):
+        assert re.fullmatch("it is [a-d]{3}\n", minillm(*flags, "--grammar", given)[1])
+    status, _, err = minillm(*flags, "--json-schema", '{"type": "hiccup"}')
+    assert status == 2 and err.endswith("cannot be used: Invalid type: hiccup\n")
 
 
 def test_seed(minillm):
