@@ -1,21 +1,45 @@
 """How likely a given text is: the log-probability of each of its tokens after those before it."""
 
+import contextlib
+
+import numpy as np
+
 from minillm.errors import UsageError
 from minillm.logprobs import MOST_LIKELY, Logprob
+from minillm.model import MLP_ROWS
 
 LOGIT_ROWS = 64  # rows of logits that exist at a time
+
+
+def logits(llm, token_ids):
+    """See LLM.logits."""
+    ids = llm.encode(token_ids)
+    with _reading(llm, ids, 4 * len(ids) * llm.config.vocab_size) as request:
+        out = np.empty((len(ids), llm.config.vocab_size), np.float32)
+        for lo in range(0, len(out), MLP_ROWS):
+            with llm.engine.alone():
+                out[lo : lo + MLP_ROWS] = request.model.logits(request.hidden[lo : lo + MLP_ROWS])
+        return out
 
 
 def of_prompt(llm, prompt, top):
     """See LLM.logprobs."""
     if not 0 <= top <= MOST_LIKELY:
         raise UsageError(f"top must be in 0..{MOST_LIKELY}, not {top!r}")
-    ids, session = llm.encode(prompt), llm.session()
-    try:
-        session.feed(ids)
-        request = session.request(whole=True, result=workspace(llm))
-        session.run(request)
+    ids = llm.encode(prompt)
+    with _reading(llm, ids, workspace(llm)) as request:
         return [one for part in of_read(llm, request, ids, top) for one in part]
+
+
+@contextlib.contextmanager
+def _reading(llm, prompt, result):
+    """A Request that has read a prompt with the full cache. result: bytes that are made of it."""
+    session = llm.session()
+    try:
+        session.feed(prompt)
+        request = session.request(whole=True, result=result)
+        session.run(request)
+        yield request
     finally:
         session.close()
 

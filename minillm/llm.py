@@ -26,7 +26,7 @@ from minillm.files.formats import BF16
 from minillm.files.profile_file import find as find_profile
 from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
-from minillm.model import MLP_ROWS, Model
+from minillm.model import Model
 from minillm.sampling import SamplingParams
 from minillm.session import Session, is_chat
 from minillm.text.tokenizer import Tokenizer
@@ -301,18 +301,7 @@ class LLM:
 
     def logits(self, token_ids):
         """float32 (n, vocab): the next-token logits after each of the token ids, with the full cache."""
-        session = self.session()
-        try:
-            session.feed(token_ids)
-            request = session.request(whole=True, result=4 * len(session.unread) * self.config.vocab_size)
-            session.run(request)
-            out = np.empty((request.timings.prompt_tokens, self.config.vocab_size), np.float32)
-            for lo in range(0, len(out), MLP_ROWS):
-                with self.engine.alone():
-                    out[lo : lo + MLP_ROWS] = request.model.logits(request.hidden[lo : lo + MLP_ROWS])
-            return out
-        finally:
-            session.close()
+        return likelihood.logits(self, token_ids)
 
     def logprobs(self, prompt, top=0):
         """How likely a prompt is: of each of its tokens the Logprob after those before it, with the `top` likeliest at
