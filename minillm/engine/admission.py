@@ -130,16 +130,16 @@ def workspace_bytes(config, n):
     return 4 * (attention + 3 * min(n, MLP_ROWS) * c.ffn_dim + c.vocab_size)
 
 
-def require(ops, name, n, *, weights=0, cache=0, workspace=0):
+def require(ops, name, n, *, weights=0, cache=0, workspace=0, fixes=()):
     """Raise MemoryShort if these bytes do not fit into the free memory of the backend's device. n: the tokens that
-    `cache` is for, or 0."""
+    `cache` is for, or 0; fixes: what makes weights smaller."""
     free, needed = ops.available_memory(), weights + cache + workspace
     if free is None or needed <= free:
         return
     parts = [f"weights {gib(weights)}"] if weights else []
     parts += [f"cache {gib(cache)} at {n} tokens", f"workspace {gib(workspace)}"] if n else []
-    fixes = ["a shorter prompt", "-c N", "a smaller --kv-budget"] if n else []
-    fixes += ["a smaller or quantised model", "--quantize q4_0 (of 16-bit ones)", "--dtype stored"] if weights else []
+    fixes = [*(["a shorter prompt", "-c N", "a smaller --kv-budget"] if n else []), *fixes]
+    fixes += ["a smaller model"] if weights else []
     raise MemoryShort(
         f"{name} needs {gib(needed)} ({', '.join(parts)}) and {gib(free)} are free: try {' or '.join(fixes)}"
     )
@@ -163,7 +163,7 @@ def fitting_dtype(stored, dtype, backend):
     if dtype != "auto":
         return dtype
     free = backend.available_memory()
-    fits = free is None or stored.weight_bytes("float32") < 0.9 * free
+    fits = free is None or stored.weight_bytes("float32", backend) < 0.9 * free
     return "stored" if backend.READS_STORED or not fits else "float32"
 
 
@@ -176,4 +176,9 @@ def require_room(stored, dtype, backend, cache, context):
             raise UsageError(f"context {context} is not in 1..{config.context}, what {stored.name} was made for")
         promised["cache"] = cache_bytes(config, cache, backend, context)
         promised["workspace"] = workspace_bytes(config, context)
-    require(backend, stored.name, context or 0, weights=stored.weight_bytes(dtype, backend.held_bytes), **promised)
+    formats = stored.formats("stored")
+    words = any(formats[name].is_float for name, tensor in stored.tensors.items() if len(tensor.shape) > 1)
+    fixes = ["--quantize q4_0"] if words and dtype not in QUANTIZED else []
+    fixes += ["--dtype stored"] if dtype == "float32" else []
+    weights = stored.weight_bytes(dtype, backend)
+    require(backend, stored.name, context or 0, weights=weights, fixes=fixes, **promised)

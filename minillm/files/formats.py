@@ -70,10 +70,6 @@ class WeightFormat:
         """Bytes of n weights, a multiple of `block`."""
         return n // self.block * self.block_bytes
 
-    def held_bytes(self, n: int) -> int:
-        """Bytes of n weights in the format that they are held as."""
-        return self.held.nbytes(n)
-
     def device_bytes(self, n: int) -> int:
         """Bytes of n weights of a matrix on a GPU, a multiple of `block`."""
         if self.device is None:

@@ -77,13 +77,12 @@ class StoredModel:
         head = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
         return {name: _format(tensor, dtype, name == head) for name, tensor in self.tensors.items()}
 
-    def weight_bytes(self, dtype: str, held_bytes=WeightFormat.held_bytes) -> int:
-        """Bytes of all Weights loaded as `dtype`, once they are prepared; from the headers alone. held_bytes: format,
-        n -> bytes of n weights of a matrix, of a Backend."""
+    def weight_bytes(self, dtype: str, backend) -> int:
+        """Bytes of all Weights loaded as `dtype`, once a Backend has prepared them; from the headers alone."""
         formats, total = self.formats(dtype), 0
         for name, tensor in self.tensors.items():
-            count = held_bytes if len(tensor.shape) > 1 else WeightFormat.nbytes
-            total += count(formats[name], math.prod(tensor.shape))
+            held = backend.held_bytes if len(tensor.shape) > 1 else lambda format, shape: format.nbytes(*shape)
+            total += held(formats[name], tensor.shape)
         return total
 
 

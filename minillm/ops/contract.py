@@ -10,6 +10,7 @@ one head after another. Backends know nothing of models and methods.
 `NumpyOps` is the specification. A backend begins with the forward pass, pages and the device; planning has a default
 that goes through the host."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,9 +34,9 @@ class Forward:
     def expect(self, weights: list) -> None:
         """The matrices of a model, Weights: told once, before the first is prepared."""
 
-    def held_bytes(self, format: Any, n: int) -> int:
-        """Bytes of n weights of a matrix that is loaded in this WeightFormat, once it is prepared."""
-        return format.held_bytes(n)
+    def held_bytes(self, format: Any, shape: tuple[int, int]) -> int:
+        """Bytes of a matrix (out, in) that is loaded in this WeightFormat, once it is prepared."""
+        return format.held.nbytes(math.prod(shape))
 
     def prepare(self, weight: Any) -> Any:
         """A Weight (out, in) as this backend reads it best. What is prepared has `shape` and `nbytes`."""

@@ -5,6 +5,7 @@ Results differ from NumpyOps by rounding: weights in blocks meet activations of 
 avx2 and avx512 always; on avx512 and amx both operands of other large products are bf16. Sums are float32 everywhere.
 """
 
+import math
 import mmap
 from ctypes import addressof, byref
 
@@ -34,6 +35,9 @@ class CpuOps(NumpyOps):
         return self.lib.path
 
     # the forward pass
+
+    def held_bytes(self, format, shape):
+        return format.nbytes(math.prod(shape)) if format.is_float else self.lib.panels_bytes(format.kind, *shape)
 
     def prepare(self, weight):
         """Floats stay where they are, in the mapped file; blocks are laid out anew, in the format that they are held

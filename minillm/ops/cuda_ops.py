@@ -9,6 +9,8 @@ float32. Pages may be of fewer bits: what goes in is rounded to 16 bits and then
 and back in it is the same words.
 """
 
+import math
+
 import numpy as np
 
 from minillm.errors import MinillmError
@@ -58,8 +60,8 @@ class CudaOps(CudaPlanning):
         most = 2 * bf16 > sum(weight.nbytes for weight in weights)
         self.real16 = "bf16" if most and not blocks else "half"
 
-    def held_bytes(self, format, n):
-        return format.device_bytes(n)
+    def held_bytes(self, format, shape):
+        return format.device_bytes(math.prod(shape))
 
     def prepare(self, weight):
         return CudaWeight.of(self.device, weight, self.real16)

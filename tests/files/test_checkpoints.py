@@ -15,6 +15,7 @@ from packers import PHI3, QWEN2
 from minillm import LLM
 from minillm.errors import MinillmError
 from minillm.files.formats import F32, FORMATS
+from minillm.ops.numpy_ops import NUMPY
 from minillm.programs import run
 
 
@@ -44,7 +45,7 @@ def test_what_is_held_is_what_was_meant(tmp_path, case, family):
             np.testing.assert_array_equal(got[name], want, err_msg=name)
     if error:
         assert error / 3 < max(off(got[name], means[name]) for name in matrices) < error
-    assert model.weight_bytes("stored") == sum(weight.nbytes for weight in weights.values())
+    assert model.weight_bytes("stored", NUMPY) == sum(weight.nbytes for weight in weights.values())
     rows = weights["model.layers.1.self_attn.k_proj.weight"]
     np.testing.assert_array_equal(rows.rows(3, 9), rows.widened().data[3:9])
 
@@ -226,12 +227,13 @@ from pathlib import Path
 from minillm.files import hub
 from minillm.files.stored_model import open_model
 from minillm.files.weights import load_weights
+from minillm.ops.numpy_ops import NUMPY
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 stored = open_model(hub.resolve(sys.argv[1]))
 before = resident("VmHWM")
 weights = load_weights(stored, dtype="stored", progress=False)
-print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), stored.weight_bytes("stored"))
+print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), stored.weight_bytes("stored", NUMPY))
 """
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     grown, loaded, foretold = map(int, run.stdout.split())

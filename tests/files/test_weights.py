@@ -33,6 +33,7 @@ from minillm.files.formats import FORMATS
 from minillm.files.hub import ModelFiles
 from minillm.files.stored_model import open_model, tensor_shapes
 from minillm.files.weights import Weight, load_weights
+from minillm.ops.numpy_ops import NUMPY
 
 
 def load(path, config=CONFIG, dtype="stored"):
@@ -51,7 +52,7 @@ def assert_same(weights, want, config, path, dtype):
         np.testing.assert_array_equal(weight.rows(1, 5), array[1:5], err_msg=name)
         assert weight.rows(1, 5).dtype == np.float32
     held = sum(w.format.held.nbytes(math.prod(w.shape)) for w in weights.values())
-    assert stored(path, config).weight_bytes(dtype) == held
+    assert stored(path, config).weight_bytes(dtype, NUMPY) == held
     assert all(w.nbytes == w.format.nbytes(math.prod(w.shape)) for w in weights.values())
 
 
@@ -119,7 +120,7 @@ def test_any_format_of_blocks_is_loaded(tmp_path, kind):
         assert weight.format is FORMATS[kind] and not weight.data.flags.writeable
     np.testing.assert_array_equal(weight.widened().data, want)
     held = sum(w.format.held.nbytes(math.prod(w.shape)) for w in weights.values())
-    assert stored(path, OF_256).weight_bytes("stored") == held
+    assert stored(path, OF_256).weight_bytes("stored", NUMPY) == held
     floats = load(path, OF_256, "float32")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(floats.data, gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]))
 
@@ -226,7 +227,7 @@ def test_foreign_safetensors(tmp_path, model, said):
         load(tmp_path)
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(MinillmError, match=said):
-        stored(tmp_path, CONFIG).weight_bytes("float32")
+        stored(tmp_path, CONFIG).weight_bytes("float32", NUMPY)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_gguf_types_that_cannot_be_read(tmp_path):
 
 def test_unknown_dtype(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", MODEL)
-    for call in (load, lambda path, dtype: stored(path, CONFIG).weight_bytes(dtype)):
+    for call in (load, lambda path, dtype: stored(path, CONFIG).weight_bytes(dtype, NUMPY)):
         with pytest.raises(UsageError, match="'int8'; use float32, stored, q8_0 or q4_0"):
             call(tmp_path, dtype="int8")
 
@@ -335,7 +336,7 @@ def test_blocks_at_load(tmp_path, file, kind, dtype, config):
         assert weights[name].format.name == expected and weights[name].shape == array.shape
         blocks = gguf.quantize(floats[name].data, gguf.GGMLQuantizationType[expected])
         np.testing.assert_array_equal(weights[name].data, blocks)
-    assert stored(path, config).weight_bytes(dtype) == sum(w.nbytes for w in weights.values())
+    assert stored(path, config).weight_bytes(dtype, NUMPY) == sum(w.nbytes for w in weights.values())
 
 
 def test_blocks_of_blocks_and_of_odd_rows_are_refused(tmp_path):
@@ -345,7 +346,7 @@ def test_blocks_of_blocks_and_of_odd_rows_are_refused(tmp_path):
     odd = replace(CONFIG, ffn_dim=100)
     write_safetensors(tmp_path / "model.safetensors", random_model(odd))
     with pytest.raises(MinillmError, match=r"down_proj.weight has rows of 100, which are no blocks of 32"):
-        stored(tmp_path, odd).weight_bytes("q4_0")
+        stored(tmp_path, odd).weight_bytes("q4_0", NUMPY)
 
 
 # -- what loading costs
@@ -373,6 +374,7 @@ from pathlib import Path
 from minillm.files.config import ModelConfig, RopeConfig
 from minillm.files.stored_model import StoredModel, folder_tensors
 from minillm.files.weights import load_weights
+from minillm.ops.numpy_ops import NUMPY
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 config, folder = {config!r}, Path(sys.argv[1])
@@ -380,7 +382,7 @@ stored = StoredModel(folder, config, folder_tensors(folder, config), None)
 from gguf import quantize  # a package's own memory is not what is measured
 before = resident("VmHWM")
 weights = load_weights(stored, dtype={dtype!r}, progress=False)
-print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), stored.weight_bytes({dtype!r}))
+print(resident("VmHWM") - before, sum(w.nbytes for w in weights.values()), stored.weight_bytes({dtype!r}, NUMPY))
 """
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     grown, loaded, foretold = map(int, run.stdout.split())

@@ -118,6 +118,14 @@ def test_embed_and_rows_are_the_stored_values(path, rng, kind):
         cpu_ops.embed(w, [50])
 
 
+@pytest.mark.parametrize(
+    "kind", [name for name, format in FORMATS.items() if format.is_float or format.kind is not None]
+)
+def test_what_a_matrix_takes_is_known_before(path, rng, kind):
+    w = Weight(FORMATS[kind], weight(rng, kind, 37, 768).data, (37, 768))
+    assert cpu_ops.held_bytes(FORMATS[kind], w.shape) == cpu_ops.prepare(w).nbytes
+
+
 # relative root mean square error of what is made of formats that are not kept, of random blocks
 REMADE = {"IQ4_NL": 0, "MXFP4": 0, "Q3_K": 0, "IQ4_XS": 3e-4, "Q2_K": 6e-3}
 

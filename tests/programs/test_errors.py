@@ -45,8 +45,13 @@ def holds(text, *words):
 def test_weights_that_do_not_fit(tiny, fails, monkeypatch):
     monkeypatch.setattr("minillm.ops.numpy_ops.available_memory", lambda: 5000)
     monkeypatch.setattr("minillm.llm.load_weights", None)  # computed before anything is allocated
-    said = fails(tiny, "x")
-    assert holds(said, "tiny needs 0.00 GiB (weights 0.00 GiB) and 0.00 GiB are free", "smaller or quantised model")
+    needs = "tiny needs 0.00 GiB (weights 0.00 GiB) and 0.00 GiB are free: try "
+    for flags, fixes in (
+        ([], "--quantize q4_0 or a smaller model"),
+        (["--dtype", "float32"], "--quantize q4_0 or --dtype stored or a smaller model"),
+        (["--quantize", "q8_0"], "a smaller model"),
+    ):
+        assert fails(tiny, "x", *flags) == f"minillm: error: {needs}{fixes}\n"
 
 
 def test_weights_and_a_promised_context_that_do_not_fit(tiny, fails, monkeypatch):
