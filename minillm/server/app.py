@@ -17,6 +17,7 @@ from minillm.server.errors import ApiError
 from minillm.server.files import Files
 from minillm.server.http import Keys, guarded, http_error
 from minillm.server.metrics import Counted, Metrics
+from minillm.server.page import FILES, page
 from minillm.server.places import Places
 from minillm.server.snapshots import Snapshots
 from minillm.server.texts import Texts
@@ -92,6 +93,8 @@ def application(server):
         for path, endpoint, method in server.routes()
         for prefix in ("/v1", "")
     ]
+    if server.settings.webui:
+        routes += [Route(path, guarded(page), methods=["GET"]) for path in FILES]
     origins = server.settings.cors_origins
     anybody = {"allow_origin_regex": ".*"} if "*" in origins else {"allow_origins": origins}
     paths = [path for path, _, _ in server.routes()]

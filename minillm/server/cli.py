@@ -46,6 +46,7 @@ def parse(argv, environ=os.environ):
         ping_interval=args.sse_ping_interval,
         slots=args.slots,
         metrics=args.metrics,
+        webui=args.webui,
     )
     return args
 
@@ -68,6 +69,7 @@ def _parser():
     add("--max-body", type=flags.positive, default=32, metavar="MIB", help="of a request (default 32)")
     add("--slots", action=argparse.BooleanOptionalAction, default=True, help="/slots shows the sequences (default: on)")
     add("--metrics", action=argparse.BooleanOptionalAction, default=True, help="/metrics for Prometheus (default: on)")
+    add("--webui", action=argparse.BooleanOptionalAction, default=True, help="/ is a page to chat on (default: on)")
 
     add = parser.add_argument_group("many users").add_argument
     add("-np", "--parallel", type=flags.positive, default=16, metavar="N", help="answers at a time (default 16)")

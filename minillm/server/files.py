@@ -1,6 +1,7 @@
 """Files: texts that are uploaded once and named in questions. They are read as soon as there is a place."""
 
 import asyncio
+import codecs
 import contextlib
 import secrets
 import time
@@ -42,6 +43,14 @@ class File(Prefix):
             return "failed" if self.error else "ready"
         request = self.work and self.work.choices[0].request
         return "reading" if request and request.state == "reading" else "queued"
+
+    def under_way(self):
+        """What its cache holds while it is read. The engine goes on meanwhile: layers are those of one moment or so."""
+        choice = self.work.choices[0]
+        cache, request = choice.session.cache, choice.request
+        about = {"lengths": cache.lengths.tolist(), "bytes": cache.bytes_in_use, "state": "reading"}
+        about |= {"share": request.share, "n_tokens": self.ends[0]}
+        return {"id": self.id, "object": "cache"} | about
 
     def as_dict(self):
         about = {"id": self.id, "object": "file", "bytes": len(self.text.encode()), "created_at": self.created}
@@ -153,6 +162,8 @@ class Files:
         return Json(await asyncio.to_thread(self._cache, self._named(request)))
 
     def _cache(self, file):
+        if file.state == "reading":
+            return file.under_way()
         with self.llm.engine.alone():
             cache = self.server.snapshots.find(file.keys)
             if cache is None:
@@ -160,8 +171,10 @@ class Files:
             shares, ids = kept(cache), list(cache.token_ids)
             about = {"lengths": cache.lengths.tolist(), "bytes": cache.bytes_in_use, "full_bytes": cache.full_bytes}
         config = self.llm.cache_config.as_dict()
-        texts = [self.llm.tokenizer.token_bytes(one).decode(errors="replace") for one in ids]
-        about |= {"method": config["method"], "budget": config["budget"]}
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character is with the last of its tokens
+        texts = [decoder.decode(self.llm.tokenizer.token_bytes(one)) for one in ids]
+        about |= {"method": config["method"], "budget": config["budget"], "state": "ready", "share": 1.0}
+        about |= {"n_tokens": len(ids)}
         return {"id": file.id, "object": "cache", "tokens": texts, "kept": shares.tolist()} | about
 
     async def stop(self):

@@ -8,8 +8,9 @@ from starlette.responses import Response
 
 from minillm.server import errors
 from minillm.server.errors import ApiError, bad
+from minillm.server.page import FILES
 
-PUBLIC = ("/health", "/livez", "/models")  # answered without a key
+PUBLIC = ("/health", "/livez", "/models", *FILES)  # answered without a key
 
 
 class Json(Response):

@@ -25,3 +25,4 @@ class Settings:
     ping_interval: float = 10.0  # seconds after which a stream without news sends a comment
     slots: bool = True  # whether anybody may see what sequences there are
     metrics: bool = True
+    webui: bool = True  # whether / is the page

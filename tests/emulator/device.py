@@ -1,6 +1,8 @@
 """What minillm asks of a device, on the CPU: arrays in memory of their own, kernels, matrix products."""
 
 import ctypes
+import functools
+import inspect
 import math
 import weakref
 from collections import Counter
@@ -249,8 +251,9 @@ class EmulatedDevice:
             launches()
         finally:
             self.capturing = False
-        again = weakref.WeakMethod(launches)  # a graph holds kernels, and not who launched them
-        return SimpleNamespace(launch=lambda: again()())
+        if inspect.ismethod(launches):  # a graph holds kernels, and not who launched them
+            launches = functools.partial(launches.__func__, weakref.proxy(launches.__self__))
+        return SimpleNamespace(launch=launches)
 
     def memory(self):
         return self.total - self.used, self.total

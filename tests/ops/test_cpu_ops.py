@@ -504,7 +504,7 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
     clusters = ops.greedy_clusters(keys, rows, starts, lengths, rotation)
     unit = content.astype(np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
-    taus = [0.31, *np.linspace(0.6, 0.95, 5), 1.01, -1.1]
+    taus = [0.31, *np.linspace(0.6, 0.95, 7), 1.01, -1.1]
     counts = clusters.counts(taus)
     for tau, count in zip(taus, counts, strict=True):
         seed, similarity = clusters.assign(tau)
@@ -529,7 +529,7 @@ def test_greedy_clusters(path, rng, ops, d, rotated):
         alone = seed == np.arange(n_rows)
         assert (similarity[alone] == 1).all()
         np.testing.assert_allclose(similarity[~alone], (unit * unit[seed]).sum(1)[~alone], atol=1e-5)
-    assert len(set(counts)) > 4
+    assert len(set(counts)) > 3
 
 
 def test_bf16_pages_round_to_nearest_even(path):
