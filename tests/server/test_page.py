@@ -65,7 +65,9 @@ def test_a_text_fills_the_cache_and_the_cache_shrinks(llm):
         lengths = np.array(last["lengths"])
         config = llm.config
         assert lengths.shape == (config.n_layers, config.n_kv_heads)
-        assert len(last["tokens"]) == len(last["kept"]) == last["n_tokens"] and "".join(last["tokens"]).endswith(text.strip())
+        assert len(last["tokens"]) == len(last["kept"]) == last["n_tokens"] and "".join(last["tokens"]).endswith(
+            text.strip()
+        )
         assert lengths.sum() == pytest.approx(0.2 * lengths.size * last["n_tokens"], rel=0.02)
         assert sum(last["kept"]) == pytest.approx(lengths.sum() / lengths.size, rel=0.01)
         assert 0 < last["bytes"] < 0.5 * last["full_bytes"] and last["share"] == 1
