@@ -91,7 +91,7 @@ def test_bad_flags_are_one_line(run, flags, message):
 
 
 def test_needle_from_flags_to_tables(run, tmp_path):
-    flags = ["needle", "--task", "noise,keys2", "--length", "900", "-n", "2", "--depth", "0,1"]
+    flags = ["needle", "--task", "noise,keys2", "--length", "500", "-n", "2", "--depth", "0,1"]
     flags += ["--kv-method", "streaming,random", "--kv-budget", "0.5,0.2", "--protocol", "aware,agnostic"]
     printed = run(*flags)
     rows = run.rows()
@@ -106,7 +106,7 @@ def test_needle_from_flags_to_tables(run, tmp_path):
     again = run(*flags, "--kv-set", "rope=cached", status=2)
     assert "with an option of a method" in again
     assert run(*flags) == printed and len(run.rows()) == len(rows)
-    fewer = run("needle", "--task", "noise", "--length", "900", "-n", "1", "--depth", "0", "--kv-method", "full")
+    fewer = run("needle", "--task", "noise", "--length", "500", "-n", "1", "--depth", "0", "--kv-method", "full")
     assert "random | 20 %" in fewer and "keys2" not in fewer and "(2)" not in fewer  # those samples, every method
 
 

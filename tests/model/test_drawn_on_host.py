@@ -20,9 +20,9 @@ from minillm.ops.numpy_ops import NUMPY
 PATHS = ["numpy", *cpu_lib.available_paths()[:1], "emulator"]
 BIAS = {3: 1.5, 7: -100.0, 11: 0.5}
 ASKED = {
-    "plain": SamplingParams(max_tokens=24),
-    "presence": SamplingParams(max_tokens=24, presence_penalty=3.0, logprobs=3),
-    "frequency": SamplingParams(max_tokens=24, frequency_penalty=2.5, logit_bias=BIAS),
+    "plain": SamplingParams(max_tokens=12),
+    "presence": SamplingParams(max_tokens=12, presence_penalty=3.0, logprobs=3),
+    "frequency": SamplingParams(max_tokens=12, frequency_penalty=2.5, logit_bias=BIAS),
 }
 
 
@@ -88,7 +88,7 @@ def test_an_answer_is_drawn_of_the_models_logits(model):
 
 def test_penalties_change_answers(model):
     """Else the test above could not fail."""
-    plain = [requests_of(*model, ["plain"] * (i + 1))[i].token_ids for i in range(3)]
+    plain = [request.token_ids for request in requests_of(*model, ["plain"] * 3)]
     changed = [request.token_ids for request in requests_of(*model, ASKED)]
     assert plain[0] == changed[0] and plain[1] != changed[1] and plain[2] != changed[2]
 

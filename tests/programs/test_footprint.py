@@ -36,7 +36,7 @@ weights = {
 }
 model, pool = Model(config, weights, ops), PagePool(ops, 64)
 classes = (rng.random(64) < 0.1).astype(np.uint8)
-n = 3000
+n = 2000
 
 
 def read(cache_config):
