@@ -52,16 +52,12 @@ class Request:
         matcher: constraint.Matcher of this answer, where params have a constraint."""
         self.model, self.compressor, self.cache, self.unread = model, compressor, cache, unread
         self.params, self.context, self.stop_ids = params, context, stop_ids
-        self.sampler, self.decoder = (
-            params and Sampler(params, matcher),
-            None,
-        )  # decoder: StreamDecoder, where there is text
+        self.sampler = params and Sampler(params, matcher)
+        self.decoder = None  # StreamDecoder, where there is text
         self.answers = ()  # SamplingParams of answers that follow in forks: one is promised for with what is read
         self.settles = ()  # numbers of tokens: when so many have been read, they settle, see KVCache.settle
         self.settled = None  # called with the cache each time that is so, by whoever owns the model
-        self.look = (
-            None  # called with this request, before memory is promised and before it begins to read: see take_up
-        )
+        self.look = None  # called with this, before memory is promised and before it begins to read: see take_up
         self.min_tokens = 0  # that are generated before a stop id may be
         self.resumes = False  # `unread` is a token that was generated: it is decoded, not read
         self.hidden = None  # (n, dim) states of what was read: given where that was done before, or the outcome

@@ -140,11 +140,7 @@ def _rows(path):
 
 
 def _parser():
-    parser = flags.Parser(
-        prog="minillm.evaluate",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
+    parser = flags.Parser(prog="minillm.evaluate", description=DESCRIPTION, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUMMARIES.items():
         _command(commands.add_parser(name, help=summary, description=summary), name)
@@ -160,24 +156,29 @@ def _parser():
 
 
 def _command(parser, name):
-    add = parser.add_argument_group("task").add_argument
+    _task_flags(parser.add_argument_group("task").add_argument, name)
+    add = parser.add_argument_group("model").add_argument
+    flags.model_flag(add)
+    flags.machine_flags(add)
+    group = parser.add_argument_group("key-value cache (the full one is always there to compare with)")
+    _cache_flags(group.add_argument, name)
+    _work_flags(parser.add_argument_group("work").add_argument, name)
+
+
+def _task_flags(add, name):
     if name in TASKS:
         several, default = TASKS[name]
         add(
             "--task",
-            type=flags.several(_one_of(several)),
-            action="extend",
-            metavar="NAME,...",
+            **flags.several(_one_of(several), "NAME"),
             help=f"of {', '.join(several)}; default {', '.join(default) if default != several else 'all'}",
         )
     if name != "suite":
-        add("--length", type=flags.several(flags.positive), action="extend", metavar="N,...", help=LENGTHS[name])
+        add("--length", **flags.several(flags.positive, "N"), help=LENGTHS[name])
     if name == "needle":
         add(
             "--depth",
-            type=flags.several(_share),
-            action="extend",
-            metavar="D,...",
+            **flags.several(_share, "D"),
             help="of the needle, 0 (first) to 1 (last); default: by lot, one a sample",
         )
     if name in FOLLOWING:
@@ -199,9 +200,7 @@ def _command(parser, name):
         protocols = PROTOCOLS_OF[name]
         add(
             "--protocol",
-            type=flags.several(_one_of(protocols)),
-            action="extend",
-            metavar="NAME,...",
+            **flags.several(_one_of(protocols), "NAME"),
             help="; ".join(f"{p}: {PROTOCOLS[p]}" for p in protocols) + f"; default {protocols[0]}",
         )
     if name not in ("longbench", "efficiency"):
@@ -213,36 +212,24 @@ def _command(parser, name):
     if name == "longbench":
         add("--data", metavar="FILE", help="LongBench's data.zip, or the folder it was unpacked to (default: the Hub)")
 
-    add = parser.add_argument_group("model").add_argument
-    flags.model_flag(add)
-    flags.machine_flags(add)
 
-    add = parser.add_argument_group("key-value cache (the full one is always there to compare with)").add_argument
+def _cache_flags(add, name):
     add(
         "--kv-method",
-        type=flags.several(str),
-        action="extend",
-        metavar="NAME,...",
+        **flags.several(str, "NAME"),
         help=f"default: {'all that need no option' if name == 'suite' else 'semanticache'}; list: all of them",
     )
     add(
         "--kv-budget",
-        type=flags.several(flags.budget),
-        action="extend",
-        metavar="B,...",
+        **flags.several(flags.budget, "B"),
         help="shares kept (0.2), entries a head (1024); default 0.5,0.35,0.2",
     )
-    add(
-        "--kv-memory",
-        type=flags.several(flags.share),
-        action="extend",
-        metavar="M,...",
-        help="shares of a full cache's memory instead (0.1, 10%%)",
-    )
-    add("--tau", type=flags.several(float), action="extend", metavar="T,...", help="fixed thresholds instead")
-    flags.cache_flags(add, flags.several)
+    add("--kv-memory", **flags.several(flags.share, "M"), help="shares of a full cache's memory instead (0.1, 10%%)")
+    add("--tau", **flags.several(float, "T"), help="fixed thresholds instead")
+    flags.cache_flags(add, lists=True)
 
-    add = parser.add_argument_group("work").add_argument
+
+def _work_flags(add, name):
     add("--out", default=FILE, metavar="FILE", help=f"the results, one JSON object a line (default {FILE})")
     if name != "efficiency":
         add(

@@ -98,64 +98,25 @@ def _run(argv):
 
 
 def _parser():
-    parser = flags.Parser(
-        prog="minillm.bench",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
+    parser = flags.Parser(prog="minillm.bench", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument_group("model").add_argument
     flags.model_flag(add, action="append", help=f"as for minillm; repeatable (default: {hub.DEFAULT_MODEL})")
     flags.machine_flags(add)
     add = parser.add_argument_group("what is measured").add_argument
-    add(
-        "-p",
-        "--n-prompt",
-        type=several(_count),
-        action="extend",
-        metavar="N,...",
-        help="pp N; 0: none (default 512)",
-    )
-    add(
-        "-n",
-        "--n-gen",
-        type=several(_count),
-        action="extend",
-        metavar="N,...",
-        help="tg N; 0: none (default 128)",
-    )
-    add(
-        "-d",
-        "--n-depth",
-        type=several(_count),
-        action="extend",
-        metavar="D,...",
-        help="after D tokens (default 0)",
-    )
+    add("-p", "--n-prompt", **several(_count, "N"), help="pp N; 0: none (default 512)")
+    add("-n", "--n-gen", **several(_count, "N"), help="tg N; 0: none (default 128)")
+    add("-d", "--n-depth", **several(_count, "D"), help="after D tokens (default 0)")
     add("-r", "--repetitions", type=flags.positive, default=5, metavar="N", help="after one to warm up (default 5)")
     add("-f", "--file", metavar="FILE", help="the text that is read (UTF-8)")
     add = parser.add_argument_group("key-value cache").add_argument
-    add(
-        "--kv-method",
-        type=several(str),
-        action="extend",
-        metavar="NAME,...",
-        help="default: the model's; list: all",
-    )
+    add("--kv-method", **several(str, "NAME"), help="default: the model's; list: all")
     add(
         "--kv-budget",
-        type=several(flags.budget),
-        action="extend",
-        metavar="B,...",
+        **several(flags.budget, "B"),
         help="shares kept (0.2), entries a head (1024), full; default full,0.5",
     )
-    add(
-        "--kv-memory",
-        type=several(flags.share),
-        action="extend",
-        metavar="M,...",
-        help="shares of a full cache's memory (0.1, 10%%), a row each",
-    )
-    add("--tau", type=several(float), action="extend", metavar="T,...", help="fixed thresholds, a row each")
+    add("--kv-memory", **several(flags.share, "M"), help="shares of a full cache's memory (0.1, 10%%), a row each")
+    add("--tau", **several(float, "T"), help="fixed thresholds, a row each")
     flags.cache_flags(add)
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", choices=("md", "csv", "json"), default="md", help="default: md")

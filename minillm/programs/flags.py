@@ -82,12 +82,11 @@ def method_flags(add):
     add("--profile", metavar="FILE", help="of python -m minillm.profile (default: found by itself)")
 
 
-def cache_flags(add, several=lambda kind: kind):
-    """The flags of a cache beside its method and how much that keeps. several: of a program that takes lists."""
+def cache_flags(add, lists=False):
+    """The flags of a cache beside its method and how much that keeps. lists: of a program that takes several dtypes."""
     add(
         "--kv-dtype",
-        type=several(kv_dtype),
-        metavar="TYPE",
+        **(several(kv_dtype, "TYPE") if lists else {"type": kv_dtype, "metavar": "TYPE"}),
         help="of keys and values in memory: " + ", ".join(f"{name} ({gives})" for name, gives in KV_DTYPES.items()),
     )
     add("--kv-window", type=int, metavar="N", help="newest tokens kept as they are (default 8, of most methods 32)")
@@ -235,11 +234,11 @@ def _option(option, text):
     return text
 
 
-def several(kind):
-    """A flag's type: comma-separated values of a type."""
+def several(kind, name):
+    """For add_argument: comma-separated values of a type, which `--help` calls by a name."""
 
     def convert(text):
         return [kind(part) for part in text.split(",")]
 
     convert.__name__ = "comma-separated"  # argparse: "invalid comma-separated value: '1,x'"
-    return convert
+    return {"type": convert, "action": "extend", "metavar": f"{name},..."}
