@@ -63,11 +63,12 @@ def read(session, path, arrays, texts):
         if not cache.pool.reserve(cache, int((-(-arrays["lengths"] // cache.pool.page_size)).sum())):
             raise MemoryShort(HELD)
         cache_state.restore(cache, arrays)
-        cache.pool.unreserve(cache)
     except MemoryShort:
         raise
     except (KeyError, TypeError, ValueError, MinillmError) as error:
         raise MinillmError(f"{path} is damaged ({error}): delete it and read the prompt again") from None
+    finally:
+        cache.pool.unreserve(cache)
     return cache, state
 
 
